@@ -1,0 +1,506 @@
+"""Every setting: name, default, unit, range, origin. Load YAML, apply overrides, dump what was resolved.
+
+Origins: "paper" is ATESD (arXiv 2605.11458), "OPSD" is arXiv 2601.18734 (third version), "ours" means that the paper does
+not say and we chose. Each default is stated once, here. Nothing writes to a config after loading. This module imports
+neither torch nor transformers, so that a mistake in a config is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from atesd.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_kl", "train_success"]
+
+
+class Component(BaseModel):
+    """A group of settings that one part of the program reads. Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LoraConfig(Component):
+    """Low-rank adapters (PEFT). The frozen teacher is then the same model with the adapter off."""
+
+    rank: int = Field(64, ge=1, description="OPSD: 64")
+    alpha: int = Field(128, ge=1, description="OPSD: 128")
+    dropout: float = Field(0.0, ge=0, lt=1, description="ours: 0, so that scoring is deterministic")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="module names, or PEFT's all-linear")
+
+
+class ModelConfig(Component):
+    """Which model is student and teacher, and how its prompts are written."""
+
+    path: str = Field("world:a", description="folder, hub id, `smollm2`, or an embedded world model: world:a|b|c|bad")
+    revision: str | None = Field(None, description="hub revision; None: the newest")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights; logits are always float32")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
+    gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")
+    lora: LoraConfig | None = Field(None, description="None: train every weight")
+    chat_template: bool = Field(True, description="false: prompts are plain text")
+    system_prompt: str | None = Field(None, description="system message of both contexts")
+    student_template: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="chat-template options of the student; OPSD: enable_thinking: false"
+    )
+    teacher_template: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="chat-template options of the teacher; OPSD: enable_thinking: true"
+    )
+    max_context_tokens: int = Field(
+        4096, ge=16, description="longest teacher context with its completion, tokens; ours"
+    )
+
+
+class ColumnsConfig(Component):
+    """Which column of a file holds what."""
+
+    problem: str = Field("problem", description="the problem text")
+    solution: str | None = Field("solution", description="the reference solution; None: there is none (m = 0)")
+    answer: str | None = Field(None, description="the final answer; None: the last \\boxed{} of the solution")
+    id: str | None = Field(None, description="None: a hash of the problem text")
+    difficulty: str | None = Field(None, description="an integer level; None: all 0")
+
+
+class DataConfig(Component):
+    """Where problems come from and how their references are cut."""
+
+    source: str = Field("world", description="world, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id")
+    preset: Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None = Field(
+        None, description="column map and row filter of a known data set"
+    )
+    columns: ColumnsConfig = ColumnsConfig()
+    split_name: str = Field("train", description="split of a `datasets` id")
+    test_source: str | None = Field(None, description="a separate held-out file; None: a hash of the text decides")
+    on_bad_row: Literal["refuse", "skip"] = Field("refuse", description="skip: counted and listed, never silent")
+    segmenter: Literal["auto", "paragraph", "line", "sentence", "step", "token"] = Field(
+        "auto", description="auto (ours): blank lines, else lines, else sentences"
+    )
+    checker: Literal["auto", "exact", "math", "none"] = Field(
+        "auto", description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified"
+    )
+    leap_share: Fraction = Field(0.0, description="world only: share q of problems whose reference leaps")
+    leap_probability: Fraction | None = Field(
+        None, description="world only: leaps anywhere with this probability instead of late leaps"
+    )
+    max_difficulty: int = Field(6, ge=2, le=6, description="world only: most clauses in a problem")
+    train_size: int | None = Field(4096, ge=1, description="problems; None: all there are")
+    validation_size: int = Field(200, ge=0, description="problems for choosing checkpoints")
+    probe_size: int = Field(64, ge=1, description="fixed probe problems of the controller; ours")
+    test_size: int = Field(300, ge=0, description="held-out problems")
+    seed: int = Field(0, ge=0, description="seed of procedural problems")
+
+
+class ViewsConfig(Component):
+    """What the teacher's message says around the visible reference. The texts are ours; the order of parts is OPSD's."""
+
+    answer: Literal["keep", "withhold", "only"] = Field("keep", description="paper: keep, at every ratio")
+    wording: Literal["adaptive", "constant"] = Field(
+        "adaptive",
+        description="adaptive (ours): only a partial reference is called partial; constant: one text for all",
+    )
+    problem_text: str = Field("Problem: {problem}", description="how a problem is introduced")
+    instruction: str = Field(
+        "Reason step by step and put the final answer inside \\boxed{}.", description="closes both contexts"
+    )
+    reference_begin: str = Field("Reference solution:\n<<<\n", description="opens the reference")
+    reference_end: str = Field("\n>>>", description="closes the reference")
+    partial_note: str = Field(
+        "[The reference may be incomplete from here on.]", description="said when the reference is cut"
+    )
+    answer_text: str = Field(
+        "Final answer: \\boxed{{{answer}}}", description="the answer when the closing is not shown"
+    )
+    transition: str = Field(
+        "Study the reference until you see why it is right. Then solve the problem yourself, in your own words.",
+        description="between the reference and the instruction",
+    )
+
+
+class ExposureConfig(Component):
+    """How much of the reference the teacher sees."""
+
+    kind: Literal["full", "fixed", "random", "schedule", "replay", "learned"] = Field("learned", description="paper")
+    reveal_ratio: Fraction = Field(1.0, description="paper alpha; read by kind: fixed")
+    granularity: Literal["update", "per_difficulty", "per_problem"] = Field(
+        "update", description="paper: one per update"
+    )
+    control: Literal["off", "none", "shuffled", "wrong_answer", "filler"] = Field(
+        "off", description="a control in place of the true reference; none: the teacher sees no reference"
+    )
+    schedule: Literal["linear", "cosine"] = Field("linear", description="read by kind: schedule")
+    schedule_start: Fraction = Field(0.0, description="ratio at the first update; swap with the end to ramp down")
+    schedule_end: Fraction = Field(1.0, description="ratio at the last update")
+    replay_run: str | None = Field(None, description="run folder whose ratios are replayed")
+    replay_order: Literal["recorded", "shuffled"] = Field("recorded", description="shuffled: the same ratios, permuted")
+    ratio_min: Fraction = Field(0.0, description="paper has bounds, not their values; ours")
+    ratio_max: Fraction = Field(1.0, description="paper has bounds, not their values; ours")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> ExposureConfig:
+        if self.ratio_min > self.ratio_max:
+            raise ValueError(f"ratio_min {self.ratio_min} is above ratio_max {self.ratio_max}; swap them")
+        if self.kind == "replay" and self.replay_run is None:
+            raise ValueError("kind: replay needs replay_run, the run folder whose ratios are replayed")
+        return self
+
+
+CREDIT_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"progress_signal": "train_kl", "drop": "positive", "grounding_weight": 0.1},
+    "sound": {"progress_signal": "probe_success", "drop": "signed", "grounding_weight": 0.0},
+}
+
+
+class CreditConfig(Component):
+    """When and how an exposure decision is rewarded. `preset` fills the settings that are not written out."""
+
+    preset: Literal["sound", "paper"] = Field("sound", description="ours: sound; the literal reading is not (docs)")
+    hold_updates: int = Field(4, ge=1, description="paper H, student updates; value ours")
+    lookahead_updates: int = Field(4, ge=1, description="paper L, student updates; value ours")
+    discount: float = Field(0.9, gt=0, le=1, description="paper gamma, per student update; value ours")
+    window_start: Literal["decision", "hold_end"] = Field("decision", description="the formula; hold_end: the prose")
+    progress_signal: ProgressSignal = Field("probe_success", description="what should fall; set by preset")
+    drop: Literal["signed", "positive"] = Field("signed", description="positive: max(0, drop), paper; set by preset")
+    grounding: Literal["answer", "withheld"] = Field("answer", description="paper: answer; withheld: hidden segments")
+    grounding_weight: float = Field(0.0, ge=0, description="paper lambda_gt; set by preset")
+    mixing: Literal["raw", "standardised"] = Field("raw", description="raw: the formula; standardised: z-scores")
+    shuffle_rewards: bool = Field(False, description="null control: permute the rewards of each buffer")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        preset = values.get("preset", "sound")
+        return {**CREDIT_PRESETS.get(preset if isinstance(preset, str) else "", {}), **values}
+
+
+class PolicyConfig(Component):
+    """The Beta policy of the learned exposure and its REINFORCE update."""
+
+    hidden: int = Field(32, ge=1, description="tanh units of the one hidden layer; ours")
+    learning_rate: float = Field(2e-2, ge=0, description="Adam; ours. 0 is the untrained-policy control")
+    beta1: float = Field(0.0, ge=0, lt=1, description="Adam; ours: with 0.9 it keeps climbing past a moved optimum")
+    decisions_per_policy_update: int = Field(4, ge=2, description="paper B; value ours")
+    entropy_ceiling: float = Field(-0.27, description="nats; that of Beta(3, 3); form paper, value ours")
+    entropy_cost: float = Field(1.0, ge=0, description="reached linearly from 0 over the run; form paper, value ours")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="of the training-state averages; ours")
+
+
+class LossConfig(Component):
+    """The student's loss on its own tokens."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "top_k", "sampled_token"] = Field(
+        "forward_kl", description="KL(teacher || student) over the full vocabulary: OPSD and paper"
+    )
+    jsd_weight: float = Field(0.5, gt=0, lt=1, description="teacher's share of the mixture; read by jensen_shannon")
+    top_k: int = Field(100, ge=1, description="teacher's largest entries, the rest one tail bucket; read by top_k")
+    clip: Literal["none", "per_token", "per_entry"] = Field("per_token", description="ours; OPSD: per_entry")
+    clip_threshold: float | None = Field(
+        None, gt=0, description="nats; None: 0.05 for per_entry (OPSD), 2.0 for per_token (ours)"
+    )
+    temperature: float | None = Field(None, gt=0, description="divides both logits; None: sampling.temperature (OPSD)")
+    reduction: Literal["sequence", "token"] = Field("sequence", description="paper: sequence; OPSD's code: token")
+    chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time; does not change results")
+
+    @property
+    def threshold(self) -> float:
+        """The clip threshold in force, nats."""
+        default = {"none": float("inf"), "per_token": 2.0, "per_entry": 0.05}[self.clip]
+        return default if self.clip_threshold is None or self.clip == "none" else self.clip_threshold
+
+    @model_validator(mode="after")
+    def _clip_fits(self) -> LossConfig:
+        if self.clip == "per_entry" and self.divergence not in ("forward_kl", "reverse_kl", "jensen_shannon"):
+            raise ValueError(f"clip: per_entry has no entries to clip under divergence: {self.divergence}; use none")
+        return self
+
+
+class TeacherConfig(Component):
+    """The teacher's weights: a clock of their own, independent of the exposure."""
+
+    weights: Literal["frozen", "live", "ema", "refresh"] = Field("frozen", description="the initial policy: OPSD")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="per student update; read by ema")
+    refresh_every: int = Field(50, ge=1, description="student updates between copies; read by refresh")
+
+
+class SamplingConfig(Component):
+    """How the student writes its rollouts."""
+
+    temperature: float = Field(1.0, gt=0, description="OPSD: 1.1")
+    top_p: float = Field(1.0, gt=0, le=1, description="OPSD: 0.95")
+    top_k: int = Field(0, ge=0, description="0: off; OPSD: 20")
+    min_p: float = Field(0.0, ge=0, lt=1, description="0: off")
+    completion_tokens: int = Field(1024, ge=1, description="longest completion; OPSD: 1024")
+    batch_size: int = Field(64, ge=1, description="rows decoded together; does not change the draws")
+
+
+class TrainConfig(Component):
+    """The optimiser, the clock and the checkpoints."""
+
+    method: Literal["distill", "sft", "grpo"] = Field("distill", description="sft and grpo are the baselines")
+    num_updates: int = Field(100, ge=1, description="OPSD: 100")
+    batch_size: int = Field(32, ge=1, description="rollouts per update; OPSD: 32")
+    micro_batch_size: int = Field(8, ge=1, description="rows scored together; does not change the gradient")
+    learning_rate: float = Field(5e-6, ge=0, description="AdamW; OPSD: 5e-6")
+    warmup_updates: int = Field(0, ge=0, description="linear from 0")
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW")
+    max_grad_norm: float = Field(0.1, gt=0, description="OPSD: 0.1")
+    group_size: int = Field(8, ge=2, description="samples per problem; read by grpo")
+    evaluate_every: int = Field(25, ge=0, description="updates between validations; 0: never")
+    checkpoint_every: int = Field(25, ge=1, description="updates between checkpoints; OPSD: 25")
+    keep_checkpoints: int = Field(3, ge=1, description="newest ones kept; older ones are deleted")
+    log_samples: int = Field(2, ge=0, description="rollouts with both contexts kept at each validation")
+    threads: int | None = Field(None, ge=1, description="CPU threads; None: torch's choice. Part of bit-exactness")
+    seed: int = Field(0, ge=0, description="every draw of the run is a function of it")
+
+    @model_validator(mode="after")
+    def _groups(self) -> TrainConfig:
+        if self.method == "grpo" and self.batch_size % self.group_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+        return self
+
+
+class EvaluationConfig(Component):
+    """Average@k on held-out problems."""
+
+    samples: int = Field(2, ge=1, description="k; the paper's tables: 12")
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    min_p: float = Field(0.0, ge=0, lt=1)
+    completion_tokens: int | None = Field(None, ge=1, description="None: sampling.completion_tokens")
+
+
+class Config(Component):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    views: ViewsConfig = ViewsConfig()
+    exposure: ExposureConfig = ExposureConfig()
+    credit: CreditConfig = CreditConfig()
+    policy: PolicyConfig = PolicyConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _signal_that_can_be_measured(cls, values: Any) -> Any:
+        """Where nothing can be verified, the `sound` preset falls back to the probe NLL (method section 5)."""
+        if not isinstance(values, Mapping):
+            return values
+        data, credit = values.get("data") or {}, values.get("credit") or {}
+        unverified = isinstance(data, Mapping) and data.get("checker") == "none"
+        if unverified and isinstance(credit, Mapping) and credit.get("preset", "sound") == "sound":
+            return {**values, "credit": {"progress_signal": "probe_nll", **credit}}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.data.checker == "none":
+            if self.credit.progress_signal in ("probe_success", "train_success") and self.exposure.kind == "learned":
+                raise ValueError(
+                    f"credit.progress_signal: {self.credit.progress_signal} needs a checker; use probe_nll"
+                )
+            if self.train.method == "grpo":
+                raise ValueError("train.method: grpo needs verified rewards; set data.checker: math")
+        if self.data.source != "world" and self.model.path.startswith("world:"):
+            raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
+        if self.sampling.completion_tokens >= self.model.max_context_tokens:
+            raise ValueError(
+                f"sampling.completion_tokens {self.sampling.completion_tokens} leaves no room for a prompt in "
+                f"model.max_context_tokens {self.model.max_context_tokens}"
+            )
+        return self
+
+    @property
+    def loss_temperature(self) -> float:
+        """What both logits are divided by in the loss."""
+        return self.loss.temperature if self.loss.temperature is not None else self.sampling.temperature
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Longest completion in evaluation, tokens."""
+        return self.evaluation.completion_tokens or self.sampling.completion_tokens
+
+    @property
+    def checker(self) -> Literal["exact", "math", "none"]:
+        """The answer checker in force."""
+        if self.data.checker == "auto":
+            return "exact" if self.data.source == "world" else "math"
+        return self.data.checker
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"{key_node.start_mark.name}: line {line}: the key '{key}' is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    folder = importlib.resources.files("atesd") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML strictly: duplicate keys and syntax errors are `ConfigError`s that name the line."""
+    try:
+        loader = _UniqueKeyLoader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{name}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def recipe_text(recipe: str) -> str:
+    """The YAML text of a packaged recipe or of a file."""
+    if recipe in recipe_names():
+        return (importlib.resources.files("atesd") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
+    path = Path(recipe)
+    if path.is_file():
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{recipe}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    hint = _nearest(recipe, recipe_names())
+    raise ConfigError(f"'{recipe}' is neither a file nor a recipe{hint}; recipes: {', '.join(recipe_names())}")
+
+
+def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
+    """Load a packaged recipe or a YAML file, apply `a.b=value` overrides, and check everything.
+
+    Raises `ConfigError` that names each setting by its dotted path, its value, what is allowed, and the nearest name.
+    """
+    values = parse_yaml(recipe_text(recipe), recipe) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{recipe}: expected settings grouped by component, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from_mapping(values, name=recipe)
+
+
+def config_from_mapping(values: Mapping[str, Any], name: str = "config") -> Config:
+    """Check a nested mapping of settings. Raises `ConfigError` as `load_config` does."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{name}: " + "\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_settings(config: Config) -> Iterator[tuple[str, Any, str]]:
+    """Each setting as (dotted path, value in force, unit and origin)."""
+    yield from _describe(config, "")
+
+
+def _describe(component: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
+    for name, field in type(component).model_fields.items():
+        value = getattr(component, name)
+        if isinstance(value, BaseModel):
+            yield from _describe(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value, field.description or ""
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {override}: expected a.b=value, for example --set train.num_updates=4")
+    *groups, leaf = path.strip().split(".")
+    node = values
+    for group in groups:
+        child = node.get(group)
+        if child is None:
+            child = node[group] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{group}' is a setting, not a group of settings")
+        node = child
+    node[leaf] = parse_yaml(text, f"--set {override}")
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as: dotted path, value, what is allowed, nearest valid name."""
+    location = [part for part in item["loc"] if isinstance(part, str)]
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        component = _component_at(location[:-1])
+        names = list(component.model_fields) if component else []
+        elsewhere = [p for p, _, _ in describe_settings(Config()) if p.rsplit(".", 1)[-1] == location[-1]]
+        hint = _nearest(location[-1], names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
+        where = f"in '{'.'.join(location[:-1])}'" if location[:-1] else "at the top"
+        return f"{path}: unknown setting{hint}; allowed {where}: {', '.join(names)}"
+    if item["type"] in ("value_error", "assertion_error"):
+        message = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
+        return f"{path}: {message}" if path else message
+    value = item["input"]
+    hint = ""
+    if item["type"] == "literal_error":
+        component = _component_at(location[:-1])
+        allowed = _literals(component, location[-1]) if component else []
+        hint = _nearest(str(value), allowed)
+    requirement = item["msg"][0].lower() + item["msg"][1:]
+    return f"{path}: {value!r} is not allowed: {requirement}{hint}"
+
+
+def _component_at(path: list[str]) -> type[BaseModel] | None:
+    component: Any = Config
+    for name in path:
+        field = component.model_fields.get(name)
+        if field is None:
+            return None
+        candidates = [field.annotation, *get_args(field.annotation)]
+        component = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if component is None:
+            return None
+    return component  # type: ignore[no-any-return]
+
+
+def _literals(component: type[BaseModel], name: str) -> list[str]:
+    annotation = component.model_fields[name].annotation if name in component.model_fields else None
+    flat = [get_args(arg) or (arg,) for arg in get_args(annotation)]
+    return [str(value) for group in flat for value in group if isinstance(value, str)]
+
+
+def _nearest(word: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

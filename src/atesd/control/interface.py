@@ -1,0 +1,40 @@
+"""What every exposure offers. A trainer needs nothing else, and an exposure needs neither trainer nor model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from atesd.records import FinishedDecision, UpdateStats
+
+Measurement = Literal["probe_nll", "probe_success", "probe_kl", "grounding", "train_success"]
+
+
+class Exposure(Protocol):
+    """Decides how much of the reference the teacher sees, and learns from what followed."""
+
+    def measurements(self, update: int) -> frozenset[Measurement]:
+        """What the trainer should measure at this update (before its optimiser step) and put into `UpdateStats`."""
+        ...
+
+    def reveal_ratio(self, update: int, group: str = "") -> float:
+        """The ratio in [0, 1] for this update; `group` is a difficulty or a problem id under finer granularity.
+
+        Asking twice for the same update and group gives the same ratio.
+        """
+        ...
+
+    def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
+        """Take in what update `update` showed. Returns the decisions that a policy update has just consumed."""
+        ...
+
+    def pending(self) -> list[FinishedDecision]:
+        """Decisions taken but not yet consumed, as far as they got; for the log at the end of a run."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: nested dicts of tensors and JSON values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        ...

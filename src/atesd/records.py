@@ -1,0 +1,116 @@
+"""The frozen records that cross borders between rooms. Plain Python: no torch, no pydantic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
+Split = Literal["train", "validation", "probe", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem with its segmented reference solution.
+
+    `segments` are the r_1..r_m of the paper (arXiv 2605.11458); `closing` is the last part of the reference, the one that
+    states the boxed final answer. It is not a segment. `reference` is their exact concatenation.
+    """
+
+    id: str
+    text: str
+    segments: tuple[str, ...]
+    closing: str
+    answer: str
+    difficulty: int = 0
+
+    @property
+    def reference(self) -> str:
+        """The whole reference solution, byte for byte as it was read."""
+        return "".join(self.segments) + self.closing
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the teacher reads before it scores a completion: the message, and how much of the reference is in it."""
+
+    text: str
+    shown_segments: int
+    total_segments: int
+
+    @property
+    def effective_ratio(self) -> float:
+        """Share of the segments really shown, in [0, 1]; 1 for a reference without segments."""
+        return self.shown_segments / self.total_segments if self.total_segments else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion with the student context that produced it. Token ids are never re-tokenised.
+
+    `logprobs` holds the log-probability (nats) of each completion token under the student's distribution at the rollout
+    temperature, before top-k, top-p or min-p. `truncated` means that no end token came within the limit.
+    """
+
+    problem_id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What an exposure may know of one student update; losses and probes are measured *before* the optimiser step.
+
+    `kl` is the mean forward KL per token in nats, whatever the training divergence. `None` means not measured this update.
+    `train_success` pairs each graded rollout of the update with its difficulty: (difficulty, 1.0 or 0.0).
+    """
+
+    reveal_ratio: float
+    effective_ratio: float
+    loss: float
+    kl: float
+    top1_disagreement: float
+    student_confidence: float
+    probe_nll: float | None = None
+    probe_success: float | None = None
+    probe_kl: float | None = None
+    grounding: float | None = None
+    train_success: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One exposure decision: what the policy saw, and what it drew, before student update `update`.
+
+    `samples` maps a group (the empty string for one ratio per update, else a difficulty or a problem id) to its unclipped
+    draw from Beta(concentration1, concentration0).
+    """
+
+    update: int
+    state: tuple[float, ...]
+    concentration1: float
+    concentration0: float
+    samples: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedDecision:
+    """A decision whose look-ahead window has closed, with everything its reward was made of.
+
+    The series run over the updates of the window; `None` marks an update at which the signal was not measured.
+    `advantage` is None until the policy update that consumes the decision.
+    """
+
+    decision: Decision
+    effective_ratio: float
+    window: tuple[int, int]
+    progress_signal: tuple[float | None, ...]
+    grounding_signal: tuple[float | None, ...]
+    ratios_in_window: tuple[float, ...]
+    progress: float
+    grounding: float
+    reward: float
+    advantage: float | None = None
