@@ -1,14 +1,15 @@
 """Every setting: name, default, unit, range, origin. Load YAML, apply overrides, dump what was resolved.
 
-Origins: "paper" is ATESD (arXiv 2605.11458), "OPSD" is arXiv 2601.18734 (third version), "ours" means that the paper does
-not say and we chose. Each default is stated once, here. Nothing writes to a config after loading. This module imports
-neither torch nor transformers, so that a mistake in a config is reported at once.
+Origins: "paper" is ATESD (arXiv 2605.11458), "OPSD" is arXiv 2601.18734 (third version), "ours" means that the paper
+does not say and we chose. Each default is stated once, here. Nothing writes to a config after loading. This module
+imports neither torch nor transformers, so that a mistake in a config is reported at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -55,9 +56,7 @@ class ModelConfig(Component):
     teacher_template: dict[str, bool | int | str] = Field(
         default_factory=dict, description="chat-template options of the teacher; OPSD: enable_thinking: true"
     )
-    max_context_tokens: int = Field(
-        4096, ge=16, description="longest teacher context with its completion, tokens; ours"
-    )
+    max_context_tokens: int = Field(4096, ge=16, description="longest teacher context plus completion, tokens; ours")
 
 
 class ColumnsConfig(Component):
@@ -100,12 +99,12 @@ class DataConfig(Component):
 
 
 class ViewsConfig(Component):
-    """What the teacher's message says around the visible reference. The texts are ours; the order of parts is OPSD's."""
+    """What the teacher's message says around the visible reference. Texts are ours; the order of parts is OPSD's."""
 
     answer: Literal["keep", "withhold", "only"] = Field("keep", description="paper: keep, at every ratio")
     wording: Literal["adaptive", "constant"] = Field(
         "adaptive",
-        description="adaptive (ours): only a partial reference is called partial; constant: one text for all",
+        description="adaptive (ours): only a cut reference is called partial; constant: one text for all",
     )
     problem_text: str = Field("Problem: {problem}", description="how a problem is introduced")
     instruction: str = Field(
@@ -364,7 +363,7 @@ _UniqueKeyLoader.yaml_implicit_resolvers = {
 }
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
     list("-+0123456789."),
 )
 
@@ -492,7 +491,7 @@ def _component_at(path: list[str]) -> type[BaseModel] | None:
         component = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if component is None:
             return None
-    return component  # type: ignore[no-any-return]
+    return component
 
 
 def _literals(component: type[BaseModel], name: str) -> list[str]:

@@ -13,8 +13,8 @@ Split = Literal["train", "validation", "probe", "test"]
 class Problem:
     """A problem with its segmented reference solution.
 
-    `segments` are the r_1..r_m of the paper (arXiv 2605.11458); `closing` is the last part of the reference, the one that
-    states the boxed final answer. It is not a segment. `reference` is their exact concatenation.
+    `segments` are the r_1..r_m of the paper (arXiv 2605.11458); `closing` is the last part of the reference, the one
+    that states the boxed final answer. It is not a segment. `reference` is their exact concatenation.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Rollout:
 class UpdateStats:
     """What an exposure may know of one student update; losses and probes are measured *before* the optimiser step.
 
-    `kl` is the mean forward KL per token in nats, whatever the training divergence. `None` means not measured this update.
+    `kl` is the mean forward KL per token in nats, whatever the training divergence. `None` means not measured.
     `train_success` pairs each graded rollout of the update with its difficulty: (difficulty, 1.0 or 0.0).
     """
 
@@ -85,8 +85,8 @@ class UpdateStats:
 class Decision:
     """One exposure decision: what the policy saw, and what it drew, before student update `update`.
 
-    `samples` maps a group (the empty string for one ratio per update, else a difficulty or a problem id) to its unclipped
-    draw from Beta(concentration1, concentration0).
+    `samples` maps a group (the empty string for one ratio per update, else a difficulty or a problem id) to its
+    unclipped draw from Beta(concentration1, concentration0).
     """
 
     update: int

@@ -1,1 +1,1 @@
-""""""
+"""Adapters for other trainers."""

@@ -1,1 +1,1 @@
-""""""
+"""Average@k on held-out problems and the controller's probes."""

@@ -1,1 +1,1 @@
-""""""
+"""One short module per table, figure or claim."""

@@ -1,7 +1,7 @@
 """Keyed randomness: every draw is a function of (run seed, stream, key), never of what was drawn before.
 
-So neither a resume, nor the micro-batch, nor the world size, nor an extra evaluation changes a sample, and two components
-with their own streams never share a generator.
+So neither a resume, nor the micro-batch, nor the world size, nor an extra evaluation changes a sample, and two
+components with their own streams never share a generator.
 """
 
 from __future__ import annotations

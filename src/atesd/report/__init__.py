@@ -1,1 +1,1 @@
-""""""
+"""Read run folders; write tables, figures and one self-contained page. Never imports torch."""

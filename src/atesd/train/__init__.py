@@ -1,1 +1,1 @@
-""""""
+"""One update, the loop around it, and the checkpoints."""
