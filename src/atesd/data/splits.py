@@ -1,0 +1,51 @@
+"""Which split a problem belongs to: decided by a hash of its text, so that splits are disjoint by construction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from atesd.records import Problem, Split
+
+_SHARES: tuple[tuple[Split, float], ...] = (("train", 0.80), ("validation", 0.07), ("probe", 0.03), ("test", 0.10))
+
+
+@dataclass(frozen=True)
+class ProblemSets:
+    """The problems of a run, split. `skipped` lists refused rows, each with its reason.
+
+    `fingerprint` is the SHA-256 of every problem of every split, so that a resumed run can tell that its data changed.
+    """
+
+    train: tuple[Problem, ...]
+    validation: tuple[Problem, ...]
+    probe: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+    skipped: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+
+def split_of(text: str) -> Split:
+    """The split of a problem: 80 % train, 7 % validation, 3 % probe, 10 % test, by a hash of its text.
+
+    Runs of white space count as one blank, so that two copies of a problem never fall into different splits.
+    """
+    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "little") / 2**64
+    for split, share in _SHARES:
+        if place < share:
+            return split
+        place -= share
+    return "test"
+
+
+def fingerprint(*splits: Iterable[Problem]) -> str:
+    """SHA-256 (hexadecimal) over every field of every problem, in order, with the borders between splits."""
+    digest = hashlib.sha256()
+    for problems in splits:
+        for problem in problems:
+            fields = (problem.id, problem.text, problem.segments, problem.closing, problem.answer, problem.difficulty)
+            digest.update(repr(fields).encode())
+        digest.update(b"|")
+    return digest.hexdigest()
