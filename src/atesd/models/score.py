@@ -1,0 +1,145 @@
+"""Score given tokens: hidden states at the completion positions, and the head that turns them into logits.
+
+The logits of a batch never exist at once: a backbone pass gives one hidden state per completion token, the caller
+projects them a block at a time (`maths.divergence.chunked_loss`). Rows are right-padded and attention is causal, so
+that padding can reach no real token; masks come from lengths, never from the pad id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from atesd.errors import ModelError
+from atesd.models.load import LoadedModel
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Context ids and completion ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output projection: float32 logits from hidden states, with the scale and soft cap of the architecture.
+
+    Holds the weight tensor itself, so that a teacher's head stays the teacher's after its weights are swapped out. With
+    `weight` None the "hidden states" are the model's own logits already (an architecture we do not take apart).
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "N F"]) -> Float[Tensor, "N V"]:
+        """Logits in float32 (float64 for float64 hidden states): rounding logits to bfloat16 would spoil small KLs."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits = hidden.to(wide)
+        if self.weight is not None:
+            logits = F.linear(logits, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The tensors of the head that are being trained."""
+        return [tensor for tensor in (self.weight, self.bias) if tensor is not None and tensor.requires_grad]
+
+
+class Scorer:
+    """Gives hidden states and head of one model; knows how its architecture makes logits."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        model = loaded.model
+        self._causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._backbone = self._causal_lm.get_decoder()
+        self.takes_head_apart = self._head_reproduces_the_models_logits()
+
+    def head(self) -> Head:
+        """The head as it stands now; its tensors are those of the model at this moment."""
+        if not self.takes_head_apart:
+            return Head(None)
+        return self._read_head()
+
+    def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
+        """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.
+
+        Gradients flow if they are enabled. The completion must not be empty (`ValueError`).
+        """
+        ids, rows, columns = self._layout(pairs)
+        if not self.takes_head_apart:
+            logits: Tensor = self._loaded.model(input_ids=ids, use_cache=False).logits
+            return logits[rows, columns]
+        hidden: Tensor = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[rows, columns]
+
+    def _layout(self, pairs: Sequence[Pair]) -> tuple[Int[Tensor, "B T"], Int[Tensor, " N"], Int[Tensor, " N"]]:
+        if any(not context or not completion for context, completion in pairs):
+            raise ValueError("every context and every completion needs at least one token")
+        lengths = [len(context) + len(completion) - 1 for context, completion in pairs]
+        ids = torch.full((len(pairs), max(lengths)), self._loaded.pad_id, dtype=torch.long)
+        for row, (context, completion) in enumerate(pairs):
+            ids[row, : lengths[row]] = torch.tensor((*context, *completion[:-1]), dtype=torch.long)
+        rows = [row for row, (_, completion) in enumerate(pairs) for _ in completion]
+        columns = [len(context) - 1 + n for context, completion in pairs for n in range(len(completion))]
+        device = self._loaded.device
+        return ids.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+    def _read_head(self) -> Head:
+        layer = self._causal_lm.get_output_embeddings()
+        if not isinstance(layer, nn.Linear):
+            return Head(None)
+        config = self._causal_lm.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        soft_cap = getattr(config, "final_logit_softcapping", None)
+        return Head(layer.weight, layer.bias, scale / divisor, None if soft_cap is None else float(soft_cap))
+
+    @torch.no_grad()
+    def _head_reproduces_the_models_logits(self) -> bool:
+        """Whether backbone and head, taken apart, give what the model's own forward gives (checked on eight tokens)."""
+        head = self._read_head()
+        if head.weight is None:
+            return False
+        ids = torch.arange(8, device=self._loaded.device)[None] % self._causal_lm.config.get_text_config().vocab_size
+        own = self._loaded.model(input_ids=ids, use_cache=False).logits.float()
+        apart = head.logits(self._backbone(input_ids=ids, use_cache=False).last_hidden_state[0])[None]
+        if not torch.isfinite(own).all():
+            raise ModelError("the model gives non-finite logits on a plain input; its weights or dtype are unusable")
+        return bool((own - apart).norm() <= 1e-2 * own.norm())
+
+
+def completion_logprobs(
+    scorer: Scorer,
+    pairs: Sequence[Pair],
+    *,
+    temperature: float = 1.0,
+    micro_batch_size: int = 8,
+    chunk_tokens: int = 256,
+) -> list[Tensor]:
+    """Log-probability in nats of every completion token: one [len(completion)] tensor per pair, no gradient.
+
+    Logits are divided by `temperature` first.
+    """
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for batch in batched(pairs, micro_batch_size):
+            hidden, head = scorer.hidden(batch), scorer.head()
+            tokens = torch.tensor([t for _, completion in batch for t in completion], device=hidden.device)
+            own = [
+                (head.logits(h) / temperature).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
+                for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
+            ]
+            found += torch.cat(own).split([len(completion) for _, completion in batch])
+    return found
+
+
+def batched(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
+    """Consecutive pieces of at most `size` pairs."""
+    for start in range(0, len(pairs), size):
+        yield list(pairs[start : start + size])
