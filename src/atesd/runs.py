@@ -1,0 +1,466 @@
+"""The run folder: names, lock, rows, manifest. The only owner of that format; imports neither torch nor transformers.
+
+    NAME/  config.yaml  manifest.json  metrics.jsonl  decisions.jsonl  evaluations.jsonl  samples.jsonl
+           checkpoints/update-NNNNNN/  adapter/ or model/  report.html  skipped/update-NNNNNN.json
+
+A row is one JSON object on one line and counts once its newline is written. Whoever writes holds the lock; reading
+needs none. `updates_done = n` means that updates 0..n-1 are done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+from filelock import FileLock, Timeout
+
+from atesd.config import Config, dump_config, load_config
+from atesd.errors import RunError
+
+RowKind = Literal["metrics", "decisions", "evaluations", "samples"]
+EndStatus = Literal["finished", "stopped", "failed"]
+
+FORMAT = "atesd-run-1"
+MAY_CHANGE = ("train.num_updates", "train.keep_checkpoints", "evaluation.")
+"""Settings that a resumed run may change: none of them enters an update. `train.num_updates` may only grow."""
+
+_CONFIG, _MANIFEST, _LOCK, _OWNER = "config.yaml", "manifest.json", ".lock", ".owner.json"
+_PACKAGES = ("atesd", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+class RunFolder:
+    """One run on disk. Make it with `create` or `open`; write to it inside `with run.lock():`."""
+
+    def __init__(self, path: Path, run_id: str) -> None:
+        self.path = path
+        self.run_id = run_id
+
+    @classmethod
+    def exists(cls, path: Path | str) -> bool:
+        """Whether a run was begun here. A folder whose creation was interrupted holds none."""
+        return (Path(path) / _MANIFEST).is_file()
+
+    @classmethod
+    def create(cls, path: Path | str, config: Config, manifest: Mapping[str, Any]) -> RunFolder:
+        """Begin a run in a new or empty folder, with a manifest from `new_manifest`.
+
+        Raises `RunError` if the folder holds a run or other files, or another process is at work in it.
+        """
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{folder}: cannot make the run folder: {error.strerror}; choose another --out") from None
+        interrupted = (folder / _LOCK).exists()
+        with _locked(folder):
+            if cls.exists(folder):
+                raise RunError(f"{folder} already holds a run; resume it, or choose another --out")
+            ours = {_LOCK, _OWNER, *(f".{name}.tmp" for name in (_OWNER, _CONFIG, _MANIFEST))}
+            foreign = sorted(item.name for item in folder.iterdir() if item.name not in ours)
+            if foreign and not (interrupted and foreign == [_CONFIG]):
+                raise RunError(f"{folder} is not empty ({foreign[0]}) and holds no run; choose another --out")
+            write_atomic(folder / _CONFIG, dump_config(config).encode())
+            _write_json(folder / _MANIFEST, manifest)
+        return cls(folder, manifest["run_id"])
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """Open a run for reading, or for writing under its lock. Raises `RunError` if it is not a run folder."""
+        folder = Path(path)
+        if not cls.exists(folder):
+            found = "no such folder" if not folder.exists() else "not a folder" if folder.is_file() else "none there"
+            raise RunError(f"{folder} is not a run folder: expected {_MANIFEST} as `atesd train` writes it, {found}")
+        return cls(folder, _read_manifest(folder)["run_id"])
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Folder of the trained model, or of the adapter where LoRA was trained."""
+        return self.path / ("adapter" if self.config.model.lora else "model")
+
+    @property
+    def report(self) -> Path:
+        """The page that `atesd report` writes by default."""
+        return self.path / "report.html"
+
+    @property
+    def config(self) -> Config:
+        """The resolved config in force. Raises `ConfigError` if the file was damaged, `RunError` if it is missing."""
+        if not (self.path / _CONFIG).is_file():
+            raise RunError(f"{self.path}: {_CONFIG} is missing; a run folder keeps the resolved config there")
+        return load_config(str(self.path / _CONFIG))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """manifest.json as it is now."""
+        return _read_manifest(self.path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the folder. A second process gets `RunError` at once, naming host, process and since when.
+
+        The operating system's lock decides and ends with its process; the owner file only names.
+        """
+        with _locked(self.path):
+            yield
+
+    def append(self, kind: RowKind, row: Mapping[str, Any]) -> None:
+        """Write one row and flush it. Raises `RunError` for what strict JSON cannot hold, naming the key.
+
+        A line left torn by a kill is dropped first, so that the new row never joins it.
+        """
+        _require_row(kind, row)
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        with self._rows_path(kind).open("a+b") as file:
+            _drop_torn_line(file)
+            file.write(line)
+
+    def rows(self, kind: RowKind) -> list[dict[str, Any]]:
+        """Every row so far, oldest first. A torn last line is ignored; any other damage is a `RunError`."""
+        path = self._rows_path(kind)
+        if not path.exists():
+            return []
+        *lines, _ = path.read_bytes().split(b"\n")
+        return [_parse_row(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+
+    def sync(self) -> None:
+        """Force every row to the disk: to be called before the checkpoint that relies on them."""
+        for kind in get_args(RowKind):
+            if self._rows_path(kind).exists():
+                with self._rows_path(kind).open("ab") as file:
+                    os.fsync(file.fileno())
+        sync_directory(self.path)
+
+    def cut(self, updates_done: int) -> dict[RowKind, int]:
+        """Drop the rows that a run resumed after `updates_done` updates will write again; returns how many of each.
+
+        Kept are metrics of updates below `updates_done`, finished decisions logged below it, and evaluations and
+        samples up to and including it, because a checkpoint follows the evaluation at its own update. Pending
+        decisions go: the resumed run holds them as state. After 0 updates there is no checkpoint, and nothing is kept.
+        """
+        dropped: dict[RowKind, int] = {}
+        for kind in get_args(RowKind):
+            rows = self.rows(kind)
+            kept = [row for row in rows if _survives(kind, row, updates_done)]
+            dropped[kind] = len(rows) - len(kept)
+            text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode()
+            path = self._rows_path(kind)
+            if path.exists() and path.read_bytes() != text:
+                write_atomic(path, text)
+        return dropped
+
+    def check_config(self, config: Config) -> list[str]:
+        """The permitted changes against the recorded config, as 'setting: old -> new'.
+
+        Raises `RunError` that lists every other change: a resumed run must be the same run.
+        """
+        changes = _changes(self.config.model_dump(mode="json"), config.model_dump(mode="json"))
+        refused = [text for setting, text in changes.items() if not _may_change(setting)]
+        if config.train.num_updates < self.config.train.num_updates:
+            refused.append(changes["train.num_updates"] + " (it may only grow)")
+        if refused:
+            raise RunError(
+                f"{self.path}: the config differs from the one this run began with:\n  "
+                + "\n  ".join(refused)
+                + "\nTake these changes back, or start a new run with another --out."
+            )
+        return list(changes.values())
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raise `RunError` if the problems are not those that the run began with."""
+        recorded = self.manifest["data_fingerprint"]
+        if fingerprint != recorded:
+            raise RunError(
+                f"{self.path}: the problems have changed: fingerprint {fingerprint}, recorded {recorded}; "
+                "restore the data, or start a new run with another --out"
+            )
+
+    def begin_session(
+        self, config: Config, *, command: Sequence[str], updates_done: int, threads: int | None = None
+    ) -> list[str]:
+        """Record a resume, put a permitted config change in force, and return what to tell the user.
+
+        A changed package, processor or thread count, and a longer run where a schedule depends on the length, are
+        told because the run is then no longer equal, bit for bit, to the uninterrupted one.
+        """
+        notes = [*self.check_config(config), *_length_notes(self.config, config)]
+        manifest, session = self.manifest, _session(command, updates_done, threads)
+        before = manifest["sessions"][-1]
+        notes += [f"{change}; no longer bit-exact" for change in _environment_changes(before, session)]
+        if before["status"] == "running":
+            before["status"] = "killed"
+        manifest["sessions"].append({**session, "notes": notes})
+        manifest["status"], manifest["ended"] = "running", None
+        write_atomic(self.path / _CONFIG, dump_config(config).encode())
+        _write_json(self.path / _MANIFEST, manifest)
+        return notes
+
+    def end_session(self, status: EndStatus) -> None:
+        """Record how and when the current session ended."""
+        manifest = self.manifest
+        manifest["status"] = manifest["sessions"][-1]["status"] = status
+        manifest["ended"] = manifest["sessions"][-1]["ended"] = _now()
+        _write_json(self.path / _MANIFEST, manifest)
+
+    def dump_skipped(self, update: int, record: Mapping[str, Any]) -> Path:
+        """Keep the batch of a skipped update for inspection. Non-finite numbers are written as text, such as "nan"."""
+        path = self.path / "skipped" / f"update-{update:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        _write_json(path, _spelled_out(record))
+        return path
+
+    def _rows_path(self, kind: RowKind) -> Path:
+        return self.path / f"{kind}.jsonl"
+
+
+def new_manifest(
+    config: Config, *, data_fingerprint: str, command: Sequence[str], threads: int | None = None
+) -> dict[str, Any]:
+    """The manifest of a run about to begin, with its first session: versions, commit, machine, seed, data, command."""
+    session = _session(command, 0, threads)
+    copied = ("started", "command", "commit", "versions", "host", "cpu", "cores", "threads")
+    return {
+        "format": FORMAT,
+        "run_id": uuid.uuid4().hex,
+        "seed": config.train.seed,
+        "data_fingerprint": data_fingerprint,
+        "status": "running",
+        "ended": None,
+        **{key: session[key] for key in copied},
+        "sessions": [session],
+    }
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file so that a crash leaves the old content or the new, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"{folder} is in use by {_owner(folder)}; wait until it ends, stop it, or choose another --out"
+        ) from None
+    try:
+        _write_json(folder / _OWNER, {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()})
+        yield
+    finally:
+        (folder / _OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / _OWNER).read_bytes())
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RunError(f"{path}: not valid JSON ({error}); expected the manifest of a run") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise RunError(f"{path}: format {found!r}, expected {FORMAT!r}; the folder belongs to something else")
+    return manifest
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cut a file back to its last newline; a file that ends in one is only looked at."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _require_row(kind: RowKind, row: Mapping[str, Any]) -> None:
+    for key in ("update", "logged_at") if kind == "decisions" else ("update",):
+        if type(row.get(key)) is not int:
+            raise RunError(f"{kind} row: {key} is {row.get(key)!r}, expected an integer")
+    if kind == "decisions" and row.get("status") not in ("finished", "pending"):
+        raise RunError(f"decisions row: status is {row.get('status')!r}, expected finished or pending")
+    _require_json(row, f"{kind} row: ")
+
+
+def _require_json(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RunError(f"{where} is {value}; rows hold finite numbers, and None for what was not measured")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise RunError(f"{where} has the key {key!r} of type {type(key).__name__}; keys are text")
+            _require_json(item, f"{where}{key}" if where.endswith(" ") else f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _require_json(item, f"{where}[{index}]")
+    elif not (value is None or isinstance(value, (bool, int, float, str))):
+        raise RunError(f"{where} is a {type(value).__name__}; rows hold JSON values")
+
+
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise RunError(f"{where} is damaged ({error}); restore the file or remove that line") from None
+    if not isinstance(row, dict):
+        raise RunError(f"{where} is damaged: a {type(row).__name__} where an object was expected")
+    return row
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _survives(kind: RowKind, row: Mapping[str, Any], updates_done: int) -> bool:
+    if kind == "metrics":
+        return bool(row["update"] < updates_done)
+    if kind == "decisions":
+        return bool(row["logged_at"] < updates_done and row["status"] == "finished")
+    return bool(updates_done > 0 and row["update"] <= updates_done)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Each leaf that differs between two nested mappings: its dotted path -> 'path: old -> new'."""
+    before, after, absent = _flat(dict(old)), _flat(dict(new)), "(unset)"
+    return {
+        path: f"{path}: {before.get(path, absent)} -> {after.get(path, absent)}"
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path, absent) != after.get(path, absent)
+    }
+
+
+def _may_change(setting: str) -> bool:
+    return any(setting.startswith(allowed) if allowed.endswith(".") else setting == allowed for allowed in MAY_CHANGE)
+
+
+def _length_notes(old: Config, new: Config) -> list[str]:
+    """What a longer run changes besides its length: everything that is a function of the share of the run done."""
+    if old.train.num_updates == new.train.num_updates:
+        return []
+    dependent = {
+        "exposure.schedule": new.exposure.kind == "schedule",
+        "policy.entropy_cost": new.exposure.kind == "learned",
+        "train.learning_rate_schedule": new.train.learning_rate_schedule != "constant",
+    }
+    return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
+
+
+def _session(command: Sequence[str], updates_done: int, threads: int | None) -> dict[str, Any]:
+    return {
+        "started": _now(),
+        "ended": None,
+        "status": "running",
+        "updates_done": updates_done,
+        "command": list(command),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+    }
+
+
+def _environment_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    keys = ("versions", "cpu", "threads")
+    return list(_changes({key: before[key] for key in keys}, {key: after[key] for key in keys}).values())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this file was checked out from, with '+changes' if tracked files differ; None outside a checkout."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    return f"{_git(here.parent, 'rev-parse', 'HEAD')}{'+changes' if changes else ''}"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _spelled_out(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _spelled_out(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled_out(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
