@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atesd.data.answers import last_boxed
+from atesd.data import answers
+from atesd.data.answers import ExactChecker, MathChecker, last_boxed, make_checker, normalise
+from atesd.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -46,3 +55,154 @@ nested = st.recursive(
 @given(before=st.text(max_size=20), content=nested, after=st.text(st.characters(exclude_characters="\\"), max_size=20))
 def test_any_balanced_content_comes_back_whole(before, content, after):
     assert last_boxed(before + r"\boxed{" + content + "}" + after) == (content.strip() or None)
+
+
+SPELLINGS = [
+    (r"$\dfrac{1}{2}$", r"\frac{1}{2}"),
+    (r"\left( 1, 2 \right)", "(1,2)"),
+    ("1,234", "1234"),
+    (r"1,\!234{,}567.5", "1234567.5"),
+    (r"5\text{ cm}.", "5cm"),
+    (r"\$5", "5"),
+    (r"x\;=\quad 3", "x=3"),
+    (r"\tfrac12", r"\frac12"),
+]
+
+
+@pytest.mark.parametrize(("answer", "spelling"), SPELLINGS)
+def test_spellings_of_one_answer_become_one_string(answer, spelling):
+    assert normalise(answer) == spelling
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("1 2", "12"), ("(1,234)", "(1234)"), ("50\\%", "50"), ("-1", "1"), ("A", "a")]
+)
+def test_different_answers_stay_different_strings(one, other):
+    assert normalise(one) != normalise(other)
+
+
+latex = st.lists(
+    st.sampled_from(
+        ["1", "23", ",", " ", "$", ".", "~", "{", "}", "\\", r"\text{", r"\dfrac", r"\left", r"\!", r"\ ", "x"]
+    )
+).map("".join)
+
+
+@given(latex)
+def test_normalising_twice_is_normalising_once(answer):
+    assert normalise(normalise(answer)) == normalise(answer)
+
+
+def test_the_exact_checker_tells_wrong_from_missing():
+    pairs = [(r"\boxed{ 7 }", "7"), (r"\boxed{8}", "7"), ("7", "7"), (r"\boxed{7", "7")]
+    assert ExactChecker().check(pairs) == ["correct", "wrong", "unparseable", "unparseable"]
+
+
+@pytest.fixture(scope="module")
+def checker():
+    with contextlib.closing(MathChecker(workers=2)) as checker:
+        yield checker
+
+
+def boxed(*pairs: tuple[str, str]) -> list[tuple[str, str]]:
+    return [(rf"so \boxed{{{answer}}}", gold) for answer, gold in pairs]
+
+
+def test_equal_mathematics_is_correct_however_it_is_spelt(checker):
+    equal = boxed(("0.5", r"\frac12"), ("(x+1)^2", "x^2+2x+1"), (r"\{2, 1\}", r"\{1,2\}"), ("x=5", "5"), ("7.0", "7"))
+    assert checker.check(equal) == ["correct"] * 5
+    assert checker.check(boxed(("0.51", r"\frac12"), ("(2,1)", "(1,2)"))) == ["wrong", "wrong"]
+
+
+def test_what_cannot_be_read_is_unparseable_and_not_wrong(checker):
+    assert checker.check([*boxed((r"\frac{", "7")), ("no box", "7"), *boxed(("???", "7"))]) == ["unparseable"] * 3
+
+
+def test_a_gold_that_cannot_be_read_is_compared_as_a_string(checker):
+    assert checker.check(boxed(("???", " ??? "), ("7", "???"))) == ["correct", "wrong"]
+
+
+def test_a_comparison_that_hangs_is_a_timeout_and_costs_the_others_nothing(checker):
+    hang = r"9^{9^{9^{9}}}"
+    checker.check(boxed(("0.5", "1/2"), ("0.25", "1/4")))  # both processes are up: only the comparison is timed
+    begin = time.monotonic()
+    verdicts = checker.check(boxed(("0.5", "1/2"), (hang, "7"), ("0.25", "1/4"), ("3", "4")))
+    assert verdicts == ["correct", "timeout", "correct", "wrong"]
+    assert 2.0 <= time.monotonic() - begin < 6.0
+    assert checker.check(boxed(("0.2", "1/5"))) == ["correct"]
+
+
+def test_the_time_a_process_takes_to_start_is_not_counted():
+    with contextlib.closing(MathChecker(workers=1, seconds=0.3)) as checker:  # importing sympy takes longer than that
+        assert checker.check(boxed(("0.5", "1/2"))) == ["correct"]
+
+
+def test_a_comparison_that_eats_its_memory_is_a_timeout_and_not_wrong():
+    with contextlib.closing(MathChecker(workers=1, seconds=20.0, memory_mb=100)) as checker:
+        assert checker.check(boxed(("1" * 100_000, "7"), ("0.5", "1/2"))) == ["timeout", "correct"]
+
+
+def test_equal_strings_need_no_process():
+    checker = MathChecker()
+    assert checker.check(boxed((r"\dfrac{1}{2}", r"$\frac{1}{2}$"))) == ["correct"]
+    assert checker._workers == []
+
+
+def test_verdicts_come_in_the_order_of_the_pairs(checker):
+    pairs = [(str(n), f"{n}.0" if n % 3 else f"{n}.5") for n in range(40)]
+    assert checker.check(boxed(*pairs)) == ["correct" if n % 3 else "wrong" for n in range(40)]
+
+
+def test_a_process_that_dies_is_replaced(checker):
+    checker.check(boxed(("0.5", "1/2")))
+    idle = next(worker for worker in checker._workers if worker.idle)
+    idle.process.kill()
+    idle.process.wait()
+    assert checker.check(boxed(("0.5", "1/2"), ("0.25", "1/4"))) == ["correct", "correct"]
+
+
+def test_processes_ignore_ctrl_c(checker):
+    checker.check(boxed(("0.5", "1/2")))
+    processes = [worker.process for worker in checker._workers]
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    assert checker.check(boxed(("0.2", "1/5"))) == ["correct"]
+    assert processes[0] in [worker.process for worker in checker._workers]
+
+
+def test_an_interrupted_check_leaves_no_process_and_no_late_verdict(checker, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("atesd.data.answers.wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checker.check(boxed(("0.5", "1/2"), ("7", "8")))
+    assert checker._workers == []
+    assert checker.check(boxed(("7", "8"), ("0.5", "1/2"))) == ["wrong", "correct"]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_closing_or_forgetting_a_checker_ends_its_processes(closed):
+    checker = MathChecker(workers=1)
+    checker.check(boxed(("0.5", "1/2")))
+    process = checker._workers[0].process
+    if closed:
+        checker.close()
+    del checker
+    assert process.returncode is not None  # waited for: no zombie
+
+
+def test_a_checker_that_cannot_start_says_why():
+    with pytest.raises(DataError, match=r"data.checker: math cannot run.*10 MB"):
+        MathChecker(workers=1, memory_mb=10).check(boxed(("0.5", "1/2")))
+
+
+def test_the_worker_needs_nothing_of_the_package():
+    code = "import sys, runpy; runpy.run_path(sys.argv[1]); print(sorted({'atesd', 'torch'} & set(sys.modules)))"
+    path = str(Path(answers.__file__).with_name("answer_worker.py"))
+    done = subprocess.run([sys.executable, "-P", "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_each_kind_has_its_checker():
+    assert isinstance(make_checker("exact"), ExactChecker)
+    assert isinstance(make_checker("math"), MathChecker)
+    assert make_checker("none") is None
