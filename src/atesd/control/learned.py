@@ -1,0 +1,202 @@
+"""ATESD's exposure: a Beta policy that learns the reveal ratio from what followed (arXiv 2605.11458).
+
+Usable alone, in anybody's training loop:
+
+    exposure = LearnedExposure(num_updates=400)
+    for update in range(400):
+        wanted = exposure.measurements(update)  # for example {"probe_success"}: measure it now
+        stats = train_one_update(exposure.reveal_ratio(update), wanted)  # an UpdateStats
+        exposure.observe(update, stats)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any, Literal, final
+
+from torch import Tensor
+
+from atesd.config import CreditConfig, PolicyConfig
+from atesd.control.interface import Measurement
+from atesd.control.ledger import (
+    DecisionLedger,
+    decision_from_json,
+    decision_to_json,
+    finished_from_json,
+    finished_to_json,
+)
+from atesd.control.policy import BetaPolicy
+from atesd.control.state import STATE_NAMES, TrainingState
+from atesd.errors import ConfigError
+from atesd.maths import beta, credit, keyed
+from atesd.records import Decision, FinishedDecision, UpdateStats
+
+
+@final
+class LearnedExposure:
+    """Decides every `hold_updates`, is rewarded `lookahead_updates` later, learns from every B rewarded decisions.
+
+    Each draw is a function of (seed, decision, group) and of the policy alone. Under `per_difficulty` and `per_problem`
+    a decision is one Beta, from which each group draws its own ratio; `update` ignores the group. `policy_updates` and
+    `skipped_policy_updates` (all rewards equal) count the buffers consumed.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_updates: int,
+        credit: CreditConfig | None = None,
+        policy: PolicyConfig | None = None,
+        seed: int = 0,
+        ratio_min: float = 0.0,
+        ratio_max: float = 1.0,
+        granularity: Literal["update", "per_difficulty", "per_problem"] = "update",
+    ) -> None:
+        if not 0.0 <= ratio_min <= ratio_max <= 1.0:
+            raise ConfigError(f"ratio_min {ratio_min}, ratio_max {ratio_max}: allowed are 0 <= min <= max <= 1")
+        self._credit = credit or CreditConfig()
+        self._policy_config = policy or PolicyConfig()
+        self._seed = seed
+        self._bounds = (ratio_min, ratio_max)
+        self._granularity = granularity
+        self._training_state = TrainingState(num_updates, self._policy_config.ema_decay)
+        self._policy = BetaPolicy(self._policy_config, len(STATE_NAMES), seed)
+        self._ledger = DecisionLedger(self._credit)
+        self._decision: Decision | None = None
+        self._finished: list[FinishedDecision] = []
+        self.policy_updates = 0
+        self.skipped_policy_updates = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Decisions that no reward could be given to, by reason."""
+        return dict(self._ledger.dropped)
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Non-finite numbers that were kept out of the training state, by name."""
+        return dict(self._training_state.ignored)
+
+    def measurements(self, update: int) -> frozenset[Measurement]:
+        """What to measure before the step of this update: probes only where a window starts or closes."""
+        signal = self._credit.progress_signal
+        wanted: set[Measurement] = set()
+        if update % self._credit.hold_updates == 0:
+            wanted.add("probe_nll")  # a state feature, whatever the progress signal is
+        if signal == "train_success":
+            wanted.add("train_success")
+        elif signal != "train_kl" and self._ledger.starts_or_closes_window(update):
+            wanted.add(signal)
+        if self._credit.grounding_weight > 0:
+            wanted.add("grounding")
+        return frozenset(wanted)
+
+    def reveal_ratio(self, update: int, group: str = "") -> float:
+        """The ratio for this update and group, clipped to the bounds; the first call of a hold takes the decision."""
+        decision = self._decision_for(update)
+        group = "" if self._granularity == "update" else group
+        key = decision.update // self._credit.hold_updates
+        uniform = float(keyed.uniforms(1, self._seed, "exposure", key, group)[0])
+        draw = beta.quantile(uniform, decision.concentration1, decision.concentration0)
+        self._ledger.add_draw(decision.update, group, draw)
+        lowest, highest = self._bounds
+        return min(max(draw, lowest), highest)
+
+    def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
+        """Take in an update; with the B-th rewarded decision, improve the policy and return the decisions it consumed.
+
+        Their `reward` is the one that was used: mixed over the buffer, permuted under `shuffle_rewards`. Where all
+        rewards were the same there was no policy update, and `advantage` stays None.
+        """
+        self._training_state.observe(stats)
+        self._finished += self._ledger.record(update, stats)
+        consumed: list[FinishedDecision] = []
+        size = self._policy_config.decisions_per_policy_update
+        while len(self._finished) >= size:
+            buffer, self._finished = self._finished[:size], self._finished[size:]
+            consumed += self._improve(update, buffer)
+        return consumed
+
+    def pending(self) -> list[FinishedDecision]:
+        """Rewarded decisions that wait for their policy update, then open ones with the sums so far."""
+        return [*self._finished, *self._ledger.pending()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that lives: JSON values and tensors, copied."""
+        return {
+            "training_state": self._training_state.state_dict(),
+            "policy": self._policy.state_dict(),
+            "ledger": self._ledger.state_dict(),
+            "decision": self._decision and decision_to_json(self._decision),
+            "finished": [finished_to_json(finished) for finished in self._finished],
+            "policy_updates": self.policy_updates,
+            "skipped_policy_updates": self.skipped_policy_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, also after a way through JSON with tensors as nested lists."""
+        self._training_state.load_state_dict(state["training_state"])
+        self._policy.load_state_dict(state["policy"])
+        self._ledger.load_state_dict(state["ledger"])
+        self._decision = state["decision"] and decision_from_json(state["decision"])
+        self._finished = [finished_from_json(finished) for finished in state["finished"]]
+        self.policy_updates = state["policy_updates"]
+        self.skipped_policy_updates = state["skipped_policy_updates"]
+
+    def state_hash(self) -> str:
+        """SHA-256 of the whole state: equal on all ranks as long as their controllers agree bit for bit."""
+        text = json.dumps(self.state_dict(), default=_tensor_values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _decision_for(self, update: int) -> Decision:
+        """The decision that holds at this update, taken now if the update is the first of its hold."""
+        start = update - update % self._credit.hold_updates
+        if self._decision is not None and start < self._decision.update:
+            raise ValueError(f"update {update} is before the current decision, taken before {self._decision.update}")
+        if self._decision is None or self._decision.update != start:
+            state = self._training_state.decision_state(start)
+            concentration1, concentration0 = self._policy.concentrations([state])
+            self._decision = Decision(start, state, concentration1.item(), concentration0.item(), samples={})
+            self._ledger.open(self._decision)
+        return self._decision
+
+    def _improve(self, update: int, buffer: list[FinishedDecision]) -> list[FinishedDecision]:
+        """Reward, normalise, and take one policy update, at the end of student update `update`."""
+        rewards = self._rewards(buffer)
+        advantages = credit.advantages(rewards)
+        if advantages is None:
+            self.skipped_policy_updates += 1
+            return [replace(finished, reward=reward) for finished, reward in zip(buffer, rewards, strict=True)]
+        self._policy.update(
+            states=[finished.decision.state for finished in buffer],
+            draws=[list(finished.decision.samples.values()) for finished in buffer],
+            advantages=advantages,
+            training_progress=self._training_state.training_progress(update),
+        )
+        self.policy_updates += 1
+        self._training_state.policy_updated(update)
+        return [
+            replace(finished, reward=reward, advantage=advantage)
+            for finished, reward, advantage in zip(buffer, rewards, advantages, strict=True)
+        ]
+
+    def _rewards(self, buffer: list[FinishedDecision]) -> list[float]:
+        rewards = credit.rewards(
+            [finished.progress for finished in buffer],
+            [finished.grounding for finished in buffer],
+            self._credit.grounding_weight,
+            self._credit.mixing,
+        )
+        if not self._credit.shuffle_rewards:
+            return rewards
+        first = buffer[0].decision.update
+        order = keyed.generator(self._seed, "shuffle_rewards", first).permutation(len(rewards))
+        return [rewards[i] for i in order]
+
+
+def _tensor_values(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} in a controller's state; expected tensors and JSON values")

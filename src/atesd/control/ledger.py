@@ -1,0 +1,215 @@
+"""The decision ledger: which updates belong to which decision, and what each decision earned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
+
+from atesd.config import CreditConfig
+from atesd.control.state import DifficultyAdjustment
+from atesd.maths import credit
+from atesd.records import Decision, FinishedDecision, UpdateStats
+
+SUCCESS_DECAY = 0.9  # of the running success per difficulty; ours
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What one update showed: l and g measured before its step, and the ratio that acted in it."""
+
+    progress_signal: float | None
+    grounding: float | None
+    reveal_ratio: float
+    effective_ratio: float
+
+
+@final
+class DecisionLedger:
+    """Opens, feeds and closes decisions; knows nothing of policies, models or files.
+
+    A decision is taken before update t and held over t .. t+H-1. Its window runs from update s to update s+L, with
+    s = t (`window_start: decision`, the paper's formula) or s = t+H (`hold_end`, its prose), and closes when the stats
+    of update s+L arrive: l_{s+L} is measured before that update, so it shows what the updates s .. s+L-1 did. Windows
+    may overlap. A decision that cannot be credited is dropped, and `dropped` counts the reasons.
+    """
+
+    def __init__(self, config: CreditConfig) -> None:
+        self._config = config
+        self._open: list[Decision] = []
+        self._rows: dict[int, _Row] = {}
+        self._success = DifficultyAdjustment(SUCCESS_DECAY)
+        self.dropped: dict[str, int] = {}
+
+    def window(self, decision_update: int) -> tuple[int, int]:
+        """First and last update (inclusive) whose signals reward the decision taken before `decision_update`."""
+        start = decision_update + (self._config.hold_updates if self._config.window_start == "hold_end" else 0)
+        return start, start + self._config.lookahead_updates
+
+    def starts_or_closes_window(self, update: int) -> bool:
+        """Whether a window starts or closes at this update, so that a probe is due. With H = L: once per decision."""
+        first_start, first_close = self.window(0)
+        hold = self._config.hold_updates
+        return any(update >= first and (update - first) % hold == 0 for first in (first_start, first_close))
+
+    def open(self, decision: Decision) -> None:
+        """Start to follow a decision."""
+        self._open.append(replace(decision, samples=dict(decision.samples)))
+
+    def add_draw(self, decision_update: int, group: str, draw: float) -> None:
+        """Note the draw of a group that was first met during the hold; too late once the window has closed."""
+        for decision in self._open:
+            if decision.update == decision_update:
+                decision.samples.setdefault(group, draw)
+
+    def record(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
+        """Take in one update. Returns the decisions whose window it closes, each once, with the raw reward."""
+        self._rows[update] = self._row(update, stats)
+        closing = [decision for decision in self._open if self.window(decision.update)[1] <= update]
+        self._open = [decision for decision in self._open if decision not in closing]
+        finished = [credited for decision in closing if (credited := self._credit(decision)) is not None]
+        self._forget_rows()
+        return finished
+
+    def pending(self) -> list[FinishedDecision]:
+        """The open decisions as far as they got: sums over the measurements so far, 0 where there is nothing to sum."""
+        return [self._finish(decision) for decision in self._open]
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {
+            "open": [decision_to_json(decision) for decision in self._open],
+            "rows": [[update, asdict(row)] for update, row in self._rows.items()],
+            "success": self._success.state_dict(),
+            "dropped": dict(self.dropped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self._open = [decision_from_json(decision) for decision in state["open"]]
+        self._rows = {update: _Row(**row) for update, row in state["rows"]}
+        self._success.load_state_dict(state["success"])
+        self.dropped = dict(state["dropped"])
+
+    def _row(self, update: int, stats: UpdateStats) -> _Row:
+        """The row of an update. A non-finite signal drops every decision whose window it lies in, and is not kept."""
+        signals = {"progress signal": self._progress_signal(stats), "grounding": stats.grounding}
+        for name, value in signals.items():
+            if value is not None and not math.isfinite(value):
+                signals[name] = None
+                self._drop_around(update, f"non-finite {name}")
+        return _Row(signals["progress signal"], signals["grounding"], stats.reveal_ratio, stats.effective_ratio)
+
+    def _progress_signal(self, stats: UpdateStats) -> float | None:
+        """l, which should fall. `train_kl` is the student's loss; successes count negatively."""
+        match self._config.progress_signal:
+            case "train_kl":
+                return stats.loss
+            case "probe_nll":
+                return stats.probe_nll
+            case "probe_kl":
+                return stats.probe_kl
+            case "probe_success":
+                return None if stats.probe_success is None else -stats.probe_success
+            case "train_success":
+                success = self._success.success(stats.train_success)
+                return None if success is None else -success
+
+    def _drop_around(self, update: int, reason: str) -> None:
+        kept = []
+        for decision in self._open:
+            start, close = self.window(decision.update)
+            if start <= update <= close:
+                self._count_dropped(reason)
+            else:
+                kept.append(decision)
+        self._open = kept
+
+    def _credit(self, decision: Decision) -> FinishedDecision | None:
+        finished = self._finish(decision)
+        progress, grounding = self._components(decision)
+        if progress is None:
+            self._count_dropped("progress signal not measured")
+        elif grounding is None and self._config.grounding_weight > 0:
+            self._count_dropped("grounding not measured")
+        elif not math.isfinite(finished.reward):
+            self._count_dropped("non-finite reward")
+        else:
+            return finished
+        return None
+
+    def _count_dropped(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def _components(self, decision: Decision) -> tuple[float | None, float | None]:
+        """(progress, grounding); None where the window so far gives none."""
+        progress_signal, grounding_signal = self._signals(decision)
+        return (
+            credit.discounted_progress(progress_signal, self._config.discount, self._config.drop),
+            credit.discounted_grounding(grounding_signal, self._config.discount),
+        )
+
+    def _signals(self, decision: Decision) -> tuple[list[float | None], list[float | None]]:
+        """l_s .. l_{s+L} and g_{s+1} .. g_{s+L}."""
+        start, close = self.window(decision.update)
+        rows = [self._rows.get(update) for update in range(start, close + 1)]
+        return [row.progress_signal if row else None for row in rows], [
+            row.grounding if row else None for row in rows[1:]
+        ]
+
+    def _finish(self, decision: Decision) -> FinishedDecision:
+        """The decision with what its window gave so far; sums over nothing are 0."""
+        start, close = self.window(decision.update)
+        hold = self._seen(decision.update, decision.update + self._config.hold_updates - 1)
+        progress_signal, grounding_signal = self._signals(decision)
+        progress, grounding = (component or 0.0 for component in self._components(decision))
+        return FinishedDecision(
+            decision=decision,
+            effective_ratio=_mean([row.effective_ratio for row in hold] or decision.samples.values()),
+            window=(start, close),
+            progress_signal=tuple(progress_signal),
+            grounding_signal=tuple(grounding_signal),
+            ratios_in_window=tuple(row.reveal_ratio for row in self._seen(start, close)),
+            progress=progress,
+            grounding=grounding,
+            reward=credit.rewards([progress], [grounding], self._config.grounding_weight, "raw")[0],
+        )
+
+    def _seen(self, first: int, last: int) -> list[_Row]:
+        return [self._rows[update] for update in range(first, last + 1) if update in self._rows]
+
+    def _forget_rows(self) -> None:
+        """Keep the rows that an open decision still needs."""
+        oldest = min((decision.update for decision in self._open), default=math.inf)
+        self._rows = {update: row for update, row in self._rows.items() if update >= oldest}
+
+
+def decision_to_json(decision: Decision) -> dict[str, Any]:
+    """A decision as JSON values."""
+    return {**asdict(decision), "state": list(decision.state)}
+
+
+def decision_from_json(values: dict[str, Any]) -> Decision:
+    """The inverse of `decision_to_json`."""
+    return Decision(**{**values, "state": tuple(values["state"]), "samples": dict(values["samples"])})
+
+
+def finished_to_json(finished: FinishedDecision) -> dict[str, Any]:
+    """A finished decision as JSON values."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(finished).items()}
+    return {**values, "decision": decision_to_json(finished.decision)}
+
+
+def finished_from_json(values: dict[str, Any]) -> FinishedDecision:
+    """The inverse of `finished_to_json`."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    fields["decision"] = decision_from_json(values["decision"])
+    return FinishedDecision(**fields)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -1,0 +1,199 @@
+"""The null test: does a controller move although its student never learns? A sound one does not.
+
+The real `LearnedExposure` is driven by the noise of a frozen student, measured once on a grid of ratios. Nothing that
+the controller does can improve such a student, so any drift of its mean ratio is an artefact of the reward.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atesd.config import CreditConfig, PolicyConfig
+from atesd.control.interface import Measurement
+from atesd.control.learned import LearnedExposure
+from atesd.maths import keyed
+from atesd.records import FinishedDecision, UpdateStats
+
+FROZEN_PROBE = 1.0
+"""A frozen student's probe with keyed samples gives the same number every time; which number does not matter."""
+
+NOT_MEASURED: dict[Measurement, Any] = {
+    "probe_nll": None,
+    "probe_success": None,
+    "probe_kl": None,
+    "grounding": None,
+    "train_success": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredBatch:
+    """What one batch of a frozen student's rollouts shows at one ratio; units as in `UpdateStats`."""
+
+    loss: float
+    kl: float
+    top1_disagreement: float
+    grounding: float
+    student_confidence: float = 0.0
+    train_success: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRatio:
+    """The same batches, in the same order, scored by a teacher who sees `reveal_ratio` of the reference."""
+
+    reveal_ratio: float
+    batches: tuple[MeasuredBatch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NullResult:
+    """How a controller behaved under the null.
+
+    `means` and `draws` hold the mean of the Beta and the drawn ratio of each decision; `start_mean` the first mean,
+    `end_mean` and `end_draw` their averages over the last quarter of the decisions.
+    """
+
+    start_mean: float
+    end_mean: float
+    end_draw: float
+    policy_updates: int
+    skipped_policy_updates: int
+    means: tuple[float, ...]
+    draws: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NullBand:
+    """Mean and standard deviation over seeds (divisor n) of the Beta's mean, per decision."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def simulate(
+    measured: Sequence[MeasuredRatio], credit: CreditConfig, policy: PolicyConfig, decisions: int, seed: int
+) -> NullResult:
+    """Let a learned exposure take `decisions` decisions over a student whose noise was measured and who never learns.
+
+    Each update draws one measured batch (keyed) and reads it at the ratio in force, interpolated between the grid's
+    neighbours, so that a batch keeps its own ease or difficulty at every ratio. Raises `ValueError` if the grid does
+    not run from 0 to 1 in rising order over the same number of batches.
+    """
+    _require_grid(measured)
+    batches = len(measured[0].batches)
+
+    def stats(update: int, reveal_ratio: float) -> UpdateStats:
+        batch = int(keyed.generator(seed, "null_test", update).integers(batches))
+        return _stats_at(measured, batch, reveal_ratio)
+
+    return _drive(credit, policy, decisions, seed, stats)
+
+
+def null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int, seeds: Sequence[int]) -> NullBand:
+    """Where a controller wanders whose reward is nothing but noise: the band to draw behind a learned curve.
+
+    Every signal is a standard normal draw, whatever the ratio. Its scale does not matter: advantages are normalised.
+    """
+    curves = [_drive(credit, policy, decisions, seed, _noise(seed)).means for seed in seeds]
+    columns = list(zip(*curves, strict=True))
+    means = tuple(sum(column) / len(column) for column in columns)
+    deviations = tuple(
+        math.sqrt(sum((value - mean) ** 2 for value in column) / len(column))
+        for column, mean in zip(columns, means, strict=True)
+    )
+    return NullBand(means, deviations)
+
+
+def _drive(
+    credit: CreditConfig,
+    policy: PolicyConfig,
+    decisions: int,
+    seed: int,
+    stats: Callable[[int, float], UpdateStats],
+) -> NullResult:
+    """The training loop without a model. As in a real run, an exposure sees no measurement that it did not ask for."""
+    num_updates = decisions * credit.hold_updates
+    exposure = LearnedExposure(num_updates=num_updates, credit=credit, policy=policy, seed=seed)
+    taken: list[FinishedDecision] = []
+    for update in range(num_updates):
+        wanted = exposure.measurements(update)
+        unasked: dict[str, Any] = {name: empty for name, empty in NOT_MEASURED.items() if name not in wanted}
+        taken += exposure.observe(update, replace(stats(update, exposure.reveal_ratio(update)), **unasked))
+    taken += exposure.pending()
+    means = tuple(_mean_ratio(finished) for finished in taken)
+    draws = tuple(finished.decision.samples[""] for finished in taken)
+    quarter = max(decisions // 4, 1)
+    return NullResult(
+        start_mean=means[0],
+        end_mean=sum(means[-quarter:]) / quarter,
+        end_draw=sum(draws[-quarter:]) / quarter,
+        policy_updates=exposure.policy_updates,
+        skipped_policy_updates=exposure.skipped_policy_updates,
+        means=means,
+        draws=draws,
+    )
+
+
+def _mean_ratio(finished: FinishedDecision) -> float:
+    decision = finished.decision
+    return decision.concentration1 / (decision.concentration1 + decision.concentration0)
+
+
+def _stats_at(measured: Sequence[MeasuredRatio], batch: int, reveal_ratio: float) -> UpdateStats:
+    """One batch at a ratio between two of the grid, linear in the ratio."""
+    above = min(bisect_right([row.reveal_ratio for row in measured], reveal_ratio), len(measured) - 1)
+    lower, upper = measured[above - 1], measured[above]
+    weight = (reveal_ratio - lower.reveal_ratio) / (upper.reveal_ratio - lower.reveal_ratio)
+    low, high = lower.batches[batch], upper.batches[batch]
+
+    def between(at_low: float, at_high: float) -> float:
+        return (1.0 - weight) * at_low + weight * at_high
+
+    return UpdateStats(
+        reveal_ratio=reveal_ratio,
+        effective_ratio=reveal_ratio,
+        loss=between(low.loss, high.loss),
+        kl=between(low.kl, high.kl),
+        top1_disagreement=between(low.top1_disagreement, high.top1_disagreement),
+        student_confidence=low.student_confidence,
+        probe_nll=FROZEN_PROBE,
+        probe_success=FROZEN_PROBE,
+        probe_kl=FROZEN_PROBE,
+        grounding=between(low.grounding, high.grounding),
+        train_success=low.train_success,
+    )
+
+
+def _noise(seed: int) -> Callable[[int, float], UpdateStats]:
+    def stats(update: int, reveal_ratio: float) -> UpdateStats:
+        signal, grounding, other = keyed.generator(seed, "null_band", update).standard_normal(3).tolist()
+        return UpdateStats(
+            reveal_ratio=reveal_ratio,
+            effective_ratio=reveal_ratio,
+            loss=signal,
+            kl=abs(other),
+            top1_disagreement=abs(other),
+            student_confidence=abs(other),
+            probe_nll=math.exp(signal),
+            probe_success=signal,
+            probe_kl=signal,
+            grounding=grounding,
+            train_success=((0, signal),),
+        )
+
+    return stats
+
+
+def _require_grid(measured: Sequence[MeasuredRatio]) -> None:
+    ratios = [row.reveal_ratio for row in measured]
+    sizes = {len(row.batches) for row in measured}
+    if ratios != sorted(set(ratios)) or ratios[:1] != [0.0] or ratios[-1:] != [1.0] or len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"measured noise: ratios {ratios} with {sorted(sizes)} batches each; needed are rising ratios from 0 to 1 "
+            "over the same batches"
+        )
