@@ -1,0 +1,349 @@
+"""Checkpoints: safetensors and JSON under SHA-256, written whole or not at all. No pickle.
+
+    checkpoints/update-000025/  tensors.safetensors  state.json  manifest.json
+
+A state is a nested dict of what components' `state_dict()` give: tensors and JSON values, with tuples and integer keys
+(as torch's optimisers have) kept. It is written to a temporary folder, forced to the disk, and renamed. The caller
+holds the run's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atesd.errors import CheckpointError
+from atesd.runs import sync_directory, write_atomic
+
+FORMAT = "atesd-checkpoint-1"
+
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_TEMPORARY, _TRASH, _REPLACED, _BEYOND = ".temporary-", ".trash-", ".replaced-", "beyond-"
+_NAME = re.compile(r"update-(\d{6,})")
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
+    | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+)
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint that passed every check, and why each newer one did not."""
+
+    path: Path
+    updates_done: int
+    state: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+def save_checkpoint(folder: Path, updates_done: int, state: dict[str, Any], keep: int, *, run_id: str) -> Path:
+    """Write `update-NNNNNN` into `folder` and delete all but the `keep` newest. Returns its path.
+
+    A crash at any moment leaves the older checkpoints whole. Checkpoints beyond `updates_done`, left by a resume that
+    had to go back further, are set aside as `beyond-update-NNNNNN`, so that no later resume takes them up.
+    Raises `CheckpointError` that names the path inside the state of a non-finite number or of a value that neither
+    safetensors nor JSON can hold, or says what the disk refused.
+    """
+    tensors: dict[str, Tensor] = {}
+    encoded = _encode(state, "", tensors)
+    _require_finite(state, "")
+    target = folder / _name(updates_done)
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder)
+        temporary.mkdir()
+        _write(temporary, encoded, tensors, {"updates_done": updates_done, "run_id": run_id})
+        _put_in_place(temporary, target)
+        _retire(folder, updates_done, keep)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            _clean(folder)
+        raise CheckpointError(f"{target}: cannot be written: {error}; older checkpoints are untouched") from error
+    return target
+
+
+def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
+    """The newest checkpoint of this run that passes every check, its tensors on the CPU; None if there is none at all.
+
+    Raises `CheckpointError` that lists what is wrong with each if none passes.
+    """
+    if not folder.is_dir():
+        return None
+    _clean(folder)
+    skipped: list[str] = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            return LoadedCheckpoint(path, _verify(path, run_id), _read(path), tuple(skipped))
+        except (CheckpointError, OSError) as error:
+            skipped.append(f"{path.name}: {error}")
+    if skipped:
+        raise CheckpointError(
+            f"{folder}: no checkpoint can be used:\n  "
+            + "\n  ".join(skipped)
+            + "\nRestore one of them from a copy, or begin again in another folder."
+        )
+    return None
+
+
+def digest(state: Any) -> str:
+    """SHA-256 over every tensor (type, shape, bytes) and JSON value of a state, whatever the order of its keys."""
+    tensors: dict[str, Tensor] = {}
+    encoded = _encode(state, "", tensors)
+    total = hashlib.sha256(json.dumps(encoded, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():  # a copy, because a single entry may carry a stride that `view` refuses
+            total.update(tensor.reshape(-1).clone().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _name(updates_done: int) -> str:
+    return f"update-{updates_done:06d}"
+
+
+# State to JSON and named tensors, and back
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON form of a value; its tensors go to `tensors` under their paths.
+
+    Tuples become {"#tuple": [...]}, tensors {"#tensor": path}; a mapping whose keys are not all plain text becomes
+    {"#keys": {...}} with an "i" or "s" before each key for its type.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = _require_storable(value, path)
+        return {"#tensor": path}
+    if isinstance(value, Mapping):
+        plain = all(isinstance(key, str) and not key.startswith("#") for key in value)
+        items = {
+            key if plain else _key(key, path): _encode(item, f"{path}/{_escaped(key)}", tensors)
+            for key, item in value.items()
+        }
+        return items if plain else {"#keys": items}
+    if isinstance(value, (list, tuple)):
+        items_ = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return {"#tuple": items_} if isinstance(value, tuple) else items_
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"state{path}: a {type(value).__name__} is neither a tensor nor a JSON value")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"#tensor": name}:
+            return tensors[name].clone()
+        case {"#tuple": items}:
+            return tuple(_decode(item, tensors) for item in items)
+        case {"#keys": items}:
+            return {
+                int(key[1:]) if key.startswith("i") else key[1:]: _decode(item, tensors) for key, item in items.items()
+            }
+    return {key: _decode(item, tensors) for key, item in value.items()}
+
+
+def _key(key: Any, path: str) -> str:
+    if isinstance(key, str):
+        return f"s{key}"
+    if type(key) is int:
+        return f"i{key}"
+    raise CheckpointError(f"state{path}: the key {key!r} of type {type(key).__name__} is neither text nor an integer")
+
+
+def _escaped(key: Any) -> str:
+    """One part of a path: JSON pointer's escapes (RFC 6901), and '#' before an integer, so that 0 and "0" differ."""
+    return f"#{key}" if type(key) is int else str(key).replace("~", "~0").replace("/", "~1").replace("#", "~2")
+
+
+def _require_storable(tensor: Tensor, path: str) -> Tensor:
+    if type(tensor.detach()) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:
+        kind = f"{type(tensor.detach()).__name__} ({tensor.layout}, {tensor.device})"
+        raise CheckpointError(f"state{path}: a {kind} cannot be stored; gather it to one plain dense tensor")
+    if tensor.dtype not in _DTYPES:
+        raise CheckpointError(f"state{path}: tensors of {tensor.dtype} cannot be stored")
+    return tensor
+
+
+def _require_finite(value: Any, path: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _require_finite(item, f"{path}/{_escaped(key)}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _require_finite(item, f"{path}/{index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise CheckpointError(f"state{path} is {value}; a checkpoint holds only finite numbers")
+    elif isinstance(value, Tensor) and value.is_floating_point():
+        bad = int((~torch.isfinite(value.detach())).sum())
+        if bad:
+            share = f"{bad:,} of {value.numel():,} entries are not finite"
+            raise CheckpointError(f"state{path}: {share}; a checkpoint holds only finite numbers")
+
+
+# Files
+
+
+def _write(folder: Path, encoded: Any, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
+    stored, aliases = _stored(tensors)
+    save_file(stored, folder / _TENSORS)
+    _sync_file(folder / _TENSORS)
+    state = json.dumps({"state": encoded, "aliases": aliases}, allow_nan=False, separators=(",", ":"))
+    write_atomic(folder / _STATE, state.encode())
+    files = {name: _fingerprint(folder / name) for name in (_STATE, _TENSORS)}
+    write_atomic(folder / _MANIFEST, _manifest_bytes({"format": FORMAT, **identity, "files": files}))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Contiguous CPU tensors, none sharing memory, each once: (stored, {other name: name it is stored under})."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+            continue
+        first[place] = name
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != own.numel() * own.element_size():
+            own = own.clone()
+        storages.add(own.untyped_storage().data_ptr())
+        stored[name] = own
+    return stored, aliases
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The state in a verified checkpoint."""
+    content = json.loads((path / _STATE).read_bytes())
+    tensors = load_file(path / _TENSORS)
+    tensors.update({name: tensors[source] for name, source in content["aliases"].items()})
+    state: dict[str, Any] = _decode(content["state"], tensors)
+    return state
+
+
+def _verify(path: Path, run_id: str) -> int:
+    """`updates_done` of a checkpoint whose every byte is as it was written. Raises `CheckpointError` otherwise."""
+    manifest = _read_manifest(path / _MANIFEST)
+    if manifest["run_id"] != run_id:
+        raise CheckpointError(f"belongs to run {manifest['run_id']}, not to this run, {run_id}")
+    updates_done: int = manifest["updates_done"]
+    if path.name != _name(updates_done):
+        raise CheckpointError(f"holds {_name(updates_done)}; the folder was renamed")
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{name} is missing")
+        size = (path / name).stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
+        if _sha256(path / name) != expected["sha256"]:
+            raise CheckpointError(f"{name} does not match its SHA-256; its content was damaged")
+    return updates_done
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, checked against its own checksum, or, of another format, against nothing but its name."""
+    try:
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+        found = manifest.get("format")
+    except FileNotFoundError:
+        raise CheckpointError(f"{_MANIFEST} is missing") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{_MANIFEST} cannot be read: {error}") from None
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    if found != FORMAT:
+        raise CheckpointError(f"format {found!r}, expected {FORMAT!r}")
+    if raw != _manifest_bytes(content):
+        raise CheckpointError(f"{_MANIFEST} does not match its SHA-256; its content was damaged")
+    return content
+
+
+def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """A manifest with a checksum of itself, in the only spelling that is accepted."""
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": checksum}, indent=1).encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+# Names in the folder of checkpoints
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    replaced = target.with_name(f"{_REPLACED}{target.name}")
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(temporary, target)
+    sync_directory(target.parent)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _retire(folder: Path, updates_done: int, keep: int) -> None:
+    checkpoints = _checkpoints(folder)
+    current = checkpoints.index(folder / _name(updates_done)) + 1
+    for path in checkpoints[current:]:
+        beyond = path.with_name(f"{_BEYOND}{path.name}")
+        if beyond.exists():
+            _remove(beyond)
+        os.replace(path, beyond)
+    for path in checkpoints[:current][:-keep]:
+        _remove(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whatever bears a checkpoint's name, oldest first."""
+    numbered = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder in one step as far as names go: it is trash before its first file is gone."""
+    trash = path.with_name(f"{_TRASH}{path.name}")
+    os.replace(path, trash)
+    shutil.rmtree(trash)
+
+
+def _clean(folder: Path) -> None:
+    """Finish what a crash interrupted: drop unfinished and half-deleted folders, put back one not yet replaced."""
+    for replaced in folder.glob(f"{_REPLACED}*"):
+        target = folder / replaced.name.removeprefix(_REPLACED)
+        if target.exists():
+            _remove(replaced)
+        else:
+            os.replace(replaced, target)
+    for leftover in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_TRASH}*")):
+        shutil.rmtree(leftover)
