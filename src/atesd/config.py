@@ -168,6 +168,7 @@ class CreditConfig(Component):
     window_start: Literal["decision", "hold_end"] = Field("decision", description="the formula; hold_end: the prose")
     progress_signal: ProgressSignal = Field("probe_success", description="what should fall; set by preset")
     drop: Literal["signed", "positive"] = Field("signed", description="positive: max(0, drop), paper; set by preset")
+    probe_ratio: Fraction = Field(1.0, description="the teacher's fixed ratio in probe_kl; ours")
     grounding: Literal["answer", "withheld"] = Field("answer", description="paper: answer; withheld: hidden segments")
     grounding_weight: float = Field(0.0, ge=0, description="paper lambda_gt; set by preset")
     mixing: Literal["raw", "standardised"] = Field("raw", description="raw: the formula; standardised: z-scores")

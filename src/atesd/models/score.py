@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Head:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def trained(self) -> list[Tensor]:
         """The tensors of the head that are being trained."""
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None and tensor.requires_grad]
 
@@ -55,10 +56,15 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
-        model = loaded.model
-        self._causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        model: Any = loaded.model
+        self._causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._backbone = self._causal_lm.get_decoder()
         self.takes_head_apart = self._head_reproduces_the_models_logits()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self._loaded.device
 
     def head(self) -> Head:
         """The head as it stands now; its tensors are those of the model at this moment."""
@@ -129,14 +135,21 @@ def completion_logprobs(
     found: list[Tensor] = []
     with torch.no_grad():
         for batch in batched(pairs, micro_batch_size):
-            hidden, head = scorer.hidden(batch), scorer.head()
-            tokens = torch.tensor([t for _, completion in batch for t in completion], device=hidden.device)
-            own = [
-                (head.logits(h) / temperature).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
-                for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
-            ]
-            found += torch.cat(own).split([len(completion) for _, completion in batch])
+            hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
+            blocks = [slice(start, start + chunk_tokens) for start in range(0, len(tokens), chunk_tokens)]
+            own = torch.cat([token_logprobs(head.logits(hidden[b]) / temperature, tokens[b]) for b in blocks])
+            found += torch.split(own, [len(completion) for _, completion in batch])
     return found
+
+
+def token_logprobs(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Log-probability of each token under its logits, nats."""
+    return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def completion_tokens(pairs: Sequence[Pair], device: torch.device) -> Int[Tensor, " N"]:
+    """The completion tokens of all pairs, rows one after another, as `Scorer.hidden` orders its states."""
+    return torch.tensor([token for _, completion in pairs for token in completion], device=device)
 
 
 def batched(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:

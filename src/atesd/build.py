@@ -1,0 +1,251 @@
+"""The one place that turns a config into wired objects, and the functions a notebook calls.
+
+config = load_config("micro", ["train.num_updates=50"])
+outcome = train(config, Path("runs/first"))
+row = evaluate(config, split="test")
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+
+from atesd.config import Config
+from atesd.control.make import make_exposure
+from atesd.data.answers import make_checker
+from atesd.data.sources import load_problems
+from atesd.data.splits import ProblemSets
+from atesd.data.views import Renderer, TextRenderer
+from atesd.data.world import WorldRenderer
+from atesd.errors import DataError, RunError
+from atesd.evaluate.benchmark import evaluate_problems, is_looping
+from atesd.evaluate.probe_set import ProbeSet
+from atesd.models.load import load_model
+from atesd.models.prompts import PromptEncoder
+from atesd.models.sample import Sampler
+from atesd.models.score import Scorer
+from atesd.models.teacher import Teacher
+from atesd.records import Problem, Split
+from atesd.runs import RunFolder, new_manifest
+from atesd.train.batches import rollout_sampler, teacher_view
+from atesd.train.loop import Trainer, objective
+from atesd.train.parts import Listener, Parts
+
+
+@final
+class Silent:
+    """A listener that shows nothing."""
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    run: RunFolder
+    status: Literal["finished", "stopped"]
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    listener: Listener | None = None,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Train in the run folder `out`, from its newest valid checkpoint if it has one.
+
+    Raises `RunError` if another process owns the folder or its recorded config differs, and whatever `build` raises.
+    """
+    listener = listener or Silent()
+    known = RunFolder.exists(out)
+    if known and resume == "never":
+        raise RunError(f"{out} already holds a run; choose another --out, or resume it with --resume auto")
+    if known:
+        RunFolder.open(out).check_config(config)
+    parts = build(config)
+    try:
+        words = list(command) or sys.argv
+        if known:
+            run = RunFolder.open(out)
+            run.check_data(parts.problems.fingerprint)
+        else:
+            manifest = new_manifest(
+                config, data_fingerprint=parts.problems.fingerprint, command=words, threads=torch.get_num_threads()
+            )
+            run = RunFolder.create(out, config, manifest)
+        with run.lock():
+            return _train_locked(Trainer(parts, run, listener), known, words, listener)
+    finally:
+        close(parts)
+
+
+def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listener) -> Outcome:
+    run, config = trainer.run, trainer.parts.config
+    done = trainer.resume()
+    if known:
+        threads = torch.get_num_threads()
+        for note in run.begin_session(config, command=command, updates_done=done, threads=threads):
+            listener.message(note)
+        listener.message(f"resumed after update {done} of {config.train.num_updates}")
+    for note in trainer.parts.problems.skipped:
+        listener.message(f"row skipped: {note}")
+    try:
+        status = trainer.train(done)
+    except BaseException:
+        run.end_session("failed")
+        raise
+    run.end_session(status)
+    return Outcome(run, status)
+
+
+def build(config: Config, problems: ProblemSets | None = None) -> Parts:
+    """Load model and problems and wire them. `problems` replaces what `config.data` names.
+
+    Raises `ModelError`, `DataError` or `ConfigError` that names the setting or the row. Call `close` afterwards.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    problems = problems or load_problems(config.data)
+    loaded = load_model(config.model, config.train.seed)
+    encoder, renderer = PromptEncoder(loaded.tokenizer, config.model), make_renderer(config)
+    problems = problems_that_fit(problems, config, encoder, renderer)
+    scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
+    checker = make_checker(config.checker)
+    graded = partial(
+        evaluate_problems,
+        loaded,
+        encoder=encoder,
+        renderer=renderer,
+        checker=checker,
+        sampler=evaluation_sampler(config),
+        samples=config.evaluation.samples,
+        seed=config.train.seed,
+    )
+    return Parts(
+        config=config,
+        loaded=loaded,
+        scorer=scorer,
+        teacher=teacher,
+        encoder=encoder,
+        renderer=renderer,
+        problems=problems,
+        exposure=make_exposure(config, config.train.num_updates, config.train.seed, replayed_ratios(config)),
+        checker=checker,
+        probes=ProbeSet(
+            loaded=loaded,
+            scorer=scorer,
+            teacher=teacher,
+            problems=problems.probe,
+            encoder=encoder,
+            renderer=renderer,
+            checker=checker,
+            sampler=rollout_sampler(config),
+            objective=objective(config),
+            see=lambda problem: teacher_view(
+                problem, config.credit.probe_ratio, config, encoder, renderer, problems.train
+            )[1],
+            seed=config.train.seed,
+            micro_batch_size=config.train.micro_batch_size,
+        ),
+        evaluate=lambda split, update: graded(getattr(problems, split), split=split, update=update),
+        looping=is_looping,
+    )
+
+
+def close(parts: Parts) -> None:
+    """End the checker's processes."""
+    if parts.checker is not None:
+        parts.checker.close()
+
+
+def evaluate(config: Config, split: Split = "test", *, update: int = 0) -> dict[str, Any]:
+    """Average@k of the configured model on a split of the configured problems, as a row of evaluations.jsonl.
+
+    `update` is what the row is labelled with: how many updates the model has behind it.
+    """
+    parts = build(config)
+    try:
+        return parts.evaluate(split, update)
+    finally:
+        close(parts)
+
+
+def config_of_trained(run: RunFolder) -> Config:
+    """The config of a run with its trained model in place of the initial one; `RunError` if it is not finished."""
+    if not run.final.is_dir():
+        raise RunError(f"{run.path} has no trained model yet ({run.final.name}/ is missing); let `atesd train` finish")
+    config = run.config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.final), "lora": None})})
+
+
+def make_renderer(config: Config) -> Renderer:
+    """Who writes the two contexts of a problem: the world in its own language, else plain text."""
+    return WorldRenderer(config.views) if config.data.source == "world" else TextRenderer(config.views)
+
+
+def evaluation_sampler(config: Config) -> Sampler:
+    """How completions are drawn in evaluation."""
+    e = config.evaluation
+    return Sampler(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens, config.sampling.batch_size)
+
+
+def replayed_ratios(config: Config) -> list[float]:
+    """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
+    if config.exposure.kind != "replay" or config.exposure.replay_run is None:
+        return []
+    return [row["reveal_ratio"] for row in RunFolder.open(config.exposure.replay_run).rows("metrics")]
+
+
+def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEncoder, renderer: Renderer) -> ProblemSets:
+    """The problems whose contexts fit `model.max_context_tokens` even with nothing of the reference in them.
+
+    A problem and an answer are never cut: a row that does not fit is refused (`DataError`), or skipped and listed where
+    `data.on_bad_row` says so. References that have to lose segments are no reason to refuse.
+    """
+    room = config.model.max_context_tokens - max(config.sampling.completion_tokens, config.evaluation_tokens)
+    reasons: dict[str, str] = {}
+    for problem in problems.train:
+        try:
+            teacher_view(problem, 0.0, config, encoder, renderer, problems.train)
+        except DataError as error:
+            reasons[problem.id] = str(error)
+    for problem in (*problems.train, *problems.validation, *problems.probe, *problems.test):
+        length = len(encoder.student(renderer.student(problem)))
+        if length > room:
+            reasons[problem.id] = f"problem {problem.id}: its student context has {length} tokens, room is for {room}"
+    if not reasons:
+        return problems
+    if config.data.on_bad_row == "refuse":
+        listed = "\n  ".join(list(reasons.values())[:20])
+        raise DataError(
+            f"{len(reasons)} problems do not fit model.max_context_tokens {config.model.max_context_tokens}:\n  "
+            f"{listed}\nRaise it, lower sampling.completion_tokens, or set data.on_bad_row: skip"
+        )
+
+    def fitting(split: tuple[Problem, ...]) -> tuple[Problem, ...]:
+        return tuple(problem for problem in split if problem.id not in reasons)
+
+    return replace(
+        problems,
+        train=fitting(problems.train),
+        validation=fitting(problems.validation),
+        probe=fitting(problems.probe),
+        test=fitting(problems.test),
+        skipped=(*problems.skipped, *reasons.values()),
+    )

@@ -1,0 +1,70 @@
+"""The controller's probes as one object: fixed problems, fixed keys, and the rollouts that `probe_kl` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+
+from atesd.control.interface import Measurement
+from atesd.data.answers import Checker
+from atesd.data.views import Renderer
+from atesd.errors import ConfigError
+from atesd.evaluate.probes import probe_nll, probe_requests, probe_success
+from atesd.maths.divergence import Objective
+from atesd.models.load import LoadedModel
+from atesd.models.prompts import PromptEncoder
+from atesd.models.sample import Sampler, sample
+from atesd.models.score import Pair, Scorer, batched, completion_tokens
+from atesd.models.teacher import Teacher
+from atesd.records import Problem
+
+
+@final
+class ProbeSet:
+    """Measures the student on the probe problems. Every draw is keyed by the problem: a student that did not change
+
+    gives exactly the same values again.
+    """
+
+    def __init__(
+        self,
+        *,
+        loaded: LoadedModel,
+        scorer: Scorer,
+        teacher: Teacher,
+        problems: Sequence[Problem],
+        encoder: PromptEncoder,
+        renderer: Renderer,
+        checker: Checker | None,
+        sampler: Sampler,
+        objective: Objective,
+        see: Callable[[Problem], tuple[int, ...]],
+        seed: int,
+        micro_batch_size: int,
+    ) -> None:
+        self._loaded, self._scorer, self._teacher = loaded, scorer, teacher
+        self._problems, self._encoder, self._renderer = problems, encoder, renderer
+        self._checker, self._sampler, self._objective = checker, sampler, objective
+        self._see, self._seed, self._micro_batch_size = see, seed, micro_batch_size
+        self._completions: list[tuple[int, ...]] = []
+
+    def measure(self, wanted: frozenset[Measurement]) -> dict[str, float]:
+        """The wanted ones among `probe_nll` (nats per token), `probe_success` (share) and `probe_kl` (nats per token)."""
+        measured = {}
+        if "probe_nll" in wanted:
+            measured["probe_nll"] = self._nll()
+        if "probe_success" in wanted:
+            measured["probe_success"] = self._success()
+        if "probe_kl" in wanted:
+            measured["probe_kl"] = self._kl()
+        return measured
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stored probe rollouts."""
+        return {"completions": [list(completion) for completion in self._completions]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._completions = [tuple(completion) for completion in state["completions"]]

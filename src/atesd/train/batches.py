@@ -1,0 +1,144 @@
+"""The rows of an update: which problems, what the student wrote, what the teacher sees of each, and the verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atesd.config import Config
+from atesd.data.controls import controlled
+from atesd.data.views import Renderer, make_view
+from atesd.maths.keyed import generator, uniforms
+from atesd.models.prompts import PromptEncoder
+from atesd.models.sample import Request, Sampler, sample
+from atesd.records import Problem, Rollout, Verdict, View
+from atesd.train.parts import Parts
+from atesd.train.step import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rollouts of one update with what the teacher sees of each: all lists run over the same rows."""
+
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    reveal_ratios: list[float]
+    views: list[View]
+    verdicts: list[Verdict | None]
+    rows: list[Row]
+
+
+def draw_batch(parts: Parts, update: int) -> Batch:
+    """Sample, grade and show to the teacher the rows of this update. SFT takes the references as completions."""
+    config = parts.config
+    problems, numbers = batch_at(parts.problems.train, config, update)
+    if config.train.method == "sft":
+        rollouts = [reference_rollout(problem, parts) for problem in problems]
+    else:
+        requests = [request(problem, number, update, parts) for problem, number in zip(problems, numbers, strict=True)]
+        rollouts = sample(parts.loaded, requests, rollout_sampler(config))
+    verdicts = grade(problems, rollouts, parts)
+    ratios = [parts.exposure.reveal_ratio(update, group_of(problem, config)) for problem in problems]
+    seen = [
+        teacher_view(problem, ratio, config, parts.encoder, parts.renderer, parts.problems.train)
+        for problem, ratio in zip(problems, ratios, strict=True)
+    ]
+    grpo = config.train.method == "grpo"
+    scales = group_advantages(verdicts, config.train.group_size) if grpo else [1.0] * len(problems)
+    rows = [
+        Row(rollout.prompt_ids, rollout.completion_ids, context, scale)
+        for rollout, (_, context), scale in zip(rollouts, seen, scales, strict=True)
+    ]
+    return Batch(problems, rollouts, ratios, [view for view, _ in seen], verdicts, rows)
+
+
+def request(problem: Problem, number: int, update: int, parts: Parts) -> Request:
+    """What the sampler needs for one rollout; its uniforms belong to (seed, update, problem, number)."""
+    prompt = parts.encoder.student(parts.renderer.student(problem))
+    train, count = parts.config.train, parts.config.sampling.completion_tokens
+    return Request(problem.id, number, prompt, uniforms(count, train.seed, "rollout", update, problem.id, number))
+
+
+def reference_rollout(problem: Problem, parts: Parts) -> Rollout:
+    """The reference as if the student had written it."""
+    prompt = parts.encoder.student(parts.renderer.student(problem))
+    completion = parts.encoder.completion(problem.reference)
+    return Rollout(problem.id, 0, prompt, completion, (0.0,) * len(completion), truncated=False)
+
+
+def grade(problems: Sequence[Problem], rollouts: Sequence[Rollout], parts: Parts) -> list[Verdict | None]:
+    """Verdicts of the student's own completions; None where there is no checker or nothing of the student's own."""
+    if parts.checker is None or parts.config.train.method == "sft":
+        return [None] * len(rollouts)
+    texts = [parts.encoder.decode(rollout.completion_ids) for rollout in rollouts]
+    return list(parts.checker.check([(text, p.answer) for text, p in zip(texts, problems, strict=True)]))
+
+
+def batch_at(problems: Sequence[Problem], config: Config, update: int) -> tuple[list[Problem], list[int]]:
+    """The problems of an update and the sample number of each row: a function of the seed and the update alone.
+
+    Epochs are keyed permutations laid end to end; GRPO repeats each problem `group_size` times.
+    """
+    train = config.train
+    repeats = train.group_size if train.method == "grpo" else 1
+    count = train.batch_size // repeats
+    chosen = []
+    for position in range(update * count, (update + 1) * count):
+        epoch, place = divmod(position, len(problems))
+        chosen.append(problems[_order(train.seed, epoch, len(problems))[place]])
+    return [p for p in chosen for _ in range(repeats)], list(range(repeats)) * count
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return generator(seed, "order", epoch).permutation(count)
+
+
+def group_of(problem: Problem, config: Config) -> str:
+    """Which rows share a reveal ratio: all, those of a difficulty, or those of a problem."""
+    groups = {"update": "", "per_difficulty": str(problem.difficulty), "per_problem": problem.id}
+    return groups[config.exposure.granularity]
+
+
+def teacher_view(
+    problem: Problem,
+    reveal_ratio: float,
+    config: Config,
+    encoder: PromptEncoder,
+    renderer: Renderer,
+    others: Sequence[Problem],
+) -> tuple[View, tuple[int, ...]]:
+    """What the teacher reads of a problem at a ratio, under the control and the length policy, and its context ids.
+
+    `others` are the problems from which a shuffled reference may come. Raises `DataError` if nothing fits.
+    """
+    if config.train.method != "distill":
+        return View("", 0, len(problem.segments)), ()
+    if config.exposure.control == "none":
+        message = renderer.student(problem)
+        return View(message, 0, len(problem.segments)), encoder.teacher(message)
+    shown = problem
+    if config.exposure.control != "off":
+        shown = controlled(problem, config.exposure.control, others, config.train.seed)
+    room = config.model.max_context_tokens - config.sampling.completion_tokens
+    view = make_view(shown, reveal_ratio, renderer, lambda message: len(encoder.teacher(message)) <= room)
+    return view, encoder.teacher(view.text)
+
+
+def group_advantages(verdicts: Sequence[Verdict | None], group_size: int) -> list[float]:
+    """GRPO's advantage of each rollout: (reward - mean) / (std + 1e-6) in its group, reward 1 if verified, else 0."""
+    rewards = torch.tensor([float(verdict == "correct") for verdict in verdicts]).view(-1, group_size)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    advantages: list[float] = (centred / (rewards.std(1, keepdim=True) + 1e-6)).flatten().tolist()
+    return advantages
+
+
+def rollout_sampler(config: Config) -> Sampler:
+    """How rollouts are drawn in training."""
+    s = config.sampling
+    return Sampler(s.temperature, s.top_p, s.top_k, s.min_p, s.completion_tokens, s.batch_size)

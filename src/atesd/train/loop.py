@@ -1,0 +1,279 @@
+"""The closed loop: reveal, sample, score, step, observe, log. The order of effects and nothing else."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, Literal, final
+
+import torch
+
+from atesd.config import Config
+from atesd.errors import TrainingError
+from atesd.maths.divergence import Objective
+from atesd.models.load import save_model, trainable_parameters
+from atesd.models.score import completion_logprobs
+from atesd.records import Split, UpdateStats
+from atesd.runs import RunFolder
+from atesd.train.batches import Batch, draw_batch
+from atesd.train.card import write_model_card
+from atesd.train.checkpoint import load_newest, save_checkpoint
+from atesd.train.optimiser import Optimiser, learning_rate
+from atesd.train.parts import Listener, Parts
+from atesd.train.rows import decision_row, finite_or_none, metrics_row, sample_rows
+from atesd.train.step import StepMeters, distill, maximise_likelihood
+
+SKIPS_BEFORE_STOPPING = 3
+
+
+@final
+class Trainer:
+    """Trains one run folder to its last update, from wherever it stands. The caller holds the folder's lock."""
+
+    def __init__(self, parts: Parts, run: RunFolder, listener: Listener) -> None:
+        self.parts = parts
+        self.run = run
+        self._listener = listener
+        self._parameters = trainable_parameters(parts.loaded)
+        self._optimiser = Optimiser(self._parameters.values(), parts.config.train)
+        self._skipped_in_a_row = 0
+        self._stop = threading.Event()
+
+    def resume(self) -> int:
+        """Load the newest valid checkpoint, cut the rows back to it, and return how many updates are done."""
+        found = load_newest(self.run.checkpoints, self.run.run_id)
+        done = found.updates_done if found else 0
+        if found:
+            for note in found.skipped:
+                self._listener.message(f"damaged checkpoint passed over: {note}")
+            self.load_state_dict(found.state)
+        self.run.cut(done)
+        return done
+
+    def train(self, done: int) -> Literal["finished", "stopped"]:
+        """Run every update after `done`. `stopped`: a signal came, the checkpoint is saved, the same command resumes.
+
+        Raises `TrainingError` after three non-finite updates in a row.
+        """
+        train = self.parts.config.train
+        with self._signals():
+            self._evaluate(done)
+            for update in range(done, train.num_updates):
+                batch, meters, row = self.update(update)
+                done = update + 1
+                row["seconds"]["evaluate"] = self._evaluate(done)
+                self.run.append("metrics", row)
+                self._listener.update(row)
+                if train.evaluate_every and update % train.evaluate_every == 0:
+                    for sample_row in sample_rows(update, batch, meters, self.parts):
+                        self.run.append("samples", sample_row)
+                self._guard(update, batch, meters, row)
+                stopping = self._stop.is_set() and done < train.num_updates
+                if done % train.checkpoint_every == 0 or done == train.num_updates or stopping:
+                    self.save(done)
+                if stopping:
+                    return "stopped"
+        self._finish()
+        return "finished"
+
+    def update(self, update: int) -> tuple[Batch, StepMeters, dict[str, Any]]:
+        """One student update. Returns its batch, what the step measured, and its row of metrics.jsonl."""
+        parts = self.parts
+        watch = Stopwatch(parts.loaded.device)
+        wanted = parts.exposure.measurements(update)
+        probed: dict[str, float | None] = {**parts.probes.measure(wanted)}
+        watch.lap("control")
+        batch = draw_batch(parts, update)
+        watch.lap("sample")
+        if "grounding" in wanted:
+            probed["grounding"] = self._grounding(batch)
+            watch.lap("control")
+        meters = self._backward(batch)
+        watch.lap("step")
+        grad_norm, taken = self._optimiser.step(update, meters.loss)
+        parts.teacher.after_update(update + 1)
+        watch.lap("loss_backward")
+        stats = update_stats(batch, meters, probed)
+        for finished in parts.exposure.observe(update, stats):
+            self.run.append("decisions", decision_row(finished, update, "finished"))
+        watch.lap("control")
+        row = {
+            **metrics_row(update, batch, meters, stats, parts.looping),
+            "grad_norm": finite_or_none(grad_norm),
+            "learning_rate": learning_rate(parts.config.train, update),
+            "skipped": None if taken else "non-finite loss or gradient",
+            "seconds": watch.seconds(meters.seconds),
+        }
+        return batch, meters, row
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint after `done` updates."""
+        self.run.sync()
+        keep = self.parts.config.train.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, done, self.state_dict(), keep, run_id=self.run.run_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs; the data position and every draw are functions of the update."""
+        return {
+            "student": {name: parameter.detach() for name, parameter in self._parameters.items()},
+            "optimiser": self._optimiser.state_dict(),
+            "teacher": self.parts.teacher.state_dict(),
+            "exposure": self.parts.exposure.state_dict(),
+            "probes": self.parts.probes.state_dict(),
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state["student"][name])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self.parts.teacher.load_state_dict(state["teacher"])
+        self.parts.exposure.load_state_dict(state["exposure"])
+        self.parts.probes.load_state_dict(state["probes"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+
+    def _backward(self, batch: Batch) -> StepMeters:
+        parts, config = self.parts, self.parts.config
+        cut: dict[str, Any] = {
+            "reduction": config.loss.reduction,
+            "micro_batch_size": config.train.micro_batch_size,
+            "chunk_tokens": config.loss.chunk_tokens,
+        }
+        if config.train.method == "distill":
+            return distill(parts.scorer, parts.teacher, batch.rows, objective(config), **cut)
+        temperature = 1.0 if config.train.method == "sft" else config.loss_temperature
+        return maximise_likelihood(parts.scorer, batch.rows, temperature=temperature, **cut)
+
+    def _grounding(self, batch: Batch) -> float:
+        """g_t: mean log-probability per token, under the teacher's view, of the answer (paper) or the withheld part."""
+        parts = self.parts
+        pairs = []
+        for problem, view, row in zip(batch.problems, batch.views, batch.rows, strict=True):
+            withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
+            answer = f"\\boxed{{{problem.answer}}}"
+            text = answer if parts.config.credit.grounding == "answer" else withheld
+            pairs.append((row.teacher_context, parts.encoder.completion(text)))
+        with parts.teacher.weights():
+            logprobs = completion_logprobs(parts.scorer, pairs, micro_batch_size=parts.config.train.micro_batch_size)
+        return statistics.fmean(float(row.mean()) for row in logprobs)
+
+    def _guard(self, update: int, batch: Batch, meters: StepMeters, row: dict[str, Any]) -> None:
+        """Count and keep a skipped update; stop after three in a row."""
+        if row["skipped"] is None:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        rows = [{"problem_id": p.id, **asdict(r)} for p, r in zip(batch.problems, batch.rows, strict=True)]
+        dump = self.run.dump_skipped(update, {"loss": meters.loss, "token_loss": meters.tokens["loss"], "rows": rows})
+        self._listener.message(
+            f"update {update} skipped: {row['skipped']} (loss {meters.loss}); its batch is in {dump}"
+        )
+        if self._skipped_in_a_row >= SKIPS_BEFORE_STOPPING:
+            raise TrainingError(
+                f"updates {update - SKIPS_BEFORE_STOPPING + 1} to {update} were all skipped: {row['skipped']}. Their "
+                f"batches are in {dump.parent}. Lower train.learning_rate or set model.dtype: float32, and start again "
+                "from the last checkpoint"
+            )
+
+    def _evaluate(self, done: int) -> float:
+        """Evaluate if it is time and not done yet; returns the seconds it took.
+
+        Validation problems at every evaluation; the held-out test problems before the first and after the last update.
+        """
+        train = self.parts.config.train
+        started = time.perf_counter()
+        ends = done in (0, train.num_updates)
+        if not train.evaluate_every or (done % train.evaluate_every and not ends):
+            return 0.0
+        splits: list[Split] = ["validation", "test"] if ends else ["validation"]
+        seen = {(row["split"], row["update"]) for row in self.run.rows("evaluations")}
+        for split in splits:
+            if (split, done) not in seen and getattr(self.parts.problems, split):
+                row = self.parts.evaluate(split, done)
+                self.run.append("evaluations", row)
+                self._listener.evaluation(row)
+        return time.perf_counter() - started
+
+    def _finish(self) -> None:
+        logged = self.run.rows("decisions")
+        if not any(row["status"] == "pending" for row in logged):
+            for decision in self.parts.exposure.pending():
+                self.run.append("decisions", decision_row(decision, self.parts.config.train.num_updates, "pending"))
+        save_model(self.parts.loaded, self.run.final)
+        write_model_card(self.run.final, self.parts.config, self.run)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM ask for a checkpoint after the running update; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _: FrameType | None) -> None:
+            if self._stop.is_set() and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop.set()
+            self._listener.message("stopping after this update, with a checkpoint; Ctrl-C again stops at once")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@final
+class Stopwatch:
+    """Adds up the seconds of each phase of an update."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = self._now()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap under this phase."""
+        now = self._now()
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def seconds(self, of_step: dict[str, float]) -> dict[str, float]:
+        """Seconds by phase, with the lap `step` split as the step itself measured it."""
+        rest = self._laps["step"] - sum(of_step.values())
+        laps = {phase: time for phase, time in self._laps.items() if phase != "step"}
+        return {**of_step, **laps, "loss_backward": laps["loss_backward"] + of_step["loss_backward"] + rest}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def update_stats(batch: Batch, meters: StepMeters, measured: dict[str, float | None]) -> UpdateStats:
+    """What the exposure learns of an update; `measured` holds probes and grounding."""
+    graded = zip(batch.problems, batch.verdicts, strict=True)
+    return UpdateStats(
+        reveal_ratio=statistics.fmean(batch.reveal_ratios),
+        effective_ratio=statistics.fmean(view.effective_ratio for view in batch.views),
+        loss=meters.loss,
+        kl=meters.means.get("kl", 0.0),
+        top1_disagreement=meters.means.get("top1_disagreement", 0.0),
+        student_confidence=meters.means["confidence"],
+        train_success=tuple((p.difficulty, float(v == "correct")) for p, v in graded if v is not None),
+        **measured,
+    )
+
+
+def objective(config: Config) -> Objective:
+    """The configured divergence."""
+    loss = config.loss
+    return Objective(loss.divergence, loss.clip, loss.threshold, config.loss_temperature, loss.jsd_weight, loss.top_k)

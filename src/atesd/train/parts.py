@@ -1,0 +1,68 @@
+"""What a run is made of, and what it expects of its probes and of whoever watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from atesd.config import Config
+from atesd.control.interface import Exposure, Measurement
+from atesd.data.answers import Checker
+from atesd.data.splits import ProblemSets
+from atesd.data.views import Renderer
+from atesd.models.load import LoadedModel
+from atesd.models.prompts import PromptEncoder
+from atesd.models.score import Scorer
+from atesd.models.teacher import Teacher
+from atesd.records import Split
+
+
+class Probes(Protocol):
+    """Measures what an exposure asks for, without touching the training batch."""
+
+    def measure(self, wanted: frozenset[Measurement]) -> dict[str, float]:
+        """Values by name, among `probe_nll`, `probe_success`, `probe_kl`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stored rollouts."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        ...
+
+
+class Listener(Protocol):
+    """Shows what happens; a terminal, a notebook, nothing."""
+
+    def update(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+        ...
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """A row of evaluations.jsonl."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Something a user should know."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything one run is made of, wired in `atesd.build`."""
+
+    config: Config
+    loaded: LoadedModel
+    scorer: Scorer
+    teacher: Teacher
+    encoder: PromptEncoder
+    renderer: Renderer
+    problems: ProblemSets
+    exposure: Exposure
+    checker: Checker | None
+    probes: Probes
+    evaluate: Callable[[Split, int], dict[str, Any]]
+    looping: Callable[[Sequence[int]], bool]

@@ -1,0 +1,166 @@
+"""One update's gradient: distillation, and the two baselines, over micro-batches that change nothing.
+
+Each method is a loss per token and a weight per token. The weights are counted over the whole optimiser step before the
+first micro-batch is scored, so that neither the cut into micro-batches nor the order of the rows changes the gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from atesd.maths.divergence import BlockLoss, Objective, chunked_loss
+from atesd.models.score import Pair, Scorer, completion_tokens, token_logprobs
+from atesd.models.teacher import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of an optimiser step: a completion under the student's context and, to distil, under the teacher's.
+
+    `scale` multiplies the row's weight: the advantage in GRPO, else 1.
+    """
+
+    context: tuple[int, ...]
+    completion: tuple[int, ...]
+    teacher_context: tuple[int, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def student_pair(self) -> Pair:
+        """Context and completion as the student reads them."""
+        return self.context, self.completion
+
+    @property
+    def teacher_pair(self) -> Pair:
+        """Context and completion as the teacher reads them: the same completion ids."""
+        return self.teacher_context, self.completion
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeters:
+    """What one step measured. `means` are weighted as the loss is; `tokens` holds each meter per row and token."""
+
+    loss: float
+    means: dict[str, float]
+    tokens: dict[str, list[list[float]]]
+    seconds: dict[str, float] = field(compare=False)
+
+
+def token_weights(rows: Sequence[Row], reduction: str) -> list[float]:
+    """Weight of every token of each row: 1 / (rows |y|) for `sequence` (the paper), 1 / tokens for `token`."""
+    if reduction == "token":
+        total = sum(len(row.completion) for row in rows)
+        return [1 / total for _ in rows]
+    return [1 / (len(rows) * len(row.completion)) for row in rows]
+
+
+def distill(
+    scorer: Scorer,
+    teacher: Teacher,
+    rows: Sequence[Row],
+    objective: Objective,
+    *,
+    reduction: str,
+    micro_batch_size: int,
+    chunk_tokens: int,
+) -> StepMeters:
+    """Accumulate the gradient of the mean divergence from teacher to student on the student's own tokens.
+
+    loss = mean over rollouts of 1/|y| sum_n D(teacher(. | view, y_<n) || student(. | x, y_<n)) (ATESD, OPSD).
+    """
+
+    def loss_of(batch: Sequence[Row], tokens: Tensor) -> tuple[BlockLoss, float]:
+        started = clock(scorer.device)
+        with teacher.weights():
+            hidden, head = scorer.hidden([row.teacher_pair for row in batch]), scorer.head()
+        seconds = clock(scorer.device) - started
+        student_head = scorer.head()
+
+        def block_loss(part: Tensor, block: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            with torch.no_grad():
+                teacher_logits = head.logits(hidden[block])
+            return objective(teacher_logits, student_head.logits(part), tokens[block])
+
+        return block_loss, seconds
+
+    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size, chunk_tokens)
+
+
+def maximise_likelihood(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    *,
+    temperature: float,
+    reduction: str,
+    micro_batch_size: int,
+    chunk_tokens: int,
+) -> StepMeters:
+    """Accumulate the gradient of -scale * log q(y): SFT with scale 1, the on-policy GRPO step with scale = advantage.
+
+    With one update per batch of rollouts the importance ratio of GRPO (arXiv 2402.03300) is 1 and its clip never acts,
+    so that this is its exact gradient, without the KL term.
+    """
+
+    def loss_of(_: Sequence[Row], tokens: Tensor) -> tuple[BlockLoss, float]:
+        head = scorer.head()
+
+        def block_loss(part: Tensor, block: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            logits = head.logits(part) / temperature
+            logprob = token_logprobs(logits, tokens[block])
+            log_q = logits.detach().log_softmax(-1)
+            return -logprob, {"logprob": logprob.detach(), "student_entropy": -(log_q.exp() * log_q).sum(-1)}
+
+        return block_loss, 0.0
+
+    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size, chunk_tokens)
+
+
+LossOf = Callable[[Sequence[Row], Tensor], tuple[BlockLoss, float]]
+
+
+def _accumulate(
+    scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction: str, micro_batch_size: int, chunk_tokens: int
+) -> StepMeters:
+    weights = token_weights(rows, reduction)
+    loss = torch.zeros((), dtype=torch.float64, device=scorer.device)
+    tokens_of: dict[str, list[list[float]]] = {}
+    seconds = {"teacher": 0.0, "student": 0.0, "loss_backward": 0.0}
+    for start in range(0, len(rows), micro_batch_size):
+        batch = rows[start : start + micro_batch_size]
+        tokens = completion_tokens([row.student_pair for row in batch], scorer.device)
+        block_loss, teacher_seconds = loss_of(batch, tokens)
+        begun = clock(scorer.device)
+        hidden = scorer.hidden([row.student_pair for row in batch])
+        scored = clock(scorer.device)
+        lengths = [len(row.completion) for row in batch]
+        scales = [weights[start + i] * row.scale for i, row in enumerate(batch)]
+        per_token = torch.tensor(
+            [s for s, n in zip(scales, lengths, strict=True) for _ in range(n)], device=hidden.device
+        )
+        part, meters = chunked_loss(block_loss, hidden, per_token, scorer.head().trained, chunk_tokens)
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+        for name, values in meters.items():
+            tokens_of.setdefault(name, []).extend(row.tolist() for row in torch.split(values.float(), lengths))
+        seconds["teacher"] += teacher_seconds
+        seconds["student"] += scored - begun
+        seconds["loss_backward"] += clock(scorer.device) - scored
+    means = {name: _weighted_mean(values, weights) for name, values in tokens_of.items()}
+    means["confidence"] = _weighted_mean([torch.tensor(row).exp().tolist() for row in tokens_of["logprob"]], weights)
+    return StepMeters(float(loss), means, tokens_of, seconds)
+
+
+def _weighted_mean(rows: list[list[float]], weights: list[float]) -> float:
+    return sum(weight * sum(row) for row, weight in zip(rows, weights, strict=True))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds now, after the work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,131 @@
+"""One step: the paper's equation by hand, and a gradient that does not depend on how the step is cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from atesd.config import TeacherConfig, TrainConfig
+from atesd.maths.divergence import Objective
+from atesd.models.load import LoadedModel
+from atesd.models.score import Scorer
+from atesd.models.teacher import Teacher
+from atesd.train.optimiser import Optimiser, learning_rate
+from atesd.train.step import Row, StepMeters, distill, maximise_likelihood
+from tiny import tiny_model
+
+ROWS = [
+    Row((7, 8), (9, 10, 11), (7, 8, 12, 13)),
+    Row((9,), (10,), (9, 20, 21, 22, 23)),
+    Row((14, 15, 16), (17, 18, 19, 20, 21, 1), (14, 15, 16, 3)),
+    Row((7, 7), (8, 9), (7, 7, 2)),
+    Row((11,), (12, 13, 14, 15), (11, 5)),
+]
+TEMPERATURE = 1.3
+
+
+def distilled(loaded: LoadedModel, micro_batch_size: int, reduction: str = "sequence", chunk: int = 4) -> StepMeters:
+    teacher = Teacher(loaded.model, TeacherConfig())
+    objective = Objective(temperature=TEMPERATURE)
+    how = {"reduction": reduction, "micro_batch_size": micro_batch_size, "chunk_tokens": chunk}
+    return distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+
+
+def gradients(loaded: LoadedModel) -> list[Tensor]:
+    return [p.grad.clone() for p in loaded.model.parameters() if p.grad is not None]
+
+
+def loss_by_hand(loaded: LoadedModel, reduction: str) -> Tensor:
+    """The equation of the paper, row by row through the model's own logits."""
+    model, total, tokens = loaded.model, torch.zeros(()), sum(len(row.completion) for row in ROWS)
+    for row in ROWS:
+        n = len(row.completion)
+        student = model(input_ids=torch.tensor([[*row.context, *row.completion]])).logits[0, -n - 1 : -1]
+        with torch.no_grad():
+            teacher = model(input_ids=torch.tensor([[*row.teacher_context, *row.completion]])).logits[0, -n - 1 : -1]
+        log_p, log_q = (teacher / TEMPERATURE).log_softmax(-1), (student / TEMPERATURE).log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        total = total + (divergence.mean() / len(ROWS) if reduction == "sequence" else divergence.sum() / tokens)
+    return total
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_loss_and_gradient_are_those_of_the_equation(reduction: str) -> None:
+    loaded = tiny_model()
+    meters = distilled(loaded, 2, reduction)
+    found = gradients(loaded)
+    loaded.model.zero_grad()
+    expected = loss_by_hand(loaded, reduction)
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert meters.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert meters.means["kl"] == pytest.approx(meters.loss, rel=1e-5)
+    for mine, other in zip(found, gradients(loaded), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: str) -> None:
+    whole = tiny_model()
+    distilled(whole, len(ROWS), reduction)
+    for size in (1, 2, 3):
+        cut = tiny_model()
+        distilled(cut, size, reduction, chunk=1)
+        for a, b in zip(gradients(whole), gradients(cut), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_per_token_meters_come_back_row_by_row() -> None:
+    meters = distilled(tiny_model(), 2)
+    assert [len(row) for row in meters.tokens["kl"]] == [len(row.completion) for row in ROWS]
+    mean = sum(sum(row) / len(row) for row in meters.tokens["kl"]) / len(ROWS)
+    assert meters.loss == pytest.approx(mean, rel=1e-5)
+    confidence = sum(sum(map(math.exp, row)) / len(row) for row in meters.tokens["logprob"]) / len(ROWS)
+    assert meters.means["confidence"] == pytest.approx(confidence, rel=1e-5)
+
+
+def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:
+    loaded = tiny_model()
+    rows = [Row(r.context, r.completion, (), scale) for r, scale in zip(ROWS, (1.0, -1.0, 0.5, 0.0, 2.0), strict=True)]
+    how = {"temperature": 1.0, "reduction": "sequence", "micro_batch_size": 2, "chunk_tokens": 3}
+    meters = maximise_likelihood(Scorer(loaded), rows, **how)  # type: ignore[arg-type]
+    found = gradients(loaded)
+    loaded.model.zero_grad()
+    expected = torch.zeros(())
+    for row in rows:
+        n, ids = len(row.completion), torch.tensor([[*row.context, *row.completion]])
+        log_q = loaded.model(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1)
+        own = log_q.gather(-1, torch.tensor(row.completion)[:, None])
+        expected = expected - row.scale * own.mean() / len(rows)
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert meters.loss == pytest.approx(expected.item(), rel=1e-4)
+    for mine, other in zip(found, gradients(loaded), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
+def test_a_non_finite_gradient_leaves_the_weights_alone() -> None:
+    loaded = tiny_model()
+    before = [p.detach().clone() for p in loaded.model.parameters()]
+    optimiser = Optimiser(loaded.model.parameters(), TrainConfig(learning_rate=0.1))
+    next(iter(loaded.model.parameters())).grad = torch.full_like(before[0], torch.nan)
+    norm, taken = optimiser.step(0, 1.0)
+    assert not taken
+    assert math.isnan(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, loaded.model.parameters(), strict=True))
+    assert all(p.grad is None for p in loaded.model.parameters())
+
+
+def test_a_non_finite_loss_is_not_stepped_on_either() -> None:
+    loaded = tiny_model()
+    next(iter(loaded.model.parameters())).grad = torch.ones_like(next(iter(loaded.model.parameters())))
+    assert Optimiser(loaded.model.parameters(), TrainConfig()).step(0, math.inf)[1] is False
+
+
+def test_the_learning_rate_is_a_function_of_the_update() -> None:
+    # Warm-up of 2, then 8 updates of linear decay: 1/2, 1, then 1, 7/8, ...
+    config = TrainConfig(learning_rate=1.0, num_updates=10, warmup_updates=2, learning_rate_schedule="linear")
+    assert [learning_rate(config, u) for u in (0, 1, 2, 3, 9)] == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 1 / 8])
+    cosine = config.model_copy(update={"learning_rate_schedule": "cosine"})
+    assert learning_rate(cosine, 6) == pytest.approx(0.5)
