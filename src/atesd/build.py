@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -23,7 +22,7 @@ from atesd.data.sources import load_problems
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
 from atesd.data.world import WorldRenderer
-from atesd.errors import DataError, RunError
+from atesd.errors import ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import evaluate_problems, is_looping
 from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import load_model
@@ -127,16 +126,23 @@ def build(config: Config, problems: ProblemSets | None = None) -> Parts:
     problems = problems_that_fit(problems, config, encoder, renderer)
     scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
     checker = make_checker(config.checker)
-    graded = partial(
-        evaluate_problems,
-        loaded,
-        encoder=encoder,
-        renderer=renderer,
-        checker=checker,
-        sampler=evaluation_sampler(config),
-        samples=config.evaluation.samples,
-        seed=config.train.seed,
-    )
+
+    def evaluate_split(split: Split, update: int) -> dict[str, Any]:
+        if checker is None:
+            raise ConfigError("data.checker: none leaves nothing to evaluate by; set data.checker: math")
+        return evaluate_problems(
+            loaded,
+            getattr(problems, split),
+            encoder=encoder,
+            renderer=renderer,
+            checker=checker,
+            sampler=evaluation_sampler(config),
+            samples=config.evaluation.samples,
+            seed=config.train.seed,
+            split=split,
+            update=update,
+        )
+
     return Parts(
         config=config,
         loaded=loaded,
@@ -163,7 +169,7 @@ def build(config: Config, problems: ProblemSets | None = None) -> Parts:
             seed=config.train.seed,
             micro_batch_size=config.train.micro_batch_size,
         ),
-        evaluate=lambda split, update: graded(getattr(problems, split), split=split, update=update),
+        evaluate=evaluate_split,
         looping=is_looping,
     )
 

@@ -350,7 +350,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise ConfigError(f"{key_node.start_mark.name}: line {line}: the key '{key}' is given twice; keep one")
@@ -483,15 +483,13 @@ def _explain(item: Any) -> str:
 
 
 def _component_at(path: list[str]) -> type[BaseModel] | None:
-    component: Any = Config
+    component: type[BaseModel] | None = Config
     for name in path:
-        field = component.model_fields.get(name)
+        field = component.model_fields.get(name) if component else None
         if field is None:
             return None
         candidates = [field.annotation, *get_args(field.annotation)]
         component = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if component is None:
-            return None
     return component
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any, final
 
 import torch
@@ -23,10 +24,7 @@ from atesd.records import Problem
 
 @final
 class ProbeSet:
-    """Measures the student on the probe problems. Every draw is keyed by the problem: a student that did not change
-
-    gives exactly the same values again.
-    """
+    """Measures the student on the probe problems: an unchanged student gives exactly the same values again."""
 
     def __init__(
         self,
@@ -51,7 +49,7 @@ class ProbeSet:
         self._completions: list[tuple[int, ...]] = []
 
     def measure(self, wanted: frozenset[Measurement]) -> dict[str, float]:
-        """The wanted ones among `probe_nll` (nats per token), `probe_success` (share) and `probe_kl` (nats per token)."""
+        """The wanted ones of `probe_nll` (nats per token), `probe_success` (share) and `probe_kl` (nats per token)."""
         measured = {}
         if "probe_nll" in wanted:
             measured["probe_nll"] = self._nll()
@@ -68,3 +66,54 @@ class ProbeSet:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self._completions = [tuple(completion) for completion in state["completions"]]
+
+    def _nll(self) -> float:
+        return probe_nll(
+            self._scorer,
+            self._problems,
+            encoder=self._encoder,
+            renderer=self._renderer,
+            micro_batch_size=self._micro_batch_size,
+        )
+
+    def _success(self) -> float:
+        if self._checker is None:
+            raise ConfigError(
+                "credit.progress_signal: probe_success needs a checker; set data.checker or use probe_nll"
+            )
+        return probe_success(
+            self._loaded,
+            self._problems,
+            encoder=self._encoder,
+            renderer=self._renderer,
+            checker=self._checker,
+            sampler=self._sampler,
+            seed=self._seed,
+        )
+
+    def _kl(self) -> float:
+        """Mean over stored rollouts of the mean divergence per token from the teacher at its fixed ratio."""
+        requests = probe_requests(
+            self._problems, encoder=self._encoder, renderer=self._renderer, sampler=self._sampler, seed=self._seed
+        )
+        if not self._completions:
+            self._completions = [rollout.completion_ids for rollout in sample(self._loaded, requests, self._sampler)]
+        contexts = [self._see(problem) for problem in self._problems]
+        students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
+        teachers = list(zip(contexts, self._completions, strict=True))
+        means: list[float] = []
+        for mine, others in zip(
+            batched(students, self._micro_batch_size), batched(teachers, self._micro_batch_size), strict=True
+        ):
+            means += self._divergences(mine, others)
+        return fmean(means)
+
+    @torch.no_grad()
+    def _divergences(self, students: list[Pair], teachers: list[Pair]) -> list[float]:
+        with self._teacher.weights():
+            teacher_logits = self._scorer.head().logits(self._scorer.hidden(teachers))
+        student_logits = self._scorer.head().logits(self._scorer.hidden(students))
+        tokens = completion_tokens(students, self._scorer.device)
+        _, meters = self._objective(teacher_logits, student_logits, tokens)
+        rows = torch.split(meters["kl"], [len(completion) for _, completion in students])
+        return [float(row.double().mean()) for row in rows]

@@ -191,7 +191,7 @@ class Trainer:
         train = self.parts.config.train
         started = time.perf_counter()
         ends = done in (0, train.num_updates)
-        if not train.evaluate_every or (done % train.evaluate_every and not ends):
+        if self.parts.checker is None or not train.evaluate_every or (done % train.evaluate_every and not ends):
             return 0.0
         splits: list[Split] = ["validation", "test"] if ends else ["validation"]
         seen = {(row["split"], row["update"]) for row in self.run.rows("evaluations")}

@@ -2,6 +2,7 @@
 
 Each method is a loss per token and a weight per token. The weights are counted over the whole optimiser step before the
 first micro-batch is scored, so that neither the cut into micro-batches nor the order of the rows changes the gradient.
+Under `torch.no_grad` everything is measured and nothing accumulated.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def _accumulate(
             [s for s, n in zip(scales, lengths, strict=True) for _ in range(n)], device=hidden.device
         )
         part, meters = chunked_loss(block_loss, hidden, per_token, scorer.head().trained, chunk_tokens)
-        part.backward()  # type: ignore[no-untyped-call]
+        if part.requires_grad:
+            part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
         for name, values in meters.items():
             tokens_of.setdefault(name, []).extend(row.tolist() for row in torch.split(values.float(), lengths))
