@@ -341,6 +341,7 @@ NURSERY = """
     def newest():
         loaded = load_newest(folder, "run")
         assert loaded.state["n"] == loaded.updates_done and (loaded.state["w"] == loaded.updates_done).all()
+        assert all(len(list(path.iterdir())) == 3 for path in folder.glob("update-*"))
         return loaded.updates_done, loaded.skipped
 
     def die_before_operation(number):
