@@ -48,7 +48,7 @@ def marked_problems(draw: st.DrawFn) -> Problem:
 
 @given(ratio=RATIOS, total=st.integers(0, 500))
 def test_the_number_of_segments_is_the_exact_floor(ratio, total):
-    # Rational arithmetic has no rounding to guard against; the guard only moves what lies within 1e-9 of a whole number.
+    # Rational arithmetic needs no guard; the guard only moves what lies within 1e-9 of a whole number.
     shown = shown_segments(ratio, total)
     exact = Fraction(ratio) * total
     assert shown <= exact + Fraction(2, 10**9)

@@ -1,0 +1,96 @@
+"""Controls: what the teacher sees in place of the true reference, to test that the reference is what helps.
+
+Only the teacher's message is made from a controlled problem. Completions are always graded against the true one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from atesd.data.answers import last_box, normalise
+from atesd.data.numbers import another_number, plain_value
+from atesd.errors import DataError
+from atesd.maths.keyed import generator
+from atesd.records import Problem
+
+_WORD = re.compile(r"\S+")
+
+
+def controlled(problem: Problem, control: str, others: Sequence[Problem], seed: int, filler: str = "...") -> Problem:
+    """The problem as the teacher is to see it under `exposure.control`, a function of (seed, problem id) and `others`.
+
+    - shuffled: the reference and the answer of another problem, of the same difficulty if there is one.
+    - wrong_answer: the true segments, with a wrong answer and that answer boxed in the closing: a number near the true
+      one, or else another problem's answer. What the segments say of the true answer stays.
+    - filler: every word of the reference and of the answer replaced by `filler`: as long, but neither reasoning nor
+      answer.
+
+    Raises `DataError` if `others` holds nothing to take, and `ValueError` for another control.
+    """
+    rng = generator(seed, "controls", control, problem.id)
+    if control == "shuffled":
+        return _shuffled(problem, others, rng)
+    if control == "wrong_answer":
+        return _wrong_answer(problem, others, rng)
+    if control == "filler":
+        return _filled(problem, filler)
+    raise ValueError(f"unknown control {control!r}; allowed: shuffled, wrong_answer, filler")
+
+
+def _shuffled(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> Problem:
+    donors = [other for other in others if other.id != problem.id and other.text != problem.text]
+    if not donors:
+        raise DataError(f"exposure.control: shuffled needs a problem besides '{problem.id}', and there is none")
+    alike = [other for other in donors if other.difficulty == problem.difficulty]
+    donor = _draw(alike or donors, rng)
+    return replace(problem, segments=donor.segments, closing=donor.closing, answer=donor.answer)
+
+
+def _wrong_answer(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> Problem:
+    wrong = another_number(problem.answer, rng)
+    if wrong is None:
+        answers = sorted({other.answer for other in others if _differ(other.answer, problem.answer)})
+        if not answers:
+            raise DataError(
+                f"exposure.control: wrong_answer needs an answer besides '{problem.answer}' of problem '{problem.id}', "
+                "which is no number, and no other problem has one"
+            )
+        wrong = answers[int(rng.integers(len(answers)))]
+    return replace(problem, closing=_reboxed(problem.closing, wrong), answer=wrong)
+
+
+def _filled(problem: Problem, filler: str) -> Problem:
+    if not _WORD.fullmatch(filler):
+        raise ValueError(f"filler {filler!r} must be one word")
+    segments = tuple(_fill(segment, filler) for segment in problem.segments)
+    return replace(
+        problem, segments=segments, closing=_fill(problem.closing, filler), answer=_fill(problem.answer, filler)
+    )
+
+
+def _fill(text: str, filler: str) -> str:
+    return _WORD.sub(lambda _: filler, text)
+
+
+def _draw(problems: Sequence[Problem], rng: np.random.Generator) -> Problem:
+    return problems[int(rng.integers(len(problems)))]
+
+
+def _differ(answer: str, other: str) -> bool:
+    value = plain_value(answer)
+    same_value = value is not None and value == plain_value(other)
+    return not same_value and normalise(answer) != normalise(other)
+
+
+def _reboxed(closing: str, answer: str) -> str:
+    """The closing with another answer in its last box."""
+    span = last_box(closing)
+    if span is None:
+        return closing
+    start, end = span
+    boxed = answer if closing[start - 1] == "{" else f"{{{answer}}}"
+    return closing[:start] + boxed + closing[end:]
