@@ -150,9 +150,10 @@ class RunFolder:
     def cut(self, updates_done: int) -> dict[RowKind, int]:
         """Drop the rows that a run resumed after `updates_done` updates will write again; returns how many of each.
 
-        Kept are metrics of updates below `updates_done`, finished decisions logged below it, and evaluations and
-        samples up to and including it, because a checkpoint follows the evaluation at its own update. Pending
-        decisions go: the resumed run holds them as state. After 0 updates there is no checkpoint, and nothing is kept.
+        Kept are metrics and samples of updates below `updates_done`, finished decisions logged below it, and
+        evaluations up to and including it, because a checkpoint follows the evaluation that counts as many updates.
+        Pending decisions go: the resumed run holds them as state. After 0 updates there is no checkpoint to have
+        followed anything, and nothing is kept.
         """
         dropped: dict[RowKind, int] = {}
         for kind in get_args(RowKind):
@@ -358,7 +359,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _survives(kind: RowKind, row: Mapping[str, Any], updates_done: int) -> bool:
-    if kind == "metrics":
+    if kind in ("metrics", "samples"):
         return bool(row["update"] < updates_done)
     if kind == "decisions":
         return bool(row["logged_at"] < updates_done and row["status"] == "finished")
