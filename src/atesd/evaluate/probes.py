@@ -1,0 +1,69 @@
+"""What the student can do on the fixed probe problems: the progress signals of the `sound` preset.
+
+Neither depends on the reveal ratio, on the teacher, or on the batch being trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from atesd.data.answers import Checker
+from atesd.data.views import Renderer
+from atesd.evaluate.benchmark import student_prompts
+from atesd.maths.keyed import uniforms
+from atesd.models.load import LoadedModel
+from atesd.models.prompts import PromptEncoder
+from atesd.models.sample import Request, Sampler, sample
+from atesd.models.score import Scorer, completion_logprobs
+from atesd.records import Problem
+
+
+def probe_requests(
+    problems: Sequence[Problem], *, encoder: PromptEncoder, renderer: Renderer, sampler: Sampler, seed: int
+) -> list[Request]:
+    """One request per probe problem, with draws keyed by (seed, problem) alone: the same at every measurement."""
+    return [
+        Request(problem.id, 0, prompt, uniforms(sampler.completion_tokens, seed, "probe", problem.id))
+        for problem, prompt in zip(problems, student_prompts(problems, encoder, renderer), strict=True)
+    ]
+
+
+def probe_success(
+    loaded: LoadedModel,
+    problems: Sequence[Problem],
+    *,
+    encoder: PromptEncoder,
+    renderer: Renderer,
+    checker: Checker,
+    sampler: Sampler,
+    seed: int,
+) -> float:
+    """The verified share of the student's own completions, one per probe problem, in [0, 1].
+
+    A student that does not change has a signal that does not move (`probe_requests`). What is not `correct` counts as a
+    failure.
+    """
+    requests = probe_requests(problems, encoder=encoder, renderer=renderer, sampler=sampler, seed=seed)
+    rollouts = sample(loaded, requests, sampler)
+    pairs = [(encoder.decode(r.completion_ids), p.answer) for r, p in zip(rollouts, problems, strict=True)]
+    return fmean(verdict == "correct" for verdict in checker.check(pairs))
+
+
+def probe_nll(
+    scorer: Scorer,
+    problems: Sequence[Problem],
+    *,
+    encoder: PromptEncoder,
+    renderer: Renderer,
+    micro_batch_size: int,
+    temperature: float = 1.0,
+) -> float:
+    """The student's negative log-likelihood of the probe references, nats per token; its context shows no reference.
+
+    Mean over a reference's tokens (with the end token), then over problems: a long one weighs no more than a short one.
+    """
+    prompts = student_prompts(problems, encoder, renderer)
+    pairs = [(prompt, encoder.completion(p.reference)) for prompt, p in zip(prompts, problems, strict=True)]
+    logprobs = completion_logprobs(scorer, pairs, temperature=temperature, micro_batch_size=micro_batch_size)
+    return -fmean(float(row.double().mean()) for row in logprobs)

@@ -1,0 +1,223 @@
+"""Evaluation rows, loops and probes."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from atesd.data.answers import ExactChecker
+from atesd.errors import DataError
+from atesd.evaluate import benchmark, probes
+from atesd.evaluate.benchmark import Graded, evaluate_problems, is_looping, summarise
+from atesd.evaluate.probes import probe_nll, probe_success
+from atesd.models.load import LoadedModel
+from atesd.models.sample import Sampler
+from atesd.models.score import Scorer
+from atesd.records import Problem, Rollout
+
+SAMPLER = Sampler(temperature=1.0, top_p=0.9, top_k=0, min_p=0.0, completion_tokens=40, batch_size=4)
+RENDERER = SimpleNamespace(student=lambda problem: problem.text)
+ENCODER = SimpleNamespace(  # a token is a character
+    student=lambda message: tuple(map(ord, message)),
+    completion=lambda text: (*map(ord, text), 0),
+    decode=lambda ids: "".join(map(chr, ids)),
+)
+
+
+def problem(n: int) -> Problem:
+    return Problem(
+        id=f"p{n}", text=f"{n}=", segments=("so ",), closing=rf"\boxed{{{n}}}", answer=str(n), difficulty=n % 2
+    )
+
+
+PROBLEMS = [problem(n) for n in range(20)]
+
+
+def guessing(skill: float, seen: list | None = None):
+    """A stand-in for `sample`: a student that knows a problem's answer where its first uniform is below `skill`."""
+
+    def sample(_loaded, requests, sampler):
+        rollouts = []
+        for r in requests:
+            assert len(r.uniforms) == sampler.completion_tokens
+            known = "".join(map(chr, r.prompt_ids)).rstrip("=") if r.uniforms[0] < skill else "-1"
+            ids = tuple(map(ord, rf"\boxed{{{known}}}"))
+            rollouts.append(Rollout(r.problem_id, r.sample, r.prompt_ids, ids, (0.0,) * len(ids), truncated=False))
+            if seen is not None:
+                seen.append(float(r.uniforms[0]))
+        return rollouts
+
+    return sample
+
+
+def evaluate(problems=PROBLEMS, checker=ExactChecker(), **changes):  # noqa: B008
+    arguments = {"samples": 2, "seed": 0, "split": "test", "update": 0, **changes}
+    return evaluate_problems(
+        None, problems, encoder=ENCODER, renderer=RENDERER, checker=checker, sampler=SAMPLER, **arguments
+    )
+
+
+def graded(problem_id: str, *verdicts: str, difficulty: int = 2, tokens: int = 10) -> list[Graded]:
+    return [Graded(problem_id, difficulty, i, v, tokens, i > 0, looping=False) for i, v in enumerate(verdicts)]
+
+
+ROWS = [
+    *graded("a", "correct", "correct"),
+    *graded("b", "correct", "timeout"),
+    *graded("c", "wrong", "unparseable", difficulty=4, tokens=16),
+]
+
+
+def test_a_row_says_what_was_measured_and_how():
+    # By hand: correct 2, 1, 0 of 2: average (1 + 1/2 + 0) / 3, any correct 2/3; difficulty 2 has a and b: 3/4.
+    row = summarise(ROWS, split="test", update=7, sampler={"temperature": 0.5}, seed=3)
+    assert [row[key] for key in ("update", "split", "problems", "samples")] == [7, "test", 3, 2]
+    assert row["average"]["value"] == pytest.approx(1 / 2)
+    assert row["pass_at_k"]["value"] == pytest.approx(2 / 3)
+    assert list(row["by_difficulty"]) == ["2", "4"]
+    assert row["by_difficulty"]["2"]["average"]["value"] == pytest.approx(3 / 4)
+    assert [level["problems"] for level in row["by_difficulty"].values()] == [2, 1]
+    assert row["verdicts"] == {"correct": 3, "wrong": 1, "unparseable": 1, "timeout": 1}
+    assert (row["mean_tokens"], row["truncated_share"], row["loop_share"]) == (12.0, 0.5, 0.0)
+    assert row["sampler"] == {"temperature": 0.5, "seed": 3}
+    assert row["correct_counts"] == {"a": 2, "b": 1, "c": 0}
+
+
+def test_a_row_is_plain_json_with_every_verdict_even_at_zero():
+    row = summarise(graded("a", "correct"), split="test", update=0, sampler={}, seed=0)
+    assert json.loads(json.dumps(row)) == row
+    assert row["verdicts"] == {"correct": 1, "wrong": 0, "unparseable": 0, "timeout": 0}
+
+
+def test_intervals_hold_the_value_and_difficulties_have_their_own():
+    rows = [row for n in range(30) for row in graded(str(n), *["correct"] * (n % 3), *["wrong"] * (2 - n % 3))]
+    row = summarise(rows, split="test", update=0, sampler={}, seed=0)
+    for interval in (row["average"], row["pass_at_k"], row["by_difficulty"]["2"]["average"]):
+        assert 0 < interval["low"] < interval["value"] < interval["high"] < 1
+
+
+@pytest.mark.parametrize("rows", [[], [*ROWS, *graded("d", "wrong")]])
+def test_uneven_samples_are_refused(rows):
+    with pytest.raises(ValueError, match="same number of samples"):
+        summarise(rows, split="test", update=0, sampler={}, seed=0)
+
+
+def test_every_evaluation_of_a_run_meets_the_same_noise(monkeypatch):
+    seen: list[list[float]] = []
+    for arguments in ({}, {"update": 50}, {"seed": 1}, {"split": "validation"}):
+        seen.append([])
+        monkeypatch.setattr(benchmark, "sample", guessing(0.5, seen[-1]))
+        evaluate(**arguments)
+    assert seen[0] == seen[1]
+    assert len({tuple(draws) for draws in seen}) == 3  # another seed or split is other noise
+    assert len(set(seen[0])) == len(PROBLEMS) * 2  # and so is another problem or sample
+
+
+def test_fewer_samples_are_the_first_of_more(monkeypatch):
+    seen: list[float] = []
+    monkeypatch.setattr(benchmark, "sample", guessing(0.5, seen))
+    evaluate(samples=3)
+    evaluate(samples=1)
+    assert seen[60:] == seen[0:60:3]
+
+
+def test_a_better_student_is_paired_with_a_worse_one(monkeypatch):
+    counts = []
+    for skill in (0.3, 0.6):
+        monkeypatch.setattr(benchmark, "sample", guessing(skill))
+        counts.append(evaluate()["correct_counts"])
+    assert all(counts[0][name] <= counts[1][name] for name in counts[0])
+    assert 0 < sum(counts[0].values()) < sum(counts[1].values()) < 40
+
+
+def test_the_sampler_is_recorded_as_it_was(monkeypatch):
+    monkeypatch.setattr(benchmark, "sample", guessing(1.0))
+    row = evaluate(seed=5)
+    settings = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "completion_tokens": 40, "seed": 5}
+    assert row["sampler"] == settings
+    assert row["average"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("problems", "checker", "setting"), [([], ExactChecker(), "data.test_size"), (PROBLEMS, None, "data.checker")]
+)
+def test_an_evaluation_of_nothing_names_the_setting(problems, checker, setting):
+    with pytest.raises(DataError, match=setting):
+        evaluate(problems=problems, checker=checker)
+
+
+@pytest.mark.parametrize(
+    ("ids", "looping"),
+    [
+        ([], False),
+        (range(500), False),
+        ([7] * 10, False),  # the 8-gram of sevens occurs 3 times
+        ([7] * 11, True),  # 4 times
+        ([*range(100), *[1, 2, 3] * 6, *range(100, 200)], True),  # a loop that was left again
+        ([*range(8), 50, *range(8), 51, *range(8), 52, *range(8)], True),  # the same sentence over and over
+        ([*range(7), 50, *range(7), 51, *range(7), 52, *range(7)], False),  # too short a phrase
+    ],
+)
+def test_a_loop_is_eight_tokens_four_times(ids, looping):
+    assert is_looping(ids) is looping
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 4), st.integers(1, 5))
+def test_loops_are_found_as_by_comparing_every_window_with_every_other(ids, ngram, repeats):
+    windows = [ids[i : i + ngram] for i in range(max(0, len(ids) - ngram + 1))]
+    assert is_looping(ids, ngram, repeats) == any(windows.count(window) >= repeats for window in windows)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.lists(st.integers(0, 9), max_size=20))
+def test_any_period_is_found_once_it_has_gone_round_often_enough(block, before):
+    tail = (block * 44)[: 8 + 3 * len(block)]
+    assert is_looping([*before, *tail])
+
+
+def success(seed=0):
+    return probe_success(
+        None, PROBLEMS, encoder=ENCODER, renderer=RENDERER, checker=ExactChecker(), sampler=SAMPLER, seed=seed
+    )
+
+
+def test_probe_success_moves_only_with_the_student_or_the_seed(monkeypatch):
+    monkeypatch.setattr(probes, "sample", guessing(0.5, seen := []))
+    first, second = success(), success()
+    assert first == second == sum(draw < 0.5 for draw in seen[:20]) / 20
+    success(seed=1)
+    assert seen[:20] == seen[20:40] != seen[40:]
+
+
+def test_probe_and_evaluation_have_noise_of_their_own(monkeypatch):
+    monkeypatch.setattr(probes, "sample", guessing(0.5, probe := []))
+    monkeypatch.setattr(benchmark, "sample", guessing(0.5, test := []))
+    success()
+    evaluate(split="probe")
+    assert not set(probe) & set(test)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_probe_nll_is_the_models_own_loss_on_the_references_without_a_reference_in_context(micro_batch_size):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    expected = []
+    for one in PROBLEMS[:7]:
+        context, completion = list(map(ord, one.text)), [*map(ord, one.reference), 0]
+        ids = torch.tensor([context + completion])
+        labels = torch.tensor([[-100] * len(context) + completion])
+        expected.append(model(input_ids=ids, labels=labels).loss.item())
+    loaded = LoadedModel(model, None, torch.device("cpu"), frozenset({0}), 0)
+    found = probe_nll(
+        Scorer(loaded), PROBLEMS[:7], encoder=ENCODER, renderer=RENDERER, micro_batch_size=micro_batch_size
+    )
+    assert found == pytest.approx(sum(expected) / 7, abs=1e-5)
