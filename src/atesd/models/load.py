@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import json
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
 from atesd.config import LoraConfig, ModelConfig
 from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
+from atesd.models.quiet import quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ADAPTER_FILE = "adapter_config.json"
@@ -71,7 +70,7 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
     """
     # PEFT would ask the hub whether the base's vocabulary has changed; adapters here never touch the embedding's size.
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(loaded.model, "peft_config") else {}
-    with _quiet():
+    with quiet():
         loaded.model.save_pretrained(folder, **options)
     loaded.tokenizer.save_pretrained(folder)
 
@@ -94,7 +93,7 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
 
     transformers checkpoints only layers in training mode, so the flag is set on the layers, not on what is inside.
     """
-    with _quiet():
+    with quiet():
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -150,7 +149,7 @@ def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedToken
 def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
     if local and (Path(source) / _ADAPTER_FILE).is_file():
         return _merged(config, Path(source))
-    with _explained(config.path), _quiet():
+    with _explained(config.path), quiet():
         return AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
@@ -169,7 +168,7 @@ def _merged(config: ModelConfig, adapter: Path) -> PreTrainedModel:
         )
     source, local = _resolve(base)
     model = _weights(config.model_copy(update={"path": base, "revision": None}), source, local)
-    with _explained(str(adapter)), _quiet():
+    with _explained(str(adapter)), quiet():
         merged: PreTrainedModel = _peft().PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged
 
@@ -185,7 +184,7 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTra
         target_modules="all-linear" if whole else [targets] if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws from torch's global generator; it must not notice
+    with quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws from torch's global generator; it must not notice
         torch.manual_seed(int(generator(seed, "load", "adapter").integers(2**63)))
         try:
             wrapped: PreTrainedModel = peft.get_peft_model(model, settings)
@@ -207,20 +206,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     ends = generation.eos_token_id if generation is not None else None
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return frozenset({*listed, tokenizer.eos_token_id})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and no deprecation notes that PEFT and transformers exchange between themselves."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

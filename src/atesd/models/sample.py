@@ -1,0 +1,218 @@
+"""Sampling: the student writes completions, each draw a function of its own uniforms and of nothing else in the batch.
+
+One uniform per row and step picks a token by inversion of the cumulative distribution. So the same request gives the
+same tokens in any batch, up to the rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+
+from atesd.errors import TrainingError
+from atesd.models.load import LoadedModel, without_checkpointing
+from atesd.records import Rollout
+
+# Sorting a whole vocabulary is the dearest step of top-p; its nucleus nearly always lies within this many tokens.
+_NUCLEUS_GUESS = 256
+# Asking whether rows have finished makes the CPU wait for the GPU.
+_STEPS_BETWEEN_CHECKS_ON_GPU = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to complete, with one uniform in [0, 1) for each step of the completion."""
+
+    problem_id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    uniforms: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn: temperature (0: greedy), then top-k (0: off), then top-p, then min-p.
+
+    `completion_tokens` is the longest completion. `batch_size` rows are decoded together; it does not change the draws.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    completion_tokens: int
+    batch_size: int
+
+
+def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> list[Rollout]:
+    """Complete every request; the rollouts are in the order of the requests.
+
+    Completions hold their end token; one that reaches the limit without it is `truncated`. Raises `TrainingError` that
+    names the problem if the model's logits are not finite, `ValueError` for an empty prompt or too few uniforms.
+    """
+    for request in requests:
+        if not request.prompt_ids:
+            raise ValueError(f"the prompt of {request.problem_id} is empty")
+        if sampler.temperature > 0 and len(request.uniforms) < sampler.completion_tokens:
+            raise ValueError(
+                f"{request.problem_id}: {len(request.uniforms)} uniforms, {sampler.completion_tokens} steps"
+            )
+    by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+    rollouts: dict[int, Rollout] = {}
+    for start in range(0, len(requests), sampler.batch_size):
+        rows = by_length[start : start + sampler.batch_size]
+        with torch.no_grad(), without_checkpointing(loaded.model):
+            completed = _Batch(loaded, [requests[i] for i in rows], sampler).complete()
+        rollouts.update(zip(rows, completed, strict=True))
+    return [rollouts[i] for i in range(len(requests))]
+
+
+def draw(logits: Tensor, uniforms: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """One token per row, and its log-probability in nats: [B, V] float32 and [B] float64 to [B] and [B].
+
+    The log-probability is that of the temperature-scaled distribution before any filter (temperature 0: of the
+    unscaled one). It is NaN or infinite exactly where the logits are not usable.
+    """
+    scaled = logits / sampler.temperature if sampler.temperature > 0 else logits
+    token = _invert(scaled, uniforms, sampler) if sampler.temperature > 0 else logits.argmax(-1)
+    logprob = scaled.gather(-1, token[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+    return token, logprob
+
+
+def _invert(scaled: Tensor, uniforms: Tensor, sampler: Sampler) -> Tensor:
+    """The first kept token, in the order of ids, at which the cumulative probability exceeds the uniform."""
+    scores, ids = _kept(scaled, sampler)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Rounding may lift u * total up to total, beyond which there is no token.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(cumulative, target, right=True)
+    place = place.clamp(max=scores.shape[-1] - 1)  # only NaN can reach beyond; it is reported by its log-probability
+    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
+
+
+def _kept(scaled: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
+    """Scores of the tokens that the filters keep (others -inf) and their ids, ascending; ids None: all of them."""
+    ids: Tensor | None = None
+    if 0 < sampler.top_k < scaled.shape[-1]:
+        scaled, ids = scaled.topk(sampler.top_k, dim=-1)
+    if sampler.top_p < 1:
+        scaled, ids = _nucleus(scaled, ids, sampler.top_p)
+    if sampler.min_p > 0:
+        floor = scaled.amax(-1, keepdim=True) + math.log(sampler.min_p)
+        scaled = scaled.masked_fill(scaled < floor, -math.inf)
+    if ids is None:
+        return scaled, None
+    ids, order = ids.sort(-1)
+    return scaled.gather(-1, order), ids
+
+
+def _nucleus(scaled: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set of most probable tokens whose mass reaches `top_p`; `ids` given: `scaled` already descends."""
+    normaliser = scaled.logsumexp(-1, keepdim=True)
+    if ids is None:
+        guess = min(_NUCLEUS_GUESS, scaled.shape[-1])
+        best, ids = scaled.topk(guess, dim=-1)
+        mass = (best - normaliser).exp().sum(-1)
+        if guess < scaled.shape[-1] and not bool((mass >= top_p).all()):
+            best, ids = scaled.sort(-1, descending=True)
+    else:
+        best = scaled
+    probability = (best - normaliser).exp().double()
+    mass_before = probability.cumsum(-1) - probability
+    return best.masked_fill(mass_before >= top_p, -math.inf), ids
+
+
+class _Batch:
+    """Rows that are decoded together; rows that have ended leave once they are the majority."""
+
+    def __init__(self, loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> None:
+        self._loaded, self._requests, self._sampler = loaded, requests, sampler
+        device, steps = loaded.device, sampler.completion_tokens
+        lengths = torch.tensor([len(request.prompt_ids) for request in requests])
+        self._width = int(lengths.max())
+        padded = [(loaded.pad_id,) * (self._width - len(r.prompt_ids)) + r.prompt_ids for r in requests]
+        places = torch.arange(self._width + steps) - (self._width - lengths)[:, None]
+        self._ids = torch.tensor(padded, device=device)
+        self._mask = (places >= 0).long().to(device)
+        self._positions = places.clamp(min=0).to(device)
+        if sampler.temperature > 0:
+            drawn = np.stack([request.uniforms[:steps] for request in requests])
+        else:
+            drawn = np.zeros((len(requests), steps))
+        self._uniforms = torch.from_numpy(drawn).to(device)
+        self._cache = DynamicCache(config=loaded.model.config)
+        self._ends = torch.tensor(sorted(loaded.end_ids), device=device)
+        self._rows = torch.arange(len(requests), device=device)
+        self._finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        self._usable = torch.ones(len(requests), dtype=torch.bool, device=device)
+        self._tokens = torch.full((len(requests), steps), loaded.pad_id, device=device)
+        self._logprobs = torch.zeros((len(requests), steps), device=device)
+
+    def complete(self) -> list[Rollout]:
+        """Decode until every row has ended or reached the limit."""
+        steps = self._sampler.completion_tokens
+        interval = 1 if self._loaded.device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_GPU
+        for step in range(steps):
+            self._step(step)
+            if (step + 1) % interval == 0 or step + 1 == steps:
+                self._refuse_unusable()
+                left = int((~self._finished).sum())
+                if left == 0:
+                    break
+                if 2 * left < len(self._rows):
+                    self._drop_finished()
+        tokens, logprobs = self._tokens.tolist(), self._logprobs.tolist()
+        return [self._rollout(r, t, p) for r, t, p in zip(self._requests, tokens, logprobs, strict=True)]
+
+    def _step(self, step: int) -> None:
+        """Read the newest tokens, draw the next ones."""
+        end = self._width + step
+        output = self._loaded.model(
+            input_ids=self._ids,
+            attention_mask=self._mask[:, :end],
+            position_ids=self._positions[:, end - self._ids.shape[1] : end],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        token, logprob = draw(output.logits[:, -1].float(), self._uniforms[:, step], self._sampler)
+        self._tokens[self._rows, step] = token
+        self._logprobs[self._rows, step] = logprob
+        self._usable &= self._finished | logprob.isfinite()
+        self._finished |= torch.isin(token, self._ends)
+        self._ids = token[:, None]
+
+    def _refuse_unusable(self) -> None:
+        if not bool(self._usable.all()):
+            row = int(self._rows[~self._usable][0])
+            raise TrainingError(
+                f"the model's logits are not finite while it completes {self._requests[row].problem_id}"
+            )
+
+    def _drop_finished(self) -> None:
+        kept = (~self._finished).nonzero().squeeze(-1)
+        self._cache.batch_select_indices(kept)
+        self._ids, self._mask, self._positions = self._ids[kept], self._mask[kept], self._positions[kept]
+        self._uniforms, self._rows = self._uniforms[kept], self._rows[kept]
+        self._finished, self._usable = self._finished[kept], self._usable[kept]
+
+    def _rollout(self, request: Request, tokens: list[int], logprobs: list[float]) -> Rollout:
+        end = next((i for i, token in enumerate(tokens) if token in self._loaded.end_ids), None)
+        length = len(tokens) if end is None else end + 1
+        return Rollout(
+            problem_id=request.problem_id,
+            sample=request.sample,
+            prompt_ids=request.prompt_ids,
+            completion_ids=tuple(tokens[:length]),
+            logprobs=tuple(logprobs[:length]),
+            truncated=end is None,
+        )
