@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from atesd.errors import ConfigError
 
@@ -24,9 +24,12 @@ ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_kl", "
 
 
 class Component(BaseModel):
-    """A group of settings that one part of the program reads. Frozen; an unknown key is an error."""
+    """A group of settings that one part of the program reads. Frozen; an unknown key is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    Strict: true is not 1, "4" is not 4; an integer is a number. No setting is infinite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class LoraConfig(Component):
@@ -35,7 +38,9 @@ class LoraConfig(Component):
     rank: int = Field(64, ge=1, description="OPSD: 64")
     alpha: int = Field(128, ge=1, description="OPSD: 128")
     dropout: float = Field(0.0, ge=0, lt=1, description="ours: 0, so that scoring is deterministic")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="module names, or PEFT's all-linear")
+    target_modules: str | Annotated[tuple[str, ...], Strict(False)] = Field(
+        "all-linear", description="module names, or PEFT's all-linear"
+    )
 
 
 class ModelConfig(Component):
@@ -275,9 +280,9 @@ class EvaluationConfig(Component):
 
     samples: int = Field(2, ge=1, description="k; the paper's tables: 12")
     temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="1: off")
     top_k: int = Field(0, ge=0, description="0: off")
-    min_p: float = Field(0.0, ge=0, lt=1)
+    min_p: float = Field(0.0, ge=0, lt=1, description="0: off")
     completion_tokens: int | None = Field(None, ge=1, description="None: sampling.completion_tokens")
 
 
@@ -350,9 +355,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{key_node.start_mark.name}: line {line}: a key is a word, not a {key_node.id}")
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise ConfigError(f"{key_node.start_mark.name}: line {line}: the key '{key}' is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -369,6 +376,12 @@ _UniqueKeyLoader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that our loader would take for something else, such as '1e3'."""
+
+    yaml_implicit_resolvers = _UniqueKeyLoader.yaml_implicit_resolvers
+
+
 def recipe_names() -> list[str]:
     """Names of the packaged recipes."""
     folder = importlib.resources.files("atesd") / "recipes"
@@ -381,7 +394,7 @@ def parse_yaml(text: str, name: str) -> Any:
         loader = _UniqueKeyLoader(text)
         loader.name = name
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"{name}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -397,6 +410,8 @@ def recipe_text(recipe: str) -> str:
             return path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{recipe}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        except OSError as error:
+            raise ConfigError(f"{recipe}: cannot be read: {error.strerror}") from None
     hint = _nearest(recipe, recipe_names())
     raise ConfigError(f"'{recipe}' is neither a file nor a recipe{hint}; recipes: {', '.join(recipe_names())}")
 
@@ -404,14 +419,21 @@ def recipe_text(recipe: str) -> str:
 def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
     """Load a packaged recipe or a YAML file, apply `a.b=value` overrides, and check everything.
 
+    An override of `credit.preset` takes the place of all that presets fill in, also of what the file writes out.
     Raises `ConfigError` that names each setting by its dotted path, its value, what is allowed, and the nearest name.
     """
     values = parse_yaml(recipe_text(recipe), recipe) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: expected settings grouped by component, found {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
+    _apply_overrides(values, overrides)
     return config_from_mapping(values, name=recipe)
+
+
+def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """`config` with `a.b=value` overrides, applied and checked as `load_config` does."""
+    values = config.model_dump(mode="json")
+    _apply_overrides(values, overrides)
+    return config_from_mapping(values, name="--set")
 
 
 def config_from_mapping(values: Mapping[str, Any], name: str = "config") -> Config:
@@ -419,13 +441,13 @@ def config_from_mapping(values: Mapping[str, Any], name: str = "config") -> Conf
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
-        raise ConfigError(f"{name}: " + "\n".join(lines)) from None
+        lines = dict.fromkeys(_explain(item) for item in error.errors(include_url=False))
+        raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe_settings(config: Config) -> Iterator[tuple[str, Any, str]]:
@@ -442,11 +464,17 @@ def _describe(component: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str
             yield f"{prefix}{name}", value, field.description or ""
 
 
+def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """A credit preset comes first, so that it never takes back another override."""
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() != "credit.preset"):
+        _apply_override(values, override)
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f"--set {override}: expected a.b=value, for example --set train.num_updates=4")
     *groups, leaf = path.strip().split(".")
+    if not equals or not leaf or not all(groups):
+        raise ConfigError(f"--set {override}: expected a.b=value, for example --set train.num_updates=4")
     node = values
     for group in groups:
         child = node.get(group)
@@ -455,48 +483,87 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: '{group}' is a setting, not a group of settings")
         node = child
+    if [*groups, leaf] == ["credit", "preset"]:
+        for filled in CREDIT_PRESETS["sound"]:
+            node.pop(filled, None)
     node[leaf] = parse_yaml(text, f"--set {override}")
 
 
 def _explain(item: Any) -> str:
     """One pydantic error as: dotted path, value, what is allowed, nearest valid name."""
-    location = [part for part in item["loc"] if isinstance(part, str)]
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        component = _component_at(location[:-1])
-        names = list(component.model_fields) if component else []
-        elsewhere = [p for p, _, _ in describe_settings(Config()) if p.rsplit(".", 1)[-1] == location[-1]]
-        hint = _nearest(location[-1], names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
-        where = f"in '{'.'.join(location[:-1])}'" if location[:-1] else "at the top"
-        return f"{path}: unknown setting{hint}; allowed {where}: {', '.join(names)}"
+    location = [str(part) for part in item["loc"]]
+    if item["type"] in ("extra_forbidden", "invalid_key"):
+        return _explain_unknown(location)
+    component, name = _setting_at(location)
+    path = ".".join(location[: location.index(name) + 1]) if name else ""
     if item["type"] in ("value_error", "assertion_error"):
-        message = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
+        message = str(item["ctx"]["error"])
         return f"{path}: {message}" if path else message
+    if item["type"] == "model_type":
+        names = ", ".join(_group_at(location).model_fields)
+        return f"{path}: {item['input']!r} is not a group of settings; allowed in it: {names}"
+    schema = component.model_json_schema()["properties"].get(name, {})
+    words = [str(word) for rule in _alternatives(schema) for word in rule.get("enum", [])]
     value = item["input"]
-    hint = ""
-    if item["type"] == "literal_error":
-        component = _component_at(location[:-1])
-        allowed = _literals(component, location[-1]) if component else []
-        hint = _nearest(str(value), allowed)
-    requirement = item["msg"][0].lower() + item["msg"][1:]
-    return f"{path}: {value!r} is not allowed: {requirement}{hint}"
+    return f"{path}: {value!r} is not allowed; expected {_expected(item, schema)}{_nearest(str(value), words)}"
 
 
-def _component_at(path: list[str]) -> type[BaseModel] | None:
-    component: type[BaseModel] | None = Config
-    for name in path:
-        field = component.model_fields.get(name) if component else None
-        if field is None:
-            return None
-        candidates = [field.annotation, *get_args(field.annotation)]
-        component = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+def _expected(item: Any, schema: Mapping[str, Any]) -> str:
+    """What a setting allows, in words, from its JSON schema; the whole range whichever bound was crossed."""
+    rules = _alternatives(schema)
+    bounds = [f"{word} {rule[key]:g}" for key, word in _BOUNDS.items() for rule in rules if key in rule]
+    if item["type"] == "finite_number":
+        return " and ".join(["a finite number", *bounds])
+    if item["type"].startswith(("greater_than", "less_than")):
+        return " and ".join(bounds)
+    if item["loc"][-1:] in [("bool",), ("int",), ("str",), ("tuple[str, ...]",)]:  # an alternative of a union
+        return " or ".join(rule["type"] for rule in rules if rule.get("type") not in (None, "object"))
+    return str(item["msg"]).removeprefix("Input should be ").replace("a valid ", "a ").replace("a int", "an int")
+
+
+def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    inner = schema.get("additionalProperties")
+    return [schema, *schema.get("anyOf", []), *(inner.get("anyOf", []) if isinstance(inner, Mapping) else [])]
+
+
+def _explain_unknown(location: list[str]) -> str:
+    *groups, name = location
+    names = list(_group_at(groups).model_fields)
+    elsewhere = [path for path, _, _ in describe_settings(Config()) if path.rsplit(".", 1)[-1] == name]
+    hint = _nearest(name, names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
+    where = f"in '{'.'.join(groups)}'" if groups else "at the top"
+    return f"{'.'.join(location)}: unknown setting{hint}; allowed {where}: {', '.join(names)}"
+
+
+def _setting_at(location: list[str]) -> tuple[type[BaseModel], str]:
+    """The last group on the way to a location and the setting in it; what pydantic appends of a union is dropped."""
+    component: type[BaseModel] = Config
+    name = ""
+    for part in location:
+        if part not in component.model_fields:
+            break
+        name, group = part, _group_in(component, part)
+        if group is None or part == location[-1]:
+            break
+        component = group
+    return component, name
+
+
+def _group_at(location: list[str]) -> type[BaseModel]:
+    component: type[BaseModel] = Config
+    for part in location:
+        component = _group_in(component, part) or component
     return component
 
 
-def _literals(component: type[BaseModel], name: str) -> list[str]:
-    annotation = component.model_fields[name].annotation if name in component.model_fields else None
-    flat = [get_args(arg) or (arg,) for arg in get_args(annotation)]
-    return [str(value) for group in flat for value in group if isinstance(value, str)]
+def _group_in(component: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The group of settings that a field holds; None if it holds a value."""
+    field = component.model_fields.get(name)
+    candidates = [field.annotation, *get_args(field.annotation)] if field else []
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
