@@ -1,0 +1,118 @@
+"""The packaged recipes: all of them load, and each is what its name says."""
+
+import pytest
+
+from atesd.config import Config, config_from_mapping, load_config, parse_yaml, recipe_names, recipe_text
+
+MICRO = ("micro", "micro-opsd", "micro-steps", "micro-paper")
+# arXiv 2601.18734 (third version) and its repository's README
+OPSD = {
+    "exposure of the baseline": "full",
+    "divergence": "forward_kl",
+    "clip": "per_entry",
+    "learning_rate": 5.0e-6,
+    "max_grad_norm": 0.1,
+    "lora": (64, 128),
+    "batch": 32,
+    "completion_tokens": 1024,
+    "rollouts": (1.1, 0.95, 20),
+    "updates": 100,
+    "checkpoint_every": 25,
+    "teacher": "frozen",
+    "thinking": (False, True),
+    "evaluation": (1.0, 38912, 12),
+}
+
+
+def opsd_settings(config: Config) -> dict[str, object]:
+    assert config.model.lora is not None
+    return {
+        "exposure of the baseline": config.exposure.kind,
+        "divergence": config.loss.divergence,
+        "clip": config.loss.clip,
+        "learning_rate": config.train.learning_rate,
+        "max_grad_norm": config.train.max_grad_norm,
+        "lora": (config.model.lora.rank, config.model.lora.alpha),
+        "batch": config.train.batch_size,
+        "completion_tokens": config.sampling.completion_tokens,
+        "rollouts": (config.sampling.temperature, config.sampling.top_p, config.sampling.top_k),
+        "updates": config.train.num_updates,
+        "checkpoint_every": config.train.checkpoint_every,
+        "teacher": config.teacher.weights,
+        "thinking": (
+            config.model.student_template["enable_thinking"],
+            config.model.teacher_template["enable_thinking"],
+        ),
+        "evaluation": (
+            config.evaluation.temperature,
+            config.evaluation.completion_tokens,
+            config.evaluation.samples,
+        ),
+    }
+
+
+def test_the_recipes_are_those_of_the_readme():
+    assert set(recipe_names()) == {*MICRO, "smollm2-gsm", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_loads_and_begins_with_a_comment_that_says_what_it_is(name: str):
+    load_config(name)
+    assert recipe_text(name).startswith("# ")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_a_few_lines_over_the_defaults(name: str):
+    lines = [line for line in recipe_text(name).splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) <= 20
+
+
+@pytest.mark.parametrize(("size", "threshold"), [("1.7b", 0.05), ("4b", 0.05), ("8b", 0.06)])
+def test_the_qwen_recipes_hold_the_published_settings_of_opsd(size: str, threshold: float):
+    config = load_config(f"qwen3-{size}", ["exposure.kind=full"])
+    assert opsd_settings(config) == OPSD
+    assert config.loss.threshold == threshold
+    assert config.model.path == f"Qwen/Qwen3-{size.upper()}"
+    assert (config.data.source, config.data.preset) == ("siyanzhao/Openthoughts_math_30k_opsd", "openthoughts-opsd")
+    assert config.loss_temperature == config.sampling.temperature  # both logits are divided by it
+    assert config.exposure.control == "off"
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("qwen3")])
+def test_the_evaluation_of_a_qwen_recipe_fits_into_its_window(name: str):
+    config = load_config(name)
+    assert config.evaluation_tokens + 1024 <= config.model.max_context_tokens <= 40960  # Qwen3's window
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+def test_the_qwen_recipes_differ_in_model_and_threshold_alone(size: str):
+    smallest, other = (parse_yaml(recipe_text(f"qwen3-{name}"), name) for name in ("1.7b", size))
+    for values in (smallest, other):
+        values["model"].pop("path")
+        values["loss"].pop("clip_threshold")
+    assert smallest == other
+
+
+def test_the_micro_recipes_differ_from_micro_in_one_thing_each():
+    values = parse_yaml(recipe_text("micro"), "micro")
+    changes = {
+        "micro-opsd": {"exposure": {"kind": "full"}},
+        "micro-steps": {"data": {"source": "world", "leap_share": 0.0}},
+        "micro-paper": {"credit": {"preset": "paper"}},
+    }
+    for name, change in changes.items():
+        assert load_config(name) == config_from_mapping({**values, **change})
+
+
+def test_micro_is_the_leap_world_with_the_learned_exposure_and_the_sound_reward():
+    config = load_config("micro")
+    assert (config.data.source, config.data.leap_share) == ("world", 0.5)
+    assert (config.exposure.kind, config.credit.preset) == ("learned", "sound")
+    assert config.train.threads == 1  # part of bit-exactness
+
+
+def test_smollm2_is_trained_with_an_adapter_a_chat_template_and_verified_answers():
+    config = load_config("smollm2-gsm")
+    assert (config.model.path, config.data.source, config.checker) == ("smollm2", "gsm_symbolic", "math")
+    assert config.model.lora is not None
+    assert config.model.chat_template
