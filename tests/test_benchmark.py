@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from atesd.config import DataConfig, ModelConfig, ViewsConfig
 from atesd.data.answers import ExactChecker
+from atesd.data.world import WorldRenderer, world_problems
 from atesd.errors import DataError
 from atesd.evaluate import benchmark, probes
 from atesd.evaluate.benchmark import Graded, evaluate_problems, is_looping, summarise
 from atesd.evaluate.probes import probe_nll, probe_success
-from atesd.models.load import LoadedModel
+from atesd.models.load import LoadedModel, load_model
+from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Sampler
 from atesd.models.score import Scorer
 from atesd.records import Problem, Rollout
@@ -221,3 +225,44 @@ def test_probe_nll_is_the_models_own_loss_on_the_references_without_a_reference_
         Scorer(loaded), PROBLEMS[:7], encoder=ENCODER, renderer=RENDERER, micro_batch_size=micro_batch_size
     )
     assert found == pytest.approx(sum(expected) / 7, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The packaged model on 30 problems of its world: called with changes, it evaluates and gives the row."""
+    model = ModelConfig(path="world:a", device="cpu")
+    loaded = load_model(model)
+    encoder, renderer = PromptEncoder(loaded.tokenizer, model), WorldRenderer(ViewsConfig())
+    problems = world_problems(DataConfig(train_size=1, test_size=30, validation_size=0)).test
+    plain = Sampler(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=32, batch_size=64)
+
+    def evaluate(seed=0, samples=2, **sampler):
+        return evaluate_problems(
+            loaded, problems, encoder=encoder, renderer=renderer, checker=ExactChecker(),
+            sampler=replace(plain, **sampler), samples=samples, seed=seed, split="test", update=0,
+        )  # fmt: skip
+
+    return evaluate
+
+
+def test_a_world_model_solves_some_problems_and_ends_what_it_writes(world):
+    row = world()
+    assert 0.1 < row["average"]["value"] < 0.9
+    assert row["truncated_share"] == row["loop_share"] == 0
+    assert sum(row["verdicts"].values()) == 60
+    assert set(row["by_difficulty"]) == {"2", "3", "4", "5", "6"}
+
+
+def test_neither_batches_nor_further_samples_change_what_is_measured(world):
+    row = world()
+    assert world(batch_size=7) == row
+    more = world(samples=3)["correct_counts"]
+    assert all(0 <= more[name] - count <= 1 for name, count in row["correct_counts"].items())
+    assert world(seed=1)["correct_counts"] != row["correct_counts"]
+
+
+def test_temperature_zero_is_greedy(world):
+    greedy = world(temperature=0.0)
+    assert set(greedy["correct_counts"].values()) == {0, 2}  # both samples are the same
+    assert greedy["correct_counts"] == world(temperature=0.0, seed=1)["correct_counts"]
+    assert greedy["correct_counts"] == world(temperature=1.0, top_k=1)["correct_counts"]
