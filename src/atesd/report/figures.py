@@ -24,6 +24,7 @@ from atesd.report.canvas import (
     fit_vertical,
     place_legend,
     plain,
+    running_mean,
     styled,
 )
 from atesd.report.rows import Row, RunRows, natural
@@ -32,6 +33,7 @@ from atesd.report.text import duration, finite, number, percent, visible
 
 DENSITY_ROWS = 60
 MAX_COLUMNS = 400
+CROWDED = 200  # updates or decisions; more of them are drawn finer
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +146,16 @@ def exposure(run: RunRows, scope: str = "all") -> Chart | None:
     if not updates:
         return None
     figure, axes = empty_panel("Reveal ratio", "share of segments shown", height=3.1)
-    last = updates[-1] + 1
+    last, crowded = updates[-1] + 1, len(updates) > CROWDED
     policies = _policies(run)
     if policies:
         _draw_density(axes, policies)
         for policy in policies:
-            axes.plot([policy.start, policy.end], [policy.mean] * 2, color=PALETTE[1], linewidth=1.3)
-    axes.step([*updates, last], [*ratios, ratios[-1]], where="post", color=PALETTE[0], linewidth=1.4)
-    _draw_effective(axes, run)
+            axes.plot([policy.start, policy.end], [policy.mean] * 2, color=PALETTE[1], linewidth=1.5, zorder=2.5)
+    axes.step(
+        [*updates, last], [*ratios, ratios[-1]], where="post", color=PALETTE[0], linewidth=0.6 if crowded else 1.4
+    )
+    _draw_effective(axes, run, size=1.0 if crowded else 5.0)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlim(updates[0], last)
     words = f"Reveal ratio: mean {np.mean(ratios):.2f}, last {ratios[-1]:.2f}, {len(run.decisions)} decisions"
@@ -181,10 +185,15 @@ def credit(run: RunRows, key: str, scope: str = "all") -> Chart | None:
         return None
     figure, axes = empty_panel(key.capitalize(), _credit_unit(run, key))
     updates, values = zip(*known, strict=True)
-    colours = [PALETTE[0] if value >= 0 else PALETTE[1] for value in values]
-    axes.vlines(updates, 0, values, colors=colours, linewidth=1.1)
-    axes.scatter(updates, values, s=11, color=colours, zorder=3)
-    axes.axhline(0, color=INK, linewidth=0.6)
+    if key == "grounding" or len(known) > CROWDED:
+        axes.scatter(updates, values, s=6, color=PALETTE[0], alpha=0.5, linewidths=0)
+        axes.plot(updates, running_mean(np.array(values), max(4, len(values) // 20)), color=PALETTE[0], linewidth=1.6)
+        fit_vertical(axes, is_share=False)
+    else:
+        colours = [PALETTE[0] if value >= 0 else PALETTE[1] for value in values]
+        axes.vlines(updates, 0, values, colors=colours, linewidth=1.1)
+        axes.scatter(updates, values, s=11, color=colours, zorder=3)
+        axes.axhline(0, color=INK, linewidth=0.6)
     mean = float(np.mean(values))
     return Chart(f"{scope}-{key}", f"{key} of {len(known)} decisions: mean {mean:.3g}", _CREDIT_READING[key], figure)
 
@@ -303,13 +312,13 @@ def _draw_density(axes: Axes, policies: Sequence[_Policy]) -> None:
     axes.imshow(image, extent=(first, last, 0, 1), origin="lower", aspect="auto", interpolation="none", zorder=0.5)
 
 
-def _draw_effective(axes: Axes, run: RunRows) -> None:
+def _draw_effective(axes: Axes, run: RunRows, size: float) -> None:
     pairs = [
         (int(row["update"]) + 0.5, finite(row.get("effective_ratio")), finite(row.get("reveal_ratio")))
         for row in run.metrics
     ]
     moved = [(u, effective) for u, effective, ratio in pairs if effective is not None and effective != ratio]
-    axes.scatter([u for u, _ in moved], [ratio for _, ratio in moved], s=5, color=PALETTE[2], zorder=3, linewidths=0)
+    axes.scatter([u for u, _ in moved], [ratio for _, ratio in moved], s=size, color=PALETTE[2], zorder=3, linewidths=0)
 
 
 def _percents(rows: Sequence[Row], part: str) -> list[float]:
