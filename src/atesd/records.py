@@ -100,11 +100,13 @@ class Decision:
 class FinishedDecision:
     """A decision whose look-ahead window has closed, with everything its reward was made of.
 
-    The series run over the updates of the window; `None` marks an update at which the signal was not measured.
-    `advantage` is None until the policy update that consumes the decision.
+    The ratios are means over the updates of its hold. The series run over the updates of the window; `None` marks an
+    update at which the signal was not measured. `advantage` is None until the policy update that consumes the
+    decision.
     """
 
     decision: Decision
+    reveal_ratio: float
     effective_ratio: float
     window: tuple[int, int]
     progress_signal: tuple[float | None, ...]

@@ -154,9 +154,9 @@ class DecisionLedger:
         """l_s .. l_{s+L} and g_{s+1} .. g_{s+L}."""
         start, close = self.window(decision.update)
         rows = [self._rows.get(update) for update in range(start, close + 1)]
-        return [row.progress_signal if row else None for row in rows], [
-            row.grounding if row else None for row in rows[1:]
-        ]
+        progress_signal = [row.progress_signal if row else None for row in rows]
+        grounding_signal = [row.grounding if row else None for row in rows[1:]]
+        return progress_signal, grounding_signal
 
     def _finish(self, decision: Decision) -> FinishedDecision:
         """The decision with what its window gave so far; sums over nothing are 0."""
@@ -166,6 +166,7 @@ class DecisionLedger:
         progress, grounding = (component or 0.0 for component in self._components(decision))
         return FinishedDecision(
             decision=decision,
+            reveal_ratio=_mean([row.reveal_ratio for row in hold if row] or decision.samples.values()),
             effective_ratio=_mean([row.effective_ratio for row in hold] or decision.samples.values()),
             window=(start, close),
             progress_signal=tuple(progress_signal),

@@ -1,0 +1,65 @@
+"""The noise of a frozen student, measured on the recipe's own model and data: the input of the null test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+
+from atesd.experiments.null_test import MeasuredBatch, MeasuredRatio
+from atesd.models.score import completion_logprobs
+from atesd.records import Problem
+from atesd.train.batches import Batch, draw_batch, teacher_view
+from atesd.train.loop import objective
+from atesd.train.parts import Parts
+from atesd.train.step import distill
+
+GRID = tuple(i / 10 for i in range(11))
+
+
+@torch.no_grad()
+def measure(parts: Parts, batches: int, ratios: Sequence[float] = GRID) -> list[MeasuredRatio]:
+    """Score the rollouts of the first `batches` updates at every ratio, never taking a step.
+
+    Each batch is sampled once, so that the same completions are scored at all ratios.
+    """
+    drawn = [draw_batch(parts, update) for update in range(batches)]
+    return [MeasuredRatio(ratio, tuple(_at_ratio(parts, batch, ratio) for batch in drawn)) for ratio in ratios]
+
+
+def _at_ratio(parts: Parts, batch: Batch, reveal_ratio: float) -> MeasuredBatch:
+    config = parts.config
+    contexts = [_context(parts, problem, reveal_ratio) for problem in batch.problems]
+    rows = [replace(row, teacher_context=context) for row, context in zip(batch.rows, contexts, strict=True)]
+    meters = distill(
+        parts.scorer,
+        parts.teacher,
+        rows,
+        objective(config),
+        reduction=config.loss.reduction,
+        micro_batch_size=config.train.micro_batch_size,
+        chunk_tokens=config.loss.chunk_tokens,
+    )
+    answers = [parts.encoder.completion(f"\\boxed{{{problem.answer}}}") for problem in batch.problems]
+    with parts.teacher.weights():
+        logprobs = completion_logprobs(
+            parts.scorer,
+            list(zip(contexts, answers, strict=True)),
+            micro_batch_size=config.train.micro_batch_size,
+        )
+    graded = zip(batch.problems, batch.verdicts, strict=True)
+    return MeasuredBatch(
+        loss=meters.loss,
+        kl=meters.means["kl"],
+        top1_disagreement=meters.means["top1_disagreement"],
+        grounding=fmean(float(row.mean()) for row in logprobs),
+        student_confidence=meters.means["confidence"],
+        train_success=tuple((p.difficulty, float(v == "correct")) for p, v in graded if v is not None),
+    )
+
+
+def _context(parts: Parts, problem: Problem, reveal_ratio: float) -> tuple[int, ...]:
+    others = parts.problems.train
+    return teacher_view(problem, reveal_ratio, parts.config, parts.encoder, parts.renderer, others)[1]

@@ -1,0 +1,63 @@
+"""Very small real runs on the embedded world: seconds each, the real trainer throughout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from atesd.build import train
+from atesd.config import Config, load_config
+from atesd.runs import RunFolder
+from atesd.train.checkpoint import digest, load_newest
+
+SMALL = (
+    "data.train_size=24",
+    "data.validation_size=4",
+    "data.test_size=4",
+    "data.probe_size=4",
+    "data.max_difficulty=3",
+    "train.num_updates=8",
+    "train.batch_size=4",
+    "train.micro_batch_size=4",
+    "train.evaluate_every=3",
+    "train.checkpoint_every=1",
+    "train.keep_checkpoints=100",
+    "train.log_samples=1",
+    "evaluation.samples=1",
+    "credit.hold_updates=2",
+    "credit.lookahead_updates=2",
+    "policy.decisions_per_policy_update=2",
+)
+
+
+def quick(*overrides: str, recipe: str = "micro") -> Config:
+    """A recipe cut down to eight updates of four rollouts."""
+    return load_config(recipe, [*SMALL, *overrides])
+
+
+def finished(config: Config, out: Path) -> RunFolder:
+    """Train to the end."""
+    outcome = train(config, out)
+    assert outcome.status == "finished"
+    return outcome.run
+
+
+def cut_after(run: RunFolder, update: int, out: Path) -> Path:
+    """A copy of the run as a kill right after the checkpoint of `update` would have left it, later rows included."""
+    shutil.copytree(run.path, out, ignore=shutil.ignore_patterns(".lock", ".owner.json"))
+    for folder in out.glob("checkpoints/update-*"):
+        if int(folder.name.removeprefix("update-")) > update:
+            shutil.rmtree(folder)
+    return out
+
+
+def fingerprint(run: RunFolder) -> dict[str, Any]:
+    """Everything that an exact resume must reproduce: all tensors, and all rows without their times."""
+    newest = load_newest(run.checkpoints, run.run_id)
+    assert newest is not None
+    rows = {kind: run.rows(kind) for kind in ("metrics", "decisions", "evaluations", "samples")}
+    for row in rows["metrics"]:
+        del row["seconds"]
+    return {"state": digest(newest.state), "updates": newest.updates_done, "rows": json.dumps(rows, sort_keys=True)}
