@@ -34,6 +34,7 @@ def evaluation(update: int, correct: dict[str, int], split: str = "test") -> dic
         "mean_tokens": 30.4,
         "truncated_share": 0.025,
         "loop_share": 0.0,
+        "sampler": {"temperature": 0.7, "top_p": 1.0, "completion_tokens": 40, "seed": 3},
         "correct_counts": correct,
     }
 
@@ -105,6 +106,7 @@ def test_base_and_final_scores_come_with_intervals_and_their_paired_gain(card: s
     assert "| test | after 20 updates (final) | 75.0 [65.0, 85.0] |" in card
     assert "Gain of the last over the first on test, paired by problem: +50.0 [+0.0, +100.0] points." in card
     assert "| validation | after 10 updates |" in card
+    assert "Sampled with temperature 0.7, top\\_p 1.0, completion\\_tokens 40, seed 3." in card
 
 
 def test_a_newer_evaluation_of_the_same_update_replaces_the_older(tmp_path: Path):

@@ -212,7 +212,8 @@ def _scores(config: Config, evaluations: Sequence[Row]) -> str:
         rows += [_score(row, config) for row in ([base, final] if base is not final else [final])]
         gains += _gain(base, final) if base is not final else []
     head = ["split", "model", "Average@k", "pass@k", "k", "problems", "tokens", "cut off", "in loops", "not parsed"]
-    said = "Percent. In brackets: 95 % intervals by bootstrap over problems."
+    drawn = ", ".join(f"{plain(name)} {value}" for name, value in evaluations[-1]["sampler"].items())
+    said = f"Percent. In brackets: 95 % intervals by bootstrap over problems. Sampled with {drawn}."
     return "\n\n".join([said, table(head, rows), *gains])
 
 
@@ -285,11 +286,12 @@ def _times(count: int) -> str:
 
 
 def _use(config: Config) -> str:
-    library = "peft" if config.model.lora else "transformers"
-    loader = "AutoPeftModelForCausalLM" if config.model.lora else "AutoModelForCausalLM"
+    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if config.model.lora:
+        loader = "AutoPeftModelForCausalLM"
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n"
     code = (
-        f"from {library} import {loader}\n"
-        "from transformers import AutoTokenizer\n\n"
+        f"{imports}\n"
         'folder = "path/to/this/folder"\n'
         f"model = {loader}.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)"
