@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from atesd.records import Problem, Split
 
-_SHARES: tuple[tuple[Split, float], ...] = (("train", 0.80), ("validation", 0.07), ("probe", 0.03), ("test", 0.10))
+SHARES: tuple[tuple[Split, float], ...] = (("train", 0.80), ("validation", 0.07), ("probe", 0.03), ("test", 0.10))
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def split_of(text: str) -> Split:
     """
     digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "little") / 2**64
-    for split, share in _SHARES:
+    for split, share in SHARES:
         if place < share:
             return split
         place -= share

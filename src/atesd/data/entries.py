@@ -1,0 +1,186 @@
+"""Rows checked one by one: each becomes an entry, or a bad row with its reason.
+
+A row is bad without a problem or an answer that can be found, with an id or a text seen before, with text that is not
+valid Unicode, or with a solution whose boxed answer is not that of the answer column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from atesd.config import ColumnsConfig
+from atesd.data.answers import ExactChecker, MathChecker, last_boxed, normalise
+from atesd.data.numbers import plain_value
+from atesd.data.rows import BadRow, Row
+
+_LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_WRAPPED = re.compile(r"\$([^$]+)\$|\\\((.+)\\\)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A checked row, its reference not yet cut; `boxed` is what it boxes, where a column states the answer as well."""
+
+    row: int
+    id: str
+    text: str
+    solution: str
+    answer: str
+    boxed: str | None
+    difficulty: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a source gave: usable entries, bad rows, and a line on what a preset left out."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    bad: tuple[BadRow, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """A line for each bad row, in order, and one for the preset's filter."""
+        rows = sorted(self.bad, key=lambda bad: bad.number)
+        return (*(f"{self.name}: row {bad.number}: {bad.reason}" for bad in rows), *self.left_out)
+
+
+class _BadValueError(Exception):
+    """Why a row is bad; never leaves this module."""
+
+
+def checked(name: str, rows: Iterable[Row | BadRow], columns: ColumnsConfig, checker: str) -> Reading:
+    """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only."""
+    entries: list[Entry] = []
+    bad: list[BadRow] = []
+    seen: dict[str, int] = {}
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        try:
+            entry = _entry(row, columns)
+        except _BadValueError as error:
+            bad.append(BadRow(row.number, str(error)))
+            continue
+        first = seen.setdefault(entry.id, row.number)
+        if first == row.number:
+            entries.append(entry)
+        else:
+            same = "the same problem as" if columns.id is None else f"its id '{entry.id}' is that of"
+            bad.append(BadRow(row.number, f"{same} row {first}"))
+    contradicted = _contradicted(entries, checker)
+    bad += [
+        BadRow(entry.row, f"its solution boxes '{_brief(entry.boxed)}' but its answer is '{_brief(entry.answer)}'")
+        for entry in contradicted.values()
+    ]
+    return Reading(name, tuple(entry for entry in entries if entry.row not in contradicted), tuple(bad))
+
+
+def _entry(row: Row, columns: ColumnsConfig) -> Entry:
+    values = row.values
+    text = _text(values, columns.problem)
+    if not text.strip():
+        raise _BadValueError(f"no problem: column '{columns.problem}' is empty")
+    solution = _text(values, columns.solution) if columns.solution is not None else ""
+    solution = solution if solution.strip() else ""
+    boxed = last_boxed(solution)
+    stated = _stated_answer(values, columns.answer) if columns.answer is not None else None
+    answer = stated or boxed
+    if answer is None:
+        stated_nowhere = "data.columns.answer is not set" if columns.answer is None else f"'{columns.answer}' is empty"
+        raise _BadValueError(f"no answer can be found: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
+    if last_boxed(f"\\boxed{{{answer}}}") != answer:
+        raise _BadValueError(f"the answer '{_brief(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
+    return Entry(
+        row.number,
+        text_hash(text) if columns.id is None else _id(values, columns.id),
+        text,
+        solution,
+        answer,
+        boxed if stated else None,
+        0 if columns.difficulty is None else _difficulty(values, columns.difficulty),
+    )
+
+
+def _text(values: Mapping[str, Any], column: str) -> str:
+    """The text in a column; empty if there is none."""
+    value = values.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _BadValueError(f"column '{column}' holds no text but {type(value).__name__} {_brief(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadValueError(f"column '{column}' is not valid Unicode at character {error.start}") from None
+    return value
+
+
+def _stated_answer(values: Mapping[str, Any], column: str) -> str | None:
+    """The answer that a column states, a number or text, freed of a box or dollars around it; None if it is empty."""
+    value = values.get(column)
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)
+    answer = _text(values, column).strip()
+    if wrapped := _WRAPPED.fullmatch(answer):
+        answer = (wrapped[1] or wrapped[2]).strip()
+    return last_boxed(answer) or answer or None
+
+
+def _id(values: Mapping[str, Any], column: str) -> str:
+    value = values.get(column)
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(values, column)
+    if not name.strip():
+        raise _BadValueError(f"no id: column '{column}' is empty")
+    return name
+
+
+def _difficulty(values: Mapping[str, Any], column: str) -> int:
+    """A level, to the nearest integer; `Level 5` is 5."""
+    value = values.get(column)
+    level = _LEVEL.fullmatch(str(value).strip())
+    if level is None:
+        raise _BadValueError(f"column '{column}' holds no level but {_brief(value)}")
+    return round(float(level[1]))
+
+
+def _contradicted(entries: Iterable[Entry], kind: str) -> dict[int, Entry]:
+    """Entries, by row, whose solution boxes another answer than the stated one.
+
+    Equal as normalised strings or as plain numbers is agreement; the rest is for math-verify, unless `kind` is exact.
+    """
+    doubtful = [(entry, entry.boxed) for entry in entries if entry.boxed is not None]
+    doubtful = [(entry, boxed) for entry, boxed in doubtful if not plainly_equal(boxed, entry.answer)]
+    if not doubtful:
+        return {}
+    checker = ExactChecker() if kind == "exact" else MathChecker()
+    try:
+        verdicts = checker.check([(f"\\boxed{{{boxed}}}", entry.answer) for entry, boxed in doubtful])
+    finally:
+        checker.close()
+    pairs = zip(doubtful, verdicts, strict=True)
+    return {entry.row: entry for (entry, _), verdict in pairs if verdict != "correct"}
+
+
+def plainly_equal(boxed: str, answer: str) -> bool:
+    """Whether two answers are the same normalised string or the same plain number: cheap, and never wrongly true."""
+    value = plain_value(boxed)
+    return normalise(boxed) == normalise(answer) or (value is not None and value == plain_value(answer))
+
+
+def text_hash(text: str) -> str:
+    """16 hexadecimal digits that name a problem by its text; a run of white space is one blank, as in `split_of`."""
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).hexdigest()
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

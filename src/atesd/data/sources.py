@@ -1,0 +1,186 @@
+"""Problems of a run: read from a source, every row checked, split by a hash of their text, references cut.
+
+All bad rows of a source are collected; then they are refused together, or left out and listed (`data.on_bad_row`).
+Nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import get_args
+
+from atesd.config import ColumnsConfig, DataConfig
+from atesd.data.entries import Entry, Reading, checked, text_hash
+from atesd.data.gsm import COLUMNS, gsm_rows
+from atesd.data.presets import PRESETS
+from atesd.data.rows import BadRow, Row, open_table, read_columns
+from atesd.data.segments import split_reference
+from atesd.data.splits import SHARES, ProblemSets, fingerprint, split_of
+from atesd.errors import ConfigError, DataError
+from atesd.records import Problem, Split
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
+_LISTED = 20  # bad rows that an error message shows
+
+
+def load_problems(config: DataConfig) -> ProblemSets:
+    """The problems of `data.source`: checked, split, and cut into segments.
+
+    The split of a problem depends on its text alone, and so does which problems are taken where a split has more than
+    its size. With `data.test_source` that file is the test split (all of it, up to `data.test_size`), and what would
+    have been the test share is trained on. A generated row that is bad is left out whatever `data.on_bad_row` says.
+
+    Raises `DataError` for bad rows, a missing column or package, or a split smaller than its size; `ConfigError` for
+    settings that contradict each other.
+    """
+    _require_consistent(config)
+    if config.source == "world":
+        from atesd.data.world import world_problems
+
+        return world_problems(config)
+    test = None if config.test_source is None else _read_test(config.test_source, config)
+    generated = config.source == "gsm_symbolic"
+    main = _without_overlap(_generate(config) if generated else _read_main(config), test)
+    if not generated:
+        _refuse_bad_rows(main, config)
+    candidates = main.entries if generated else sorted(main.entries, key=_rank)
+    chosen = _chosen(candidates, _sizes(config), test)
+    _require_enough(chosen, config, main, test)
+    train, validation, probe, held_out = (
+        tuple(_problem(entry, config.segmenter) for entry in chosen[split]) for split in _SPLITS
+    )
+    skipped = main.skipped + (test.skipped if test else ())
+    seal = fingerprint(train, validation, probe, held_out)
+    return ProblemSets(train, validation, probe, held_out, skipped, seal)
+
+
+def _require_consistent(config: DataConfig) -> None:
+    if config.source in ("world", "gsm_symbolic") and config.preset is not None:
+        raise ConfigError(f"data.preset: {config.preset} describes a data set; leave it out for {config.source}")
+    if config.source == "world" and config.test_source is not None:
+        raise ConfigError("data.test_source: the world makes its own test problems; leave it out")
+    if config.preset is not None and config.test_source is None and config.columns != ColumnsConfig():
+        raise ConfigError(f"data.columns: the preset {config.preset} sets the columns; leave one of the two out")
+    if config.source == "gsm_symbolic" and config.train_size is None:
+        raise ConfigError("data.train_size: none given, but gsm_symbolic has no end; set a number, for example 4096")
+
+
+def _read_main(config: DataConfig) -> Reading:
+    """Read `data.source` by its preset or its column map."""
+    table = open_table(config.source, config.split_name)
+    if config.preset is None:
+        rows = read_columns(table, _settings(config.columns))
+        return checked(table.name, rows, config.columns, config.checker)
+    preset = PRESETS[config.preset]
+    kept: list[Row | BadRow] = []
+    filtered = 0
+    for row in read_columns(table, {f"data.preset: {config.preset} ({name})": name for name in preset.reads}):
+        values = preset.adapt(row.values) if isinstance(row, Row) else None
+        if isinstance(row, BadRow):
+            kept.append(row)
+        elif values is None:
+            filtered += 1
+        else:
+            kept.append(Row(row.number, values))
+    line = f"{table.name}: {filtered} rows left out: data.preset: {config.preset} keeps {preset.kept}"
+    return replace(checked(table.name, kept, preset.columns, config.checker), left_out=(line,) if filtered else ())
+
+
+def _read_test(source: str, config: DataConfig) -> Reading:
+    """Read `data.test_source` by `data.columns`. It may lack the solution column, and a column `answer` is found.
+
+    Ids of a column get the prefix `test:`, as two files often count their rows alike.
+    """
+    table = open_table(source, "test", config.split_name)
+    columns = config.columns
+    if columns.answer is None and "answer" in table.columns:
+        columns = columns.model_copy(update={"answer": "answer"})
+    if columns.solution not in table.columns and columns.answer is not None:
+        columns = columns.model_copy(update={"solution": None})
+    reading = checked(table.name, read_columns(table, _settings(columns)), columns, config.checker)
+    _refuse_bad_rows(reading, config)
+    prefix = "" if columns.id is None else "test:"
+    return replace(reading, entries=tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries))
+
+
+def _generate(config: DataConfig) -> Reading:
+    """Rows of `gsm_symbolic`: half as many again as the largest split needs, since some are bad or come twice."""
+    sizes = _sizes(config)
+    needed = max((sizes[split] or 0) / share for split, share in SHARES)
+    return checked("gsm_symbolic", gsm_rows(config.seed, 2000 + int(1.5 * needed)), COLUMNS, config.checker)
+
+
+def _settings(columns: ColumnsConfig) -> dict[str, str]:
+    """Column by the setting that names it."""
+    return {f"data.columns.{name}": column for name, column in columns if column is not None}
+
+
+def _without_overlap(main: Reading, test: Reading | None) -> Reading:
+    """What shares its text with a test problem is a bad row of the main source."""
+    tested = {text_hash(entry.text): entry.row for entry in test.entries} if test else {}
+    overlap = {entry.row: tested[key] for entry in main.entries if (key := text_hash(entry.text)) in tested}
+    name = test.name if test else ""
+    bad = tuple(BadRow(row, f"the same problem as row {other} of {name}") for row, other in overlap.items())
+    return replace(main, entries=tuple(e for e in main.entries if e.row not in overlap), bad=main.bad + bad)
+
+
+def _refuse_bad_rows(reading: Reading, config: DataConfig) -> None:
+    if config.on_bad_row == "skip" or not reading.bad:
+        return
+    rows = sorted(reading.bad, key=lambda bad: bad.number)
+    lines = [f"  row {bad.number}: {bad.reason}" for bad in rows[:_LISTED]]
+    if len(rows) > _LISTED:
+        lines.append(f"  and {len(rows) - _LISTED} more")
+    total = len(reading.entries) + len(rows)
+    head = f"{reading.name}: {len(rows)} of {total} rows cannot be used:"
+    raise DataError("\n".join([head, *lines, "Correct them, or leave them out with data.on_bad_row: skip"]))
+
+
+def _sizes(config: DataConfig) -> dict[Split, int | None]:
+    return {
+        "train": config.train_size,
+        "validation": config.validation_size,
+        "probe": config.probe_size,
+        "test": config.test_size,
+    }
+
+
+def _chosen(
+    candidates: Sequence[Entry], sizes: dict[Split, int | None], test: Reading | None
+) -> dict[Split, list[Entry]]:
+    """The first entries of each split, up to its size."""
+    members: dict[Split, list[Entry]] = {split: [] for split in _SPLITS}
+    for entry in candidates:
+        split = split_of(entry.text)
+        members["train" if test and split == "test" else split].append(entry)
+    if test:
+        members["test"] = sorted(test.entries, key=_rank)
+    return {split: list(islice(members[split], sizes[split])) for split in _SPLITS}
+
+
+def _require_enough(chosen: dict[Split, list[Entry]], config: DataConfig, main: Reading, test: Reading | None) -> None:
+    short = []
+    for split, size in _sizes(config).items():
+        found = len(chosen[split])
+        wanted = 1 if size is None or (test and split == "test" and size) else size
+        if found < wanted:
+            short.append(f"{split} {found} of {size or 'at least 1'} (data.{split}_size)")
+    if short:
+        advice = "; train_size: null takes all there are" if config.train_size is not None else ""
+        raise DataError(
+            f"{main.name}: too few problems: {', '.join(short)}. It has {len(main.entries)} usable problems, and a "
+            f"hash of the text splits them; lower these sizes{advice}"
+        )
+
+
+def _problem(entry: Entry, segmenter: str) -> Problem:
+    segments, closing = split_reference(entry.solution, entry.answer, segmenter)
+    return Problem(entry.id, entry.text, segments, closing, entry.answer, entry.difficulty)
+
+
+def _rank(entry: Entry) -> tuple[bytes, str]:
+    """An order that depends on the problems alone, so that a sorted file gives no one-sided sample."""
+    return hashlib.blake2b(entry.text.encode(), digest_size=8, person=b"rank").digest(), entry.id
