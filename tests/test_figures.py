@@ -252,6 +252,18 @@ def test_the_results_table_shows_base_last_gain_and_a_peak_that_owns_up(tmp_path
     assert any("designed" in note for note in table.notes)  # the leap world
 
 
+def test_before_training_there_is_a_base_and_nothing_else(tmp_path: Path):
+    table = results_table([rows_of(tmp_path / "run", evaluations=(counted(0, [0, 1, 1, 0]),))], "test")
+    assert table.rows[0][2:] == ("25.0 [15, 35]", "–", "–", "–")
+
+
+def test_panels_run_over_all_planned_updates(tmp_path: Path):
+    run = rows_of(tmp_path / "run", evaluations=(counted(0, [1]),), metrics=(metric_row(0, 0.5, NOISE),))
+    for chart in (figures.accuracy([run], "test"), figures.exposure(run), figures.metric([run], figures.LEARNING[0])):
+        assert chart is not None
+        assert chart.figure.axes[0].get_xlim() == (-2, 102)  # 100 updates and a margin
+
+
 def test_a_paired_interval_has_no_width_where_every_problem_gains_the_same():
     assert paired_points(counted(0, [0, 1, 0, 1]), counted(9, [1, 2, 1, 2])) == "+50.0 [+50.0, +50.0]"
 

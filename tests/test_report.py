@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from atesd.errors import RunError
 from atesd.report.alarms import find_alarms
-from atesd.report.page import content_policy, render_page, status, write_report
+from atesd.report.page import content_policy, facts_table, render_page, status, write_report
 from atesd.report.rows import RunRows, method_name, natural, read_run, read_runs
 from atesd.report.samples import KL_LEVELS, sample_views, teacher_only, token_level
 from atesd.report.text import duration, number, percent, percent_interval, points_interval, visible
+from atesd.runs import RunFolder
 from fake_run import begin_run, evaluation_row, fake_config, metric_row, sample_row, write_fake_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -343,6 +344,21 @@ def test_a_known_way_to_fail_raises_its_alarm_and_no_other(tmp_path: Path, key: 
     assert [alarm.title for alarm in find_alarms(run)] == [title]
     steady = rows_of(tmp_path / "steady", metrics=metrics(key, [0.4] * len(values)))
     assert find_alarms(steady) == []
+
+
+def test_a_failed_run_says_so_first_and_keeps_its_rows(tmp_path: Path):
+    begin_run(tmp_path / "run", fake_config(10)).append("metrics", metric_row(0, 0.5, NOISE))
+    RunFolder.open(tmp_path / "run").end_session("failed")
+    run = read_run(tmp_path / "run")
+    assert status(run) == "failed: 1 of 10 updates"
+    assert find_alarms(run)[0].title == "Run failed"
+
+
+def test_a_resumed_run_tells_what_had_changed(tmp_path: Path):
+    run = begin_run(tmp_path / "run", fake_config(10))
+    run.begin_session(fake_config(20), command=["atesd", "train"], updates_done=5)
+    facts = dict(facts_table([read_run(tmp_path / "run")]).rows)
+    assert facts["sessions"].startswith("2; train.num_updates: 10 -> 20")
 
 
 def test_a_decline_after_the_peak_is_told_with_both_numbers(tmp_path: Path):

@@ -32,6 +32,14 @@ def find_alarms(run: RunRows) -> list[Alarm]:
     return [alarm for check in _CHECKS for alarm in check(run)]
 
 
+def _failed(run: RunRows) -> list[Alarm]:
+    if run.manifest.get("status") != "failed":
+        return []
+    return [
+        Alarm("Run failed", f"It ended with an error after {run.updates_done} updates; what follows is what it left.")
+    ]
+
+
 def _length_collapse(run: RunRows) -> list[Alarm]:
     early, late = _early_and_late(run, "completion_tokens")
     if early is None or late is None or late >= LENGTH_COLLAPSE * early:
@@ -111,6 +119,7 @@ def _saturated(run: RunRows) -> list[Alarm]:
 
 
 _CHECKS: tuple[Callable[[RunRows], list[Alarm]], ...] = (
+    _failed,
     _length_collapse,
     _rising_share("truncated_share", "Truncation rising", "A cut completion holds no answer."),
     _rising_share("loop_share", "Loops rising", "The student repeats itself."),

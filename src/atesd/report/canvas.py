@@ -73,12 +73,20 @@ class Chart:
     @styled
     def svg(self) -> str:
         """One inline `<svg>` element; the same rows give the same bytes."""
+        self._settle()
         return inline_svg(self.figure, self.key, self.description)
 
     @styled
     def save_png(self, path: Path, dpi: int = 160) -> None:
         """Write the panel on white."""
+        self._settle()
         self.figure.savefig(path, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+
+    def _settle(self) -> None:
+        """Lay the panel out once: a second pass starts from the first one's result and moves it by a hair."""
+        if self.figure.get_layout_engine() is not None:
+            self.figure.draw_without_rendering()
+            self.figure.set_layout_engine("none")
 
 
 def empty_panel(title: str, unit: str, horizontal: str = "update", height: float = 2.7) -> tuple[Figure, Axes]:
@@ -103,13 +111,19 @@ def draw_series(axes: Axes, updates: Sequence[int], values: NDArray[np.float64],
     axes.plot(updates, values, linewidth=1.6, color=colour(index), linestyle=dash(index), marker=marker, markersize=3)
 
 
+def fit_updates(axes: Axes, last: int) -> None:
+    """Let the panel run over all planned updates, so that panels of one page agree and one point has a scale."""
+    last = max(1, last)
+    axes.set_xlim(-0.02 * last, 1.02 * last)
+
+
 def fit_vertical(axes: Axes, is_share: bool) -> None:
-    """Keep rounding noise from filling the panel, and a share in percent from going below 0."""
+    """Keep rounding noise from filling the panel, and a share in percent from going far below 0."""
     low, high = axes.get_ylim()
     least = 1.0 if is_share else 0.02 * max(abs(low), abs(high))
     missing = max(0.0, least - (high - low)) / 2
     low, high = low - missing, high + missing
-    axes.set_ylim(max(0.0, low) if is_share else low, high)
+    axes.set_ylim(max(-0.02 * high, low) if is_share else low, high)
 
 
 def draw_key(axes: Axes, names: Sequence[tuple[int, str]]) -> None:

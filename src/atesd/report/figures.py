@@ -21,6 +21,7 @@ from atesd.report.canvas import (
     draw_key,
     draw_series,
     empty_panel,
+    fit_updates,
     fit_vertical,
     place_legend,
     plain,
@@ -33,6 +34,7 @@ from atesd.report.text import duration, finite, number, percent, visible
 
 DENSITY_ROWS = 60
 MAX_COLUMNS = 400
+PHASES = ("sample", "teacher", "student", "loss_backward", "control", "evaluate")
 CROWDED = 200  # updates or decisions; more of them are drawn finer
 
 
@@ -115,6 +117,7 @@ def accuracy(runs: Sequence[RunRows], split: str) -> Chart | None:
         if len(rows) == 1:
             axes.vlines(updates, low, high, color=colour(index), linewidth=1.2)
         words.append(f"{plain(run.name)} from {value[0]:.1f} % at update {updates[0]} to {value[-1]:.1f} %")
+    fit_updates(axes, _last_update(runs))
     draw_key(axes, [(index, run.name) for index, run, _ in shown])
     reading = "Band: 95 % bootstrap interval over problems. It does not cover the choice of seed."
     return Chart(f"accuracy-{split}", f"{title}: {'; '.join(words)}", reading, figure)
@@ -133,6 +136,7 @@ def metric(runs: Sequence[RunRows], panel: Panel, scope: str = "all") -> Chart |
         draw_series(axes, updates, values, index)
         words.append(f"{plain(run.name)} from {number(float(values[0]))} to {number(float(values[-1]))}")
     fit_vertical(axes, panel.share)
+    fit_updates(axes, _last_update(runs))
     if len(shown) == 1:
         _mark_skipped(axes, shown[0][1])
     draw_key(axes, [(index, run.name) for index, run, _, _ in shown])
@@ -157,7 +161,7 @@ def exposure(run: RunRows, scope: str = "all") -> Chart | None:
     )
     _draw_effective(axes, run, size=1.0 if crowded else 5.0)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_xlim(updates[0], last)
+    fit_updates(axes, _last_update([run]))
     words = f"Reveal ratio: mean {np.mean(ratios):.2f}, last {ratios[-1]:.2f}, {len(run.decisions)} decisions"
     reading = "Line: the ratio in force (1: the teacher sees the whole reference; 0: the answer alone). "
     reading += "Dots: the effective ratio, where whole segments or length made it another. "
@@ -194,6 +198,7 @@ def credit(run: RunRows, key: str, scope: str = "all") -> Chart | None:
         axes.vlines(updates, 0, values, colors=colours, linewidth=1.1)
         axes.scatter(updates, values, s=11, color=colours, zorder=3)
         axes.axhline(0, color=INK, linewidth=0.6)
+    fit_updates(axes, _last_update([run]))
     mean = float(np.mean(values))
     return Chart(f"{scope}-{key}", f"{key} of {len(known)} decisions: mean {mean:.3g}", _CREDIT_READING[key], figure)
 
@@ -280,12 +285,16 @@ def time_by_phase(run: RunRows, scope: str = "all") -> Chart | None:
 
 
 def phase_seconds(run: RunRows) -> dict[str, float]:
-    """Seconds by phase, summed over all updates, in the order of the log."""
-    totals: dict[str, float] = {}
+    """Seconds by phase, summed over all updates, in the order in which they come."""
+    totals = dict.fromkeys(PHASES, 0.0)
     for row in run.metrics:
         for phase, seconds in (row.get("seconds") or {}).items():
             totals[phase] = totals.get(phase, 0.0) + (finite(seconds) or 0.0)
-    return totals
+    return {phase: seconds for phase, seconds in totals.items() if seconds}
+
+
+def _last_update(runs: Sequence[RunRows]) -> int:
+    return max(max(run.config.train.num_updates, run.updates_done) for run in runs)
 
 
 def _finished(run: RunRows) -> list[Row]:

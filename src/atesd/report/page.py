@@ -17,7 +17,7 @@ from atesd.config import dump_config
 from atesd.report import figures
 from atesd.report.alarms import Alarm, find_alarms
 from atesd.report.canvas import Chart
-from atesd.report.rows import RunRows, method_name, read_runs
+from atesd.report.rows import Row, RunRows, method_name, read_runs
 from atesd.report.samples import KL_LEVELS, SampleView, sample_views
 from atesd.report.seeds import seeds_table
 from atesd.report.tables import Table, changed_settings, differences_table, evaluation_table, results_table
@@ -127,6 +127,7 @@ def _facts(run: RunRows) -> dict[str, str]:
         "updates": f"{config.train.num_updates} of {config.train.batch_size} rollouts, "
         f"learning rate {config.train.learning_rate:g}",
         "loss": f"{config.loss.divergence}, clip {config.loss.clip}, teacher {config.teacher.weights}",
+        "sessions": _sessions(manifest.get("sessions") or []),
         "started": str(manifest.get("started", MISSING)),
         "time in updates": duration(sum(figures.phase_seconds(run).values())) if run.metrics else MISSING,
         "commit": str(manifest.get("commit") or MISSING),
@@ -134,6 +135,12 @@ def _facts(run: RunRows) -> dict[str, str]:
         "machine": f"{manifest.get('cpu') or MISSING}, {manifest.get('threads') or 'default'} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version) or MISSING,
     }
+
+
+def _sessions(sessions: Sequence[Row]) -> str:
+    """How often the run was taken up again, and what had changed by then."""
+    notes = [str(note) for session in sessions for note in session.get("notes") or []]
+    return "; ".join([str(len(sessions)), *notes])
 
 
 def _notes_once(tables: Sequence[Table]) -> list[Table]:

@@ -51,7 +51,7 @@ def results_table(runs: Sequence[RunRows], split: str) -> Table:
         trained = last if last is not base else None
         cells = [run.name, method_name(run.config), _average(base), _dated(trained), paired_points(base, trained)]
         cells += [_average(_at(evaluations, common))] if common is not None else []
-        rows.append((*cells, _dated(peak(evaluations))))
+        rows.append((*cells, _dated(peak(evaluations) if trained else None)))
     return Table(f"Average@k on {split}, %", (*columns, PEAK_COLUMN), tuple(rows), tuple(result_notes(runs, split)))
 
 
