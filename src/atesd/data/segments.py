@@ -177,7 +177,7 @@ def _stretches(text: str) -> Iterator[tuple[int, int]]:
     delimiters = list(_DELIMITER.finditer(text))
     pairs = _nested_pairs(delimiters)
     for box in _BOX.finditer(text):
-        end = pairs.get(box.start("brace"), None) if box["brace"] else box.end()
+        end = pairs.get(box.start("brace")) if box["brace"] else box.end()
         if end is not None:
             yield box.start(), end  # a box is whole even where it crosses other delimiters
     closers = _closers(text, delimiters)
@@ -203,37 +203,58 @@ def _nested_pairs(delimiters: Iterable[re.Match[str]]) -> dict[int, int]:
     return pairs
 
 
-_Closers = dict[str, list[re.Match[str]]]
+class _Marks:
+    """Marks in the order of the text; finds the next one from a place on."""
+
+    def __init__(self) -> None:
+        self._marks: list[re.Match[str]] = []
+        self._starts: list[int] = []
+
+    def add(self, mark: re.Match[str]) -> None:
+        self._marks.append(mark)
+        self._starts.append(mark.start())
+
+    def after(self, start: int, least_length: int = 0) -> re.Match[str] | None:
+        """The first mark from `start` on with at least this many characters."""
+        for index in range(bisect_left(self._starts, start), len(self._marks)):
+            if not least_length or len(self._marks[index][0].strip()) >= least_length:
+                return self._marks[index]
+        return None
+
+
+_Closers = dict[str, _Marks]
 
 
 def _closers(text: str, delimiters: Iterable[re.Match[str]]) -> _Closers:
     """Everything that can close a stretch, by kind and in order."""
-    closers: _Closers = defaultdict(list)
+    closers: _Closers = defaultdict(_Marks)
     for mark in delimiters:
-        if mark["bracket"] or mark["dollar"] == "$$":
-            closers[mark["bracket"] or "$$"].append(mark)
         if mark["dollar"]:
-            closers["any $"].append(mark)
+            closers["any $"].add(mark)
+        if mark["bracket"] or mark["dollar"] == "$$":
+            closers[mark["bracket"] or "$$"].add(mark)
         if mark["fence"] and not mark["after"].strip():
-            closers[mark["fence"][0]].append(mark)
+            closers[mark["fence"][0]].add(mark)
     for blank in _PARAGRAPH.finditer(text):
-        closers["blank"].append(blank)
+        closers["blank"].add(blank)
     return closers
 
 
 def _closed_at(text: str, opener: re.Match[str], closers: _Closers) -> int | None:
     """Where the stretch that `opener` opens ends; None if it opens none or nothing closes it."""
-    if opener["fence"]:
-        mark, after = opener["fence"], opener["after"]
-        inline = mark[0] == "`" and "`" in after
-        return None if inline else _end(_next(closers[mark[0]], opener.end(), len(mark)))
-    if opener["dollar"] == "$":
-        closer, blank = _next(closers["any $"], opener.end()), _next(closers["blank"], opener.end())
-        if closer is None or closer[0] != "$" or (blank is not None and blank.start() < closer.start()):
+    closer: re.Match[str] | None = None
+    kind = opener["dollar"] or opener["bracket"]
+    if kind == "$":
+        closer = closers["any $"].after(opener.end())
+        if closer is None or closer[0] != "$" or not _fits(text, opener, closer):
             return None
-        return closer.end() if _fits(text, opener, closer) else None
-    kind = opener["bracket"] or opener["dollar"] or ""
-    return _end(_next(closers[_PARTNER[kind]], opener.end())) if kind in _PARTNER else None
+        blank = closers["blank"].after(opener.end())
+        return closer.end() if blank is None or closer.start() < blank.start() else None
+    if kind in _PARTNER:
+        closer = closers[_PARTNER[kind]].after(opener.end())
+    elif opener["fence"] and not (opener["fence"][0] == "`" and "`" in opener["after"]):
+        closer = closers[opener["fence"][0]].after(opener.end(), len(opener["fence"]))
+    return None if closer is None else closer.end()
 
 
 def _fits(text: str, opener: re.Match[str], closer: re.Match[str]) -> bool:
@@ -241,14 +262,3 @@ def _fits(text: str, opener: re.Match[str], closer: re.Match[str]) -> bool:
     apart = text[opener.end()].isspace()
     followed_by_digit = text[closer.end() : closer.end() + 1].isdigit()
     return text[closer.start() - 1].isspace() == apart and (apart or not followed_by_digit)
-
-
-def _next(marks: list[re.Match[str]], start: int, least_length: int = 0) -> re.Match[str] | None:
-    """The first mark from `start` on with at least this many characters."""
-    first = bisect_left(marks, start, key=lambda mark: mark.start())
-    later = (marks[index] for index in range(first, len(marks)))
-    return next((mark for mark in later if len(mark[0].strip()) >= least_length), None)
-
-
-def _end(mark: re.Match[str] | None) -> int | None:
-    return None if mark is None else mark.end()
