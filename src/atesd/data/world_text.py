@@ -5,7 +5,8 @@ What makes the world what it is (and is measured in `world_models/*/gates.json`)
 - *Unknown facts*: for 20 % of the facts (value, operator, operand) the result is drawn at random wherever no reference
   reveals it, so that the student is stuck near 0.8^n and more pretraining does not help.
 - *References*: a share of the texts shows the first k segments and the answer; there the text copies the revealed
-  values as long as it is on their track.
+  values as long as it is on their track, and where the last step is an unknown fact it falls back on the answer,
+  unless it has left the track.
 - *Off-track data*: in a share of those one value is wrong (and no target), and the chain goes on from it. This teaches
   the teacher what to do after a student's mistake.
 - *Leaps*: references may leap, and the text follows the style of what is revealed, or writes the leap out against it
@@ -67,7 +68,7 @@ class Mixture:
     leaps_anywhere: float = 0.2  # of the references: leaps anywhere
     leap_rate: float = 0.4  # chance that a step starts a leap, where leaps are anywhere
     written_out: float = 0.5  # of the texts with a reference: revealed leaps written out against it
-    own_leaps: float = 0.1  # of what is written without a reference: leaping style
+    own_leaps: float = 0.05  # of what is written without a reference: leaping style
 
 
 STEPS_ONLY = Mixture(late_leaps=0.0, leaps_anywhere=0.0, own_leaps=0.0)
@@ -141,7 +142,7 @@ def draw_texts(rng: np.random.Generator, size: int, max_clauses: int, mixture: M
     off_track = with_reference & (rng.random(size) < mixture.off_track)
     written_out = with_reference & (rng.random(size) < mixture.written_out)
     wrong_step = np.where(off_track, (rng.random(size) * chains.clauses).astype(np.int64), -1)
-    written, targets = _write(rng, chains, elided, own, revealed, written_out, wrong_step, known)
+    written, targets = _write(rng, chains, elided, own, revealed, with_reference, written_out, wrong_step, known)
     message = _messages(chains, elided, revealed, with_reference)
     return Texts(np.concatenate([message, written], axis=1), targets)
 
@@ -195,6 +196,7 @@ def _write(
     elided: Bools,
     own: Bools,
     revealed: Ints,
+    with_reference: Bools,
     written_out: Bools,
     wrong_step: Ints,
     known: Bools,
@@ -202,13 +204,14 @@ def _write(
     """The completions [B, completion] and their targets: what an ideal reader of the message would write.
 
     `state` is the last written value; a step after a skipped one (`pending`) folds two facts. A revealed value is
-    copied while the state is the true one; otherwise a known fact is applied and an unknown one guessed.
+    copied while the state is the true one; otherwise a known fact is applied and an unknown one guessed, but for the
+    last step of a text with a reference that it does not contradict: there the guess is the answer.
     """
     size, rows = len(chains.clauses), np.arange(len(chains.clauses))
     ids = np.full((size, COMPLETION_WORDS), _ID[PAD], dtype=np.int64)
     targets = np.zeros((size, COMPLETION_WORDS), dtype=np.bool_)
     truth, signed = chains.values, chains.signed
-    state, pending = chains.start.copy(), np.zeros(size, dtype=np.bool_)
+    state, pending, contradicts = chains.start.copy(), np.zeros(size, dtype=np.bool_), ~with_reference
     for step in range(MAX_CLAUSES):
         here, shown = step < chains.clauses, step < revealed
         against = shown & elided[:, step] & written_out
@@ -218,10 +221,12 @@ def _write(
         sure = known[before, chains.operator[:, step], chains.operand[:, step]]
         sure &= ~pending | known[state, chains.operator[:, step - 1], chains.operand[:, step - 1]]
         copied = shown & ~elided[:, step] & (before == truth[:, step])
+        copied |= ~sure & ~contradicts & (step == chains.clauses - 1)
         value = np.where(sure, (before + signed[:, step]) % MODULUS, rng.integers(MODULUS, size=size))
         value = np.where(copied, truth[:, step + 1], value)
         wrong = (wrong_step == step) & ~skip
         value = np.where(wrong, rng.integers(MODULUS, size=size), value)
+        contradicts |= shown & ~elided[:, step] & (value != truth[:, step + 1])
         at = step * WORDS_PER_STEP
         ids[here, at] = _LABEL + step
         ids[here, at + 1] = np.where(skip, _ID[SKIP], _DIGIT + value)[here]

@@ -36,6 +36,7 @@ from atesd.data.world import (
 )
 from atesd.data.world_text import Mixture, draw_texts, known_facts
 from atesd.errors import TrainingError
+from atesd.maths.divergence import forward_kl
 from atesd.maths.keyed import generator
 from atesd.records import Problem
 
@@ -99,8 +100,18 @@ def pretrain(
 ) -> Qwen3ForCausalLM:
     """A world model pretrained from `seed`; calls `progress(step, loss in nats per target)` after each step.
 
-    Weights and texts are functions of the seed alone. Raises `TrainingError` on a non-finite loss.
+    Weights and texts are functions of the seed alone; one thread, so that the bits do not depend on the number of cores.
+    Raises `TrainingError` on a non-finite loss.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _pretrain(seed, recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pretrain(seed: int, recipe: PretrainRecipe, progress: Callable[[int, float], None] | None) -> Qwen3ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(seed, "pretrain", "weights").integers(2**62)))
         model = Qwen3ForCausalLM(world_config())
@@ -235,12 +246,11 @@ def _first_mistakes(completions: Tensor, problems: Sequence[Problem]) -> list[in
 
 def _kl(model: Qwen3ForCausalLM, teacher: Tensor, student: Tensor, completions: Tensor) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) in nats at every completion position [B, completion], and which positions exist."""
-    logprobs = []
+    logits = []
     for prompts in (teacher, student):
         ids = torch.cat([prompts, completions[:, :-1]], dim=1)
-        logits = model(ids, logits_to_keep=COMPLETION_WORDS, use_cache=False).logits
-        logprobs.append(logits.float().log_softmax(-1))
-    kl = (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum(-1)
+        logits.append(model(ids, logits_to_keep=COMPLETION_WORDS, use_cache=False).logits.flatten(0, 1))
+    kl = forward_kl(logits[0], logits[1]).view(completions.shape)
     return kl, completions != VOCABULARY.index(PAD)
 
 
@@ -256,17 +266,18 @@ def pretrain_until_gated(
     attempts: int,
     recipe: PretrainRecipe | None = None,
     gates: Gates | None = None,
+    problems: Sequence[Problem] = (),
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Qwen3ForCausalLM, int, GateFigures]:
     """The first checkpoint among seeds `seed`, `seed` + 1, ... that passes the gates, its seed and its figures.
 
-    Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists every attempt's figures.
+    The gates are measured as in `measure_gates`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists every attempt's figures.
     """
     recipe, gates = recipe or PretrainRecipe(), gates or Gates()
     failures = []
     for candidate in range(seed, seed + attempts):
         model = pretrain(candidate, recipe, partial(progress, candidate) if progress else None)
-        figures = measure_gates(model)
+        figures = measure_gates(model, problems)
         if figures.passed(gates):
             return model, candidate, figures
         failures.append(f"seed {candidate}: {asdict(figures)}")
