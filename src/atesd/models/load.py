@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,6 +49,9 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     device = _device(config.device)
     tokenizer = _tokenizer(config, source, local)
     model = _weights(config, source, local)
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(f"{config.path}: its tokenizer has {len(tokenizer)} tokens, the model has {rows}; they differ")
     if config.lora is not None:
         model = _with_adapter(model, config.lora, seed)
     torch.nn.Module.to(model, device).train(False)
@@ -56,6 +60,12 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     end_ids = _end_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return LoadedModel(model, tokenizer, device, end_ids, pad_id)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, to look at contexts without loading weights. Raises `ModelError` as `load_model` does."""
+    source, local = _resolve(config.path)
+    return _tokenizer(config, source, local)
 
 
 def trainable_parameters(loaded: LoadedModel) -> dict[str, torch.nn.Parameter]:
@@ -150,13 +160,20 @@ def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
     if local and (Path(source) / _ADAPTER_FILE).is_file():
         return _merged(config, Path(source))
     with _explained(config.path), quiet():
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
             local_files_only=local,
             dtype=_DTYPES[config.dtype],
             attn_implementation=config.attention,
+            output_loading_info=True,
         )
+    model, report = loaded
+    # transformers fills what a file lacks with random numbers and only logs it.
+    lacking = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind])
+    if lacking:
+        raise ModelError(f"{config.path}: its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)")
+    return cast(PreTrainedModel, model)
 
 
 def _merged(config: ModelConfig, adapter: Path) -> PreTrainedModel:
@@ -215,7 +232,7 @@ def _explained(path: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ModelError(f"{path}: a package is missing: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if _unreachable(error):
             raise ModelError(
                 f"{path}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
