@@ -69,11 +69,14 @@ def all_charts(run: RunRows, others: list[RunRows]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def test_every_figure_is_one_svg_that_scales_and_says_what_it_shows(runs: list[RunRows]):
-    charts = all_charts(runs[0], runs)
-    assert len(charts) > 24
-    for chart in charts:
-        root = drawn(chart)
+@pytest.fixture(scope="module")
+def drawings(runs: list[RunRows]) -> list[tuple[Chart, ElementTree.Element]]:
+    return [(chart, drawn(chart)) for chart in all_charts(runs[0], runs)]
+
+
+def test_every_figure_is_one_svg_that_scales_and_says_what_it_shows(drawings: list[tuple[Chart, ElementTree.Element]]):
+    assert len(drawings) > 24
+    for chart, root in drawings:
         assert (root.tag, root.get("role"), root.get("width")) == ("svg", "img", None)
         assert root.get("viewBox", "").startswith("0 0 331.2 ")  # 4.6 inches of 72 points: readable on a phone
         assert root.get("aria-label") == chart.description != ""
@@ -89,9 +92,8 @@ def test_a_figure_has_no_style_no_script_and_takes_its_ink_from_the_page(runs: l
         assert all(element.get("fill") == "currentColor" for element in root.iter("text"))
 
 
-def test_figures_of_one_page_share_no_id(runs: list[RunRows]):
-    roots = [drawn(chart) for chart in all_charts(runs[0], runs)]
-    ids = [element.get("id") for root in roots for element in root.iter() if element.get("id")]
+def test_figures_of_one_page_share_no_id(drawings: list[tuple[Chart, ElementTree.Element]]):
+    ids = [element.get("id") for _, root in drawings for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids)) > 0
 
 

@@ -68,15 +68,15 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A learned run whose model and data try to break out of the page, and a plain one at full exposure."""
+    """A learned run whose model and data try to break out of the page, and one that has only begun."""
     folder = tmp_path_factory.mktemp("runs")
     run = write_fake_run(folder / "learned<b>", views={"instruction": ATTACK.replace("\ud800", "")})
     pieces = [ATTACK[start : start + 7] for start in range(0, len(ATTACK), 7)]
     texts = {"completion": ATTACK, "student_context": ATTACK, "teacher_context": ATTACK + ATTACK, "problem_id": ATTACK}
     run.append("samples", sample_row(60, pieces, NOISE, verdict="wrong", **texts))
     run.append("metrics", metric_row(60, 0.5, NOISE, skipped=ATTACK))
-    write_fake_run(folder / "full", seed=1, kind="full")
-    return [folder / "learned<b>", folder / "full"]
+    begin_run(folder / "begun", fake_config(10)).append("evaluations", evaluation_row(0, 0.5, NOISE))
+    return [folder / "learned<b>", folder / "begun"]
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +168,12 @@ def test_every_section_is_there_for_every_run(outline: Outline):
     assert text.count("The whole resolved config") == 2
 
 
-def test_the_same_folder_gives_the_same_bytes_in_another_process(runs: list[Path], tmp_path: Path):
+def test_the_same_folders_give_the_same_bytes_in_another_process(runs: list[Path], page: str, tmp_path: Path):
     code = "import sys; from pathlib import Path; from atesd.report.page import write_report\n"
-    code += "write_report([Path(sys.argv[1])], Path(sys.argv[2])); print('torch' in sys.modules)"
-    arguments = [str(runs[0]), str(tmp_path / "page.html")]
+    code += "out, *runs = map(Path, sys.argv[1:]); write_report(runs, out); print('torch' in sys.modules)"
+    arguments = [str(tmp_path / "page.html"), *map(str, runs)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    assert (tmp_path / "page.html").read_text("utf-8") == render_page(read_runs(runs[:1]))
+    assert (tmp_path / "page.html").read_text("utf-8") == page
     assert done.stdout == "False\n"  # the report never imports torch
 
 
