@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 
 from atesd.errors import ConfigError
 
@@ -382,6 +382,14 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _UniqueKeyLoader.yaml_implicit_resolvers
 
 
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text on one line, its line breaks written as escapes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
 def recipe_names() -> list[str]:
     """Names of the packaged recipes."""
     folder = importlib.resources.files("atesd") / "recipes"
@@ -448,6 +456,13 @@ def config_from_mapping(values: Mapping[str, Any], name: str = "config") -> Conf
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def yaml_value(value: Any) -> str:
+    """One value as YAML on one line."""
+    plain = TypeAdapter(Any).dump_python(value, mode="json")
+    text: str = yaml.dump([plain], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    return text.strip()[1:-1]
 
 
 def describe_settings(config: Config) -> Iterator[tuple[str, Any, str]]:

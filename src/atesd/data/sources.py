@@ -57,6 +57,20 @@ def load_problems(config: DataConfig) -> ProblemSets:
     return ProblemSets(train, validation, probe, held_out, skipped, seal)
 
 
+def load_benchmark(config: DataConfig) -> ProblemSets:
+    """Every usable problem of `data.test_source` as the test split, and no other: to evaluate on, not to train with.
+
+    Raises `DataError` as `load_problems` does, and where nothing is left.
+    """
+    if config.test_source is None:
+        raise ConfigError("data.test_source: none given; name a file or data set to evaluate on")
+    reading = _read_test(config.test_source, config)
+    if not reading.entries:
+        raise DataError(f"{reading.name}: no usable problem in it")
+    problems = tuple(_problem(entry, config.segmenter) for entry in reading.entries)
+    return ProblemSets((), (), (), problems, reading.skipped, fingerprint((), (), (), problems))
+
+
 def _require_consistent(config: DataConfig) -> None:
     if config.source in ("world", "gsm_symbolic") and config.preset is not None:
         raise ConfigError(f"data.preset: {config.preset} describes a data set; leave it out for {config.source}")

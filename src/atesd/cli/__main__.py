@@ -1,0 +1,5 @@
+"""`python -m atesd.cli` is `atesd`."""
+
+from atesd.cli import main
+
+main()

@@ -1,0 +1,242 @@
+"""The verbs of `atesd`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from atesd.config import Config
+
+STOPPED = 3
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed; 2 bad input (a setting, a row, a model, a wrong option); 3 stopped on request by "
+    "Ctrl-C or SIGTERM, with a checkpoint saved: the same command resumes; 130 interrupted at once."
+)
+
+app = typer.Typer(
+    name="atesd",
+    help="Adaptive teacher exposure for on-policy self-distillation (arXiv 2605.11458).",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # user text is never markup, and help needs no rich
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models = typer.Typer(help="Models that are fetched once and kept in the user's cache.", rich_markup_mode=None)
+world = typer.Typer(help="The models of the embedded world.", rich_markup_mode=None)
+app.add_typer(models, name="models", no_args_is_help=True)
+app.add_typer(world, name="world", no_args_is_help=True)
+
+
+class Resume(StrEnum):
+    """What to do with a folder that already holds a run."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
+class EvaluationSplit(StrEnum):
+    """The splits that training does not touch."""
+
+    TEST = "test"
+    VALIDATION = "validation"
+
+
+class Fetchable(StrEnum):
+    """Models that `atesd models fetch` knows."""
+
+    SMOLLM2 = "smollm2"
+
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE_OR_YAML", help="A packaged recipe (atesd recipes) or a file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a setting; checked like the file. Repeatable."),
+]
+
+
+@app.command(epilog=EXIT_CODES)
+def train(
+    recipe: Recipe,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME after the recipe.")] = None,
+    resume: Annotated[Resume, typer.Option(help="auto: go on from the newest valid checkpoint.")] = Resume.AUTO,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, say what is planned, stop.")] = False,
+) -> None:
+    """Train, with live progress. Ctrl-C saves a checkpoint; the same command resumes."""
+    from atesd.config import load_config
+
+    config = load_config(recipe, settings or [])
+    if dry_run:
+        _show_plan(config)
+        return
+    folder = out or Path("runs") / run_name(recipe)
+
+    from atesd.cli.display import closing_lines, display_for
+
+    with display_for(config, folder) as display:
+        from atesd import build
+
+        outcome = build.train(config, folder, resume=resume.value, listener=display, command=sys.argv)
+    for line in closing_lines(outcome.run, config, outcome.status):
+        typer.echo(line)
+    if outcome.status == "stopped":
+        raise typer.Exit(STOPPED)
+
+
+def run_name(recipe: str) -> str:
+    """The name of a run: the recipe's, or the stem of a file."""
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else Path(recipe).name
+
+
+def _show_plan(config: Config) -> None:
+    from atesd.build import build, close
+    from atesd.cli.plan import plan_lines
+
+    parts = build(config)
+    try:
+        for line in plan_lines(parts):
+            typer.echo(line)
+    finally:
+        close(parts)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder, or a hub id.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE_OR_FILE",
+            help="Problems: those of a recipe or YAML, or every row of a .jsonl or .parquet file. Default: the run's.",
+        ),
+    ] = None,
+    split: Annotated[EvaluationSplit, typer.Option(help="Which problems.")] = EvaluationSplit.TEST,
+    samples: Annotated[int | None, typer.Option(min=1, help="k of Average@k. Default: evaluation.samples.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Average@k with 95 % intervals. A run's own problems: the row goes into its evaluations.jsonl."""
+    from atesd.cli.scores import evaluate_target, score_table
+
+    overrides = [*(settings or []), *([f"evaluation.samples={samples}"] if samples else [])]
+    scored = evaluate_target(target, data, split.value, overrides)
+    typer.echo(score_table(scored.name, scored.row))
+    typer.echo(scored.where)
+
+
+@app.command()
+def preview(
+    recipe: Recipe,
+    settings: Settings = None,
+    problem: Annotated[int, typer.Option(min=0, help="Which training problem, from 0.")] = 0,
+    ratios: Annotated[str, typer.Option(help="Reveal ratios, with commas between them.")] = "0,0.5,1",
+) -> None:
+    """Print what the student and the teacher read at several reveal ratios. Loads no model, only its tokenizer."""
+    from atesd.config import load_config
+    from atesd.errors import ConfigError
+
+    try:
+        wanted = [float(ratio) for ratio in ratios.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ratios {ratios}: expected numbers with commas between them, such as 0,0.5,1") from None
+    if not all(0 <= ratio <= 1 for ratio in wanted):
+        raise ConfigError(f"--ratios {ratios}: expected at least 0 and at most 1")
+    config = load_config(recipe, settings or [])
+
+    from atesd.cli.preview import preview_text
+
+    typer.echo(preview_text(config, problem, wanted))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,
+) -> None:
+    """Write one self-contained page about one or several runs."""
+    from atesd.runs import RunFolder
+
+    page = out or RunFolder.open(runs[0]).report
+
+    from atesd.report.page import write_report
+
+    typer.echo(f"report: {write_report(runs, page)}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes."""
+    from atesd.config import recipe_names, recipe_text
+
+    names = recipe_names()
+    for name in names:
+        first = recipe_text(name).splitlines()[0].removeprefix("# ")
+        typer.echo(f"{name:<{max(map(len, names))}}  {first}")
+
+
+@app.command()
+def config(recipe: Recipe, settings: Settings = None) -> None:
+    """Print every setting in force, as YAML with units and origins as comments."""
+    from atesd.cli.settings import annotated_yaml
+    from atesd.config import load_config
+
+    typer.echo(annotated_yaml(load_config(recipe, settings or [])), nl=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's runs, page and figure.")] = Path("runs/demo"),
+) -> None:
+    """Train OPSD, fixed ratios and ATESD in both embedded worlds and print what came out. Minutes, on two cores."""
+    from atesd.experiments.demo import run_demo
+
+    typer.echo(run_demo(out, typer.echo))
+
+
+@models.command()
+def fetch(name: Annotated[Fetchable, typer.Argument(help="Which model.")]) -> None:  # noqa: ARG001
+    """Fetch a model, check its hash, and convert it."""
+    from atesd.models.fetch import fetch_smollm2
+
+    fetch_smollm2(say=typer.echo)
+
+
+@models.callback()
+def _models() -> None:
+    """A group with one verb stays a group."""
+
+
+@world.command()
+def pretrain(
+    name: Annotated[str, typer.Argument(help="How: a pretraining recipe, such as good.")] = "good",
+    seed: Annotated[int, typer.Option(min=0, help="First seed to try.")] = 0,
+    attempts: Annotated[int, typer.Option(min=1, help="Seeds to try until one passes the gates.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Model folder. Default: worlds/NAME.")] = None,
+) -> None:
+    """Pretrain a world model from a seed, seed after seed until one passes the gates. Minutes on one core."""
+    import json
+
+    from atesd.errors import ConfigError
+    from atesd.train.pretrain import RECIPES, pretrain_command
+
+    if name not in RECIPES:
+        raise ConfigError(f"world pretrain {name}: expected one of {', '.join(RECIPES)}")
+    folder = out or Path("worlds") / name
+
+    def show(candidate: int, step: int, loss: float) -> None:
+        if step % 100 == 0:
+            typer.echo(f"seed {candidate}  step {step}  loss {loss:.3f}")
+
+    typer.echo(json.dumps(pretrain_command(seed, attempts, folder, name, show), indent=2))
+    typer.echo(f"model folder: {folder} (use it with --set model.path={folder})")
+
+
+@world.callback()
+def _world() -> None:
+    """A group with one verb stays a group."""

@@ -1,0 +1,107 @@
+"""Evaluate a run or a model, and say it in a table, for `atesd evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atesd.build import build, close, config_of_trained
+from atesd.config import Config, config_from_mapping, load_config, with_overrides
+from atesd.data.sources import load_benchmark
+from atesd.errors import ConfigError, RunError
+from atesd.records import Split
+from atesd.report.tables import Table, render_text
+from atesd.report.text import number, percent, percent_interval
+from atesd.runs import RunFolder
+
+FILES = (".jsonl", ".parquet")
+RECIPE_FILES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An evaluation: of what, its row, and where the row went."""
+
+    name: str
+    row: dict[str, Any]
+    where: str
+
+
+def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequence[str]) -> Scored:
+    """Evaluate the trained model of a run folder, or any model, on a split of a run's, a recipe's or a file's problems.
+
+    The row of a run on its own problems is appended to the run, unless it is there already. Raises `RunError` for a run
+    that is not finished, `ConfigError` for a model without problems.
+    """
+    run = RunFolder.open(target) if RunFolder.exists(target) else None
+    if run and run.manifest["status"] != "finished":
+        raise RunError(f"{run.path} is {run.manifest['status']}; let `atesd train` finish it first")
+    config = with_overrides(_config(target, run, data), overrides)
+    benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
+    update = run.config.train.num_updates if run else 0
+    parts = build(config, benchmark)
+    try:
+        row = parts.evaluate("test" if benchmark else split, update)
+    finally:
+        close(parts)
+    where = _keep(run, row, parts.problems.fingerprint) if run else "nothing was written: not a run folder"
+    return Scored(target, row, where)
+
+
+def score_table(name: str, row: dict[str, Any]) -> str:
+    """Average@k and pass@k over all problems, Average@k per difficulty, and how the completions ended."""
+    k, levels = row["samples"], row["by_difficulty"]
+    rows = [("all", str(row["problems"]), percent_interval(row["average"]), percent_interval(row["pass_at_k"]))]
+    if len(levels) > 1:
+        rows += [
+            (f"difficulty {level}", str(some["problems"]), percent_interval(some["average"]), "")
+            for level, some in levels.items()
+        ]
+    verdicts = ", ".join(f"{verdict} {count}" for verdict, count in row["verdicts"].items())
+    sampler = ", ".join(f"{setting} {value}" for setting, value in row["sampler"].items())
+    notes = (
+        f"Verdicts: {verdicts}. Mean length {number(row['mean_tokens'])} tokens, truncated "
+        f"{percent(row['truncated_share'])} %, looping {percent(row['loop_share'])} %.",
+        f"Sampler: {sampler}. Brackets: 95 % bootstrap interval over problems.",
+    )
+    columns = ("problems of", "number", f"Average@{k}, %", f"pass@{k}, %")
+    return render_text(Table(f"{name} on {row['split']}, after {row['update']} updates", columns, tuple(rows), notes))
+
+
+def _config(target: str, run: RunFolder | None, data: str | None) -> Config:
+    """The model to evaluate, with the problems to evaluate it on."""
+    if data is None:
+        if run is None:
+            raise ConfigError(
+                f"{target} is no run folder, so say on which problems: --data RECIPE or --data FILE.jsonl"
+            )
+        return config_of_trained(run)
+    named = Config() if is_benchmark(data) else load_config(data)
+    if run:
+        base = config_of_trained(run)
+    else:
+        base = named.model_copy(update={"model": named.model.model_copy(update={"path": target, "lora": None})})
+    return _on_benchmark(base, data) if is_benchmark(data) else base.model_copy(update={"data": named.data})
+
+
+def is_benchmark(data: str) -> bool:
+    """Whether this names a file or a data set with problems, and not a recipe."""
+    return data.endswith(FILES) or ("/" in data and not data.endswith(RECIPE_FILES))
+
+
+def _on_benchmark(config: Config, source: str) -> Config:
+    """The same model on every row of a file or data set; its columns by `--set data.columns...`."""
+    values = config.model_dump(mode="json")
+    return config_from_mapping({**values, "data": {"source": source, "test_source": source}}, name="--data")
+
+
+def _keep(run: RunFolder, row: dict[str, Any], fingerprint: str) -> str:
+    """Append the row to its run if it belongs there and is new; says what was done."""
+    if fingerprint != run.manifest["data_fingerprint"]:
+        return f"nothing was written: these are not the problems of {run.path}"
+    if row in run.rows("evaluations"):
+        return f"nothing was written: {run.path} holds this very evaluation"
+    with run.lock():
+        run.append("evaluations", row)
+    return f"written to {run.path / 'evaluations.jsonl'}"

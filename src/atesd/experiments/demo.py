@@ -1,0 +1,233 @@
+"""`atesd demo`: OPSD, fixed ratios and ATESD in both embedded worlds, from the shipped weights.
+
+Every run is the command that its log begins with, two at a time, one thread each. What is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from atesd.config import load_config
+from atesd.errors import RunError
+from atesd.experiments.demo_figure import Curve, Point, draw_demo
+from atesd.report.page import write_report
+from atesd.report.tables import Table, paired_points, render_text
+from atesd.report.text import duration, percent_interval
+from atesd.runs import RunFolder, write_atomic
+
+PROCESSES = 2
+FIXED = (0.25, 0.5, 0.75)
+WORLDS = {"steps": "micro-steps", "leaps": "micro"}
+NOTES = (
+    "The leap world is designed to make a point: half of its references leap beyond the student, so the best ratio is "
+    "interior. It shows a mechanism and is no evidence about language models. In the steps world more is better.",
+    "The best fixed ratio is picked on the validation problems and reported on the held-out test problems.",
+    "Brackets: 95 % bootstrap interval over problems. One seed each: the spread between seeds is not in them.",
+)
+
+Row = Mapping[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One run of the demo: a world, and what decides its reveal ratio ("learned", "1" for OPSD, "0.5" and so on)."""
+
+    world: str
+    ratio: str
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        words = {"learned": "atesd", "1": "opsd"}
+        return f"{self.world}-{words.get(self.ratio, f'fixed-{self.ratio}')}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """What differs from the recipe of its world."""
+        kinds = {"learned": ["exposure.kind=learned"], "1": ["exposure.kind=full"]}
+        return kinds.get(self.ratio, ["exposure.kind=fixed", f"exposure.reveal_ratio={self.ratio}"])
+
+
+ARMS = tuple(Arm(world, ratio) for world in WORLDS for ratio in ("1", "learned", *(f"{r:g}" for r in FIXED)))
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one arm came to: rows of evaluations.jsonl, and the reveal ratio of every update."""
+
+    arm: Arm
+    base: Row
+    last: Row
+    validation: Row
+    ratios: tuple[float, ...]
+
+    @property
+    def late_ratio(self) -> float:
+        """The mean reveal ratio over the last quarter of the updates."""
+        late = self.ratios[-max(1, len(self.ratios) // 4) :]
+        return sum(late) / len(late)
+
+
+def run_demo(out: Path, say: Say, overrides: Sequence[str] = ()) -> str:
+    """Train what is missing under `out`, write report.html, demo.svg and demo.png there, and return the table.
+
+    Raises `RunError` with the end of its log if a run fails. An interrupt stops the children with a checkpoint each.
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    _train_all(out, say, overrides)
+    scores = [read_scores(arm, out / arm.name) for arm in ARMS]
+    draw_demo([curve(world, scores) for world in WORLDS], out)
+    page = write_report([out / arm.name for arm in ARMS], out / "report.html")
+    text = demo_text(scores)
+    write_atomic(out / "table.txt", text.encode())
+    files = f"page: {page}\nfigure: {out / 'demo.svg'}, {out / 'demo.png'}"
+    return f"\n{text}\n{files}\ntook {duration(time.monotonic() - started)}"
+
+
+def command_of(arm: Arm, out: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """The command line of an arm, as a user would type it."""
+    settings = [word for override in (*arm.overrides, *overrides) for word in ("--set", override)]
+    return ["train", WORLDS[arm.world], *settings, "--out", str(out / arm.name)]
+
+
+def read_scores(arm: Arm, folder: Path) -> Scores:
+    """The scores of a finished arm."""
+    run = RunFolder.open(folder)
+    rows = {(row["split"], row["update"]): row for row in run.rows("evaluations")}
+    ratios, end = tuple(row["reveal_ratio"] for row in run.rows("metrics")), run.config.train.num_updates
+    return Scores(arm, rows["test", 0], rows["test", end], rows["validation", end], ratios)
+
+
+def demo_text(scores: Sequence[Scores]) -> str:
+    """The table base, OPSD, best fixed, ATESD for each world, and the differences that matter."""
+    found = {world: {score.arm.ratio: score for score in scores if score.arm.world == world} for world in WORLDS}
+    rows, gains = [], []
+    for world, by_ratio in found.items():
+        opsd, atesd, best = by_ratio["1"], by_ratio["learned"], best_fixed(by_ratio)
+        cells = (percent_interval(row["average"]) for row in (opsd.base, opsd.last, best.last, atesd.last))
+        base, full, fixed, learned = cells
+        rows.append((world, base, full, f"{fixed} at {best.arm.ratio}", learned, f"{atesd.late_ratio:.2f}"))
+        gains.append(
+            (
+                world,
+                paired_points(opsd.base, opsd.last),
+                paired_points(opsd.last, best.last),
+                paired_points(opsd.last, atesd.last),
+                paired_points(best.last, atesd.last),
+            )
+        )
+    k = scores[0].last["samples"]
+    columns = ("world", "base", "OPSD", "best fixed ratio", "ATESD", "its late ratio")
+    differences = ("world", "OPSD - base", "best fixed - OPSD", "ATESD - OPSD", "ATESD - best fixed")
+    return (
+        render_text(Table(f"Average@{k} on held-out problems, %", columns, tuple(rows)))
+        + "\n"
+        + render_text(Table("Differences in points, paired by problem", differences, tuple(gains), NOTES))
+    )
+
+
+def curve(world: str, scores: Sequence[Scores]) -> Curve:
+    """What the figure shows of a world."""
+    mine = {score.arm.ratio: score for score in scores if score.arm.world == world}
+    learned = mine.pop("learned")
+    return Curve(
+        world=world,
+        base=float(learned.base["average"]["value"]),
+        fixed=tuple(_point(float(ratio), mine[ratio]) for ratio in sorted(mine, key=float)),
+        learned=_point(learned.late_ratio, learned),
+        learned_ratios=learned.ratios,
+    )
+
+
+def _point(ratio: float, score: Scores) -> Point:
+    return Point(ratio, *(float(score.last["average"][key]) for key in ("value", "low", "high")))
+
+
+def best_fixed(by_ratio: Mapping[str, Scores]) -> Scores:
+    """The fixed ratio below 1 with the highest validation score; the lowest of equals."""
+    candidates = [by_ratio[f"{ratio:g}"] for ratio in FIXED]
+    return max(candidates, key=lambda score: float(score.validation["average"]["value"]))
+
+
+def _train_all(out: Path, say: Say, overrides: Sequence[str]) -> None:
+    waiting = [arm for arm in ARMS if not _is_finished(arm, out, overrides)]
+    say(f"{len(ARMS)} runs under {out}, {len(ARMS) - len(waiting)} of them finished; {PROCESSES} at a time")
+    running: dict[Arm, tuple[subprocess.Popen[bytes], float]] = {}
+    with _stopping(running):
+        while waiting or running:
+            while waiting and len(running) < PROCESSES:
+                arm = waiting.pop(0)
+                running[arm] = _start(arm, out, overrides), time.monotonic()
+            time.sleep(0.1)
+            for arm, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[arm]
+                    _require_success(arm, process.returncode, out)
+                    say(f"{arm.name}: done in {duration(time.monotonic() - began)}")
+
+
+def _is_finished(arm: Arm, out: Path, overrides: Sequence[str]) -> bool:
+    """Whether the run is there and finished with these settings. Raises `RunError` for a run with others."""
+    folder = out / arm.name
+    if not RunFolder.exists(folder):
+        return False
+    run = RunFolder.open(folder)
+    run.check_config(load_config(WORLDS[arm.world], [*arm.overrides, *overrides]))
+    return bool(run.manifest["status"] == "finished")
+
+
+def _start(arm: Arm, out: Path, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A child in a session of its own: a Ctrl-C at the terminal reaches it through us alone."""
+    words = command_of(arm, out, overrides)
+    with _log(arm, out).open("wb") as log:
+        log.write(f"$ atesd {shlex.join(words)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            [sys.executable, "-m", "atesd.cli", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+
+def _require_success(arm: Arm, code: int, out: Path) -> None:
+    if code:
+        end = "\n  ".join(_log(arm, out).read_text("utf-8", "replace").splitlines()[-5:])
+        raise RunError(f"{arm.name} ended with exit code {code}; its log {_log(arm, out)} ends with\n  {end}")
+
+
+def _log(arm: Arm, out: Path) -> Path:
+    return out / f"{arm.name}.log"
+
+
+@contextmanager
+def _stopping(running: Mapping[Arm, tuple[subprocess.Popen[bytes], float]]) -> Iterator[None]:
+    """Whatever ends us, an interrupt, SIGTERM or an error, first ends the children, each with its checkpoint."""
+
+    def interrupt(*_: int | FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
