@@ -361,6 +361,13 @@ def test_a_resumed_run_tells_what_had_changed(tmp_path: Path):
     assert facts["sessions"].startswith("2; train.num_updates: 10 -> 20")
 
 
+def test_hashes_are_shortened_and_uncommitted_changes_are_not(tmp_path: Path):
+    run = rows_of(tmp_path / "run", manifest={"commit": "0123456789abcdef+changes", "data_fingerprint": "f" * 64})
+    facts = dict(facts_table([run]).rows)
+    assert facts["commit"] == "0123456789ab+changes"
+    assert facts["data"].endswith(" ffffffffffff")
+
+
 def test_a_decline_after_the_peak_is_told_with_both_numbers(tmp_path: Path):
     evaluations = tuple(
         evaluation_row(update, 0.5, NOISE) | {"average": {"value": value, "low": 0.0, "high": 1.0}}

@@ -122,7 +122,7 @@ def _facts(run: RunRows) -> dict[str, str]:
         "status": status(run),
         "method": method_name(config),
         "model": config.model.path + (f", LoRA rank {config.model.lora.rank}" if config.model.lora else ""),
-        "data": f"{config.data.source}{world}, fingerprint {manifest.get('data_fingerprint', MISSING)}",
+        "data": f"{config.data.source}{world}, fingerprint {_short_hash(manifest.get('data_fingerprint'))}",
         "seed": f"{config.train.seed}, data {config.data.seed}",
         "updates": f"{config.train.num_updates} of {config.train.batch_size} rollouts, "
         f"learning rate {config.train.learning_rate:g}",
@@ -130,11 +130,17 @@ def _facts(run: RunRows) -> dict[str, str]:
         "sessions": _sessions(manifest.get("sessions") or []),
         "started": str(manifest.get("started", MISSING)),
         "time in updates": duration(sum(figures.phase_seconds(run).values())) if run.metrics else MISSING,
-        "commit": str(manifest.get("commit") or MISSING),
+        "commit": _short_hash(manifest.get("commit")),
         "command": " ".join(map(str, command)) if isinstance(command, list) else str(command),
         "machine": f"{manifest.get('cpu') or MISSING}, {manifest.get('threads') or 'default'} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version) or MISSING,
     }
+
+
+def _short_hash(value: Any) -> str:
+    """The first 12 characters of a hash, and what follows a plus sign; the manifest has the whole."""
+    digest, plus, suffix = str(value or MISSING).partition("+")
+    return digest[:12] + plus + suffix
 
 
 def _sessions(sessions: Sequence[Row]) -> str:
