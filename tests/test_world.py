@@ -251,6 +251,18 @@ def test_without_a_reference_known_facts_are_right_and_unknown_ones_are_guessed(
     assert np.mean(guesses) == pytest.approx(0.1, abs=0.04)
 
 
+def test_where_only_the_answer_helps_the_last_unknown_step_takes_it():
+    rows, known = written(reference=1.0, off_track=0.0, own_leaps=0.0)
+    taken = 0
+    for message, completion, _ in rows:
+        if "ref _" in " ".join(message):
+            before = int(completion[-7])  # a 7 ; b 8 ; \boxed{8} <end>: the last value but one
+            sure, result = fact(known, before, chain_of(message).clauses[-1])
+            assert completion[-2] == (BOXED[result] if sure else message[-2])
+            taken += not sure
+    assert taken > 20
+
+
 def test_on_track_texts_copy_what_is_revealed():
     rows, _ = written(reference=1.0, off_track=0.0, written_out=0.0)
     for message, completion, _ in rows:

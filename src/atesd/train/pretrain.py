@@ -100,8 +100,8 @@ def pretrain(
 ) -> Qwen3ForCausalLM:
     """A world model pretrained from `seed`; calls `progress(step, loss in nats per target)` after each step.
 
-    Weights and texts are functions of the seed alone; one thread, so that the bits do not depend on the number of cores.
-    Raises `TrainingError` on a non-finite loss.
+    Weights and texts are functions of the seed alone; one thread, so that the bits do not depend on the number of
+    cores. Raises `TrainingError` on a non-finite loss.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -271,7 +271,8 @@ def pretrain_until_gated(
 ) -> tuple[Qwen3ForCausalLM, int, GateFigures]:
     """The first checkpoint among seeds `seed`, `seed` + 1, ... that passes the gates, its seed and its figures.
 
-    The gates are measured as in `measure_gates`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists every attempt's figures.
+    The gates are measured as in `measure_gates`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists
+    every attempt's figures.
     """
     recipe, gates = recipe or PretrainRecipe(), gates or Gates()
     failures = []
