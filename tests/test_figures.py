@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,16 @@ def test_the_best_common_update_is_trained_shared_and_best_on_the_mean(tmp_path:
     # Means 1.0 at 0 (not trained), 0.5 at 20, 0.75 at 40.
     assert best_common_update([first, second], "test") == 40
     assert best_common_update([first], "test") is None
+
+
+def test_runs_on_different_data_are_never_subtracted(tmp_path: Path):
+    rows = (counted(0, [0, 1]), counted(20, [2, 2]))
+    steps = fake_config(100, data={"source": "world", "leap_share": 0.0})
+    leaps, other = (rows_of(tmp_path / name, name=name, evaluations=rows) for name in ("leaps", "steps"))
+    runs = [leaps, replace(other, config=steps)]
+    assert differences_table(runs, "test") is None
+    assert best_common_update(runs, "test") is None
+    assert any("different data" in note for note in results_table(runs, "test").notes)
 
 
 def test_the_peak_is_the_earliest_of_equals():

@@ -52,10 +52,12 @@ def results_table(runs: Sequence[RunRows], split: str) -> Table:
         cells = [run.name, method_name(run.config), _average(base), _dated(trained), paired_points(base, trained)]
         cells += [_average(_at(evaluations, common))] if common is not None else []
         rows.append((*cells, _dated(peak(evaluations) if trained else None)))
-    return Table(f"Average@k on {split}, %", (*columns, PEAK_COLUMN), tuple(rows), tuple(result_notes(runs, split)))
+    return Table(
+        f"Average@k on {split}, %", (*columns, PEAK_COLUMN), tuple(rows), tuple(result_notes(runs, split, common))
+    )
 
 
-def result_notes(runs: Sequence[RunRows], split: str) -> list[str]:
+def result_notes(runs: Sequence[RunRows], split: str, common: int | None) -> list[str]:
     """What a reader must know before believing the results table."""
     rows = [row for run in runs for row in run.evaluated(split)]
     if not rows:
@@ -65,10 +67,12 @@ def result_notes(runs: Sequence[RunRows], split: str) -> list[str]:
         "Problems and samples each: " + ", ".join(f"{problems} x {samples}" for problems, samples in sizes) + ".",
         "Brackets: 95 % bootstrap interval over problems; it does not cover the choice of seed.",
         "The peak is picked and reported on the same data, so it is too high; compare runs at last"
-        + (" or at the best common update, which is picked on their mean." if len(runs) > 1 else "."),
+        + (", or at the best common update, which is picked on their mean." if common is not None else "."),
     ]
     if split == "validation":
         notes.append("Validation problems are evaluated again and again; the held-out claim is the one on test.")
+    if any(run.config.data != runs[0].config.data for run in runs):
+        notes.append("The runs use different data: only rows of the same data can be compared.")
     lasts = {int(run.evaluated(split)[-1]["update"]) for run in runs if run.evaluated(split)}
     if len(lasts) > 1:
         notes.append(f"The runs end at different updates ({', '.join(map(str, sorted(lasts)))}).")
@@ -80,10 +84,10 @@ def result_notes(runs: Sequence[RunRows], split: str) -> list[str]:
 
 
 def differences_table(runs: Sequence[RunRows], split: str) -> Table | None:
-    """Differences of the last evaluations of each two runs, in points, paired by problem; None without a pair."""
+    """Differences of the last evaluations of runs on the same data, two by two, paired by problem; or None."""
     rows = []
     for first, second in itertools.combinations(runs, 2):
-        if not (first.evaluated(split) and second.evaluated(split)):
+        if first.config.data != second.config.data or not (first.evaluated(split) and second.evaluated(split)):
             continue
         before, after = first.evaluated(split)[-1], second.evaluated(split)[-1]
         shared = len(_shared_problems(before, after))
@@ -130,8 +134,8 @@ def peak(evaluations: Sequence[Row]) -> Row | None:
 
 
 def best_common_update(runs: Sequence[RunRows], split: str) -> int | None:
-    """The trained update, evaluated in every one of several runs, at which their mean Average@k is highest."""
-    if len(runs) < 2:
+    """The trained update, evaluated in every one of several runs on the same data, with the highest mean Average@k."""
+    if len(runs) < 2 or any(run.config.data != runs[0].config.data for run in runs):
         return None
     scores = [{int(row["update"]): float(row["average"]["value"]) for row in run.evaluated(split)} for run in runs]
     common = set.intersection(*map(set, scores)) - {0}
