@@ -183,6 +183,10 @@ def test_prices_are_not_mathematics():
     assert cut(text, "sentence") == ("It costs $5. ", "He pays $6. ", "The rest, $1, is $x + y. z$.")
 
 
+def test_a_dollar_before_a_digit_closes_nothing():
+    assert cut("Pay A$5. Or B$6. End.", "sentence") == ("Pay A$5. ", "Or B$6. ", "End.")
+
+
 def test_a_dollar_does_not_reach_over_a_blank_line():
     assert cut("a $x. B\n\nc$ d", "paragraph") == ("a $x. B\n\n", "c$ d")
 

@@ -119,6 +119,7 @@ def test_a_bad_row_is_refused_with_its_number_and_reason(tmp_path, bad, expected
     ("columns", "bad", "expected"),
     [
         ({"answer": "gold"}, row(2, gold="5"), "its solution boxes '4' but its answer is '5'"),
+        ({"answer": "gold"}, row(2, gold="4", solution="\\boxed{)(}"), "its solution boxes ')(' but its answer is '4'"),
         ({"answer": "gold"}, row(2, gold=True), "column 'gold' holds no text but bool True"),
         ({"answer": "gold"}, row(2, gold="\\}{"), "the answer '\\}{' cannot stand inside \\boxed{}"),
         ({"answer": "gold"}, row(2, gold="", solution="four"), "no answer can be found"),

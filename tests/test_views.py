@@ -61,6 +61,12 @@ def test_a_ratio_that_means_k_segments_shows_k_whatever_its_rounding():
     assert shown_segments(0.1 + 0.2, 10) == 3
     assert shown_segments(0.7 * 3 / 3, 10) == 7
     assert shown_segments(1.0, 0) == 0
+    assert shown_segments(0.4999999, 2) == 0  # nothing is rounded up but rounding errors
+
+
+def test_only_a_ratio_of_one_shows_the_closing():
+    assert "So \\boxed{3}." in view(ADD, 1.0)
+    assert "So \\boxed{3}." not in view(ADD, 0.9999999)
 
 
 @pytest.mark.parametrize("ratio", [float("nan"), -1e-12, 1.0000001, float("inf")])
@@ -224,6 +230,14 @@ def test_the_effective_ratio_tells_what_was_dropped():
     limit = len(renderer.teacher(long, 3, False))
     made = make_view(long, 1.0, renderer, lambda text: len(text) <= limit)
     assert (made.shown_segments, made.total_segments, made.effective_ratio) == (3, 8, 3 / 8)
+
+
+def test_a_whole_reference_that_is_too_long_loses_a_segment_with_its_closing():
+    wordy = replace(ADD, closing="So, " * 100 + "\\boxed{3}.")
+    renderer = TextRenderer(ViewsConfig())
+    made = make_view(wordy, 1.0, renderer, lambda text: len(text) < 400)
+    assert made.shown_segments == 1
+    assert made.text == renderer.teacher(wordy, 1, False)
 
 
 def test_a_problem_that_does_not_fit_without_any_segment_is_refused_by_its_id():
