@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from atesd.errors import TrainingError
 from atesd.maths.keyed import uniforms
+from atesd.models.cache import RoomyLayer
 from atesd.models.load import LoadedModel
 from atesd.models.sample import Request, Sampler, draw, sample
 from atesd.records import Rollout
@@ -212,3 +214,29 @@ def test_sampling_leaves_the_model_trainable_and_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
     loaded.model(input_ids=torch.tensor([rollout.completion_ids])).logits.sum().backward()
     assert all(p.grad is not None for p in loaded.model.parameters())
+
+
+def test_the_roomy_cache_holds_what_the_plain_one_holds_across_blocks_and_dropped_rows():
+    generator = np.random.default_rng(0)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    rows = 8
+    for length in (250, 3, 1, 4, 300, 1):  # the room of 256 is passed twice
+        new = torch.from_numpy(generator.normal(size=(2, rows, 2, length, 8)))
+        for layer in (roomy, plain):
+            layer.update(new[0], new[1])
+        assert torch.equal(roomy.keys, plain.keys)
+        assert torch.equal(roomy.values, plain.values)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        rows -= 1
+        for layer in (roomy, plain):
+            layer.batch_select_indices(torch.arange(rows) + 1)
+
+
+def test_completions_longer_than_a_block_of_the_cache_equal_generate():
+    loaded, request = replace(tiny_model(), end_ids=frozenset()), requests_of([6])[0]
+    rollout = sample(loaded, [request], replace(GREEDY, completion_tokens=270))[0]
+    prompt = torch.tensor([request.prompt_ids])
+    output = loaded.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=270, eos_token_id=[]
+    )
+    assert rollout.completion_ids == tuple(output[0, 6:].tolist())

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
 from atesd.errors import TrainingError
+from atesd.models.cache import roomy_cache
 from atesd.models.load import LoadedModel, without_checkpointing
 from atesd.records import Rollout
 
@@ -149,7 +149,7 @@ class _Batch:
         else:
             drawn = np.zeros((len(requests), steps))
         self._uniforms = torch.from_numpy(drawn).to(device)
-        self._cache = DynamicCache(config=loaded.model.config)
+        self._cache = roomy_cache(loaded.model.config)
         self._ends = torch.tensor(sorted(loaded.end_ids), device=device)
         self._rows = torch.arange(len(requests), device=device)
         self._finished = torch.zeros(len(requests), dtype=torch.bool, device=device)

@@ -1,0 +1,52 @@
+"""A KV cache with room to grow: a step writes its own tokens and does not copy the past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+_BLOCK = 256  # tokens; room grows by whole blocks
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of full attention whose `keys` and `values`, [B, heads, length, dim], are views of larger buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, new, dim]; return all keys and values so far."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            past = (self.keys, self.values) if start else (None, None)
+            self._room = _buffer(key_states, end, past[0]), _buffer(value_states, end, past[1])
+        keys, values = self._room
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows; the next update makes room for them anew."""
+        super().batch_select_indices(indices)
+        self._room = None
+
+
+def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    """The library's cache for this model, with its layers of full attention made roomy."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _buffer(new: Tensor, length: int, past: Tensor | None) -> Tensor:
+    """Room for at least `length` tokens shaped like `new`, with the past copied into it."""
+    buffer = new.new_empty(*new.shape[:2], -(-length // _BLOCK) * _BLOCK, new.shape[-1])
+    if past is not None:
+        buffer[:, :, : past.shape[-2]] = past
+    return buffer
