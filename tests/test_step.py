@@ -129,3 +129,17 @@ def test_the_learning_rate_is_a_function_of_the_update() -> None:
     assert [learning_rate(config, u) for u in (0, 1, 2, 3, 9)] == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 1 / 8])
     cosine = config.model_copy(update={"learning_rate_schedule": "cosine"})
     assert learning_rate(cosine, 6) == pytest.approx(0.5)
+
+
+def test_the_teacher_keeps_its_own_head_when_the_student_has_moved() -> None:
+    # At the weights that the teacher was made from, student and teacher agree on the same context: KL = 0. Once the
+    # student has moved, the meter of the teacher's own entropy must still be that of the initial policy.
+    loaded = tiny_model()
+    teacher, objective = Teacher(loaded.model, TeacherConfig(weights="frozen")), Objective(temperature=TEMPERATURE)
+    how = {"reduction": "sequence", "micro_batch_size": 2, "chunk_tokens": 4}
+    before = distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.1)
+    after = distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    assert after.tokens["teacher_entropy"] == before.tokens["teacher_entropy"]

@@ -8,7 +8,7 @@ that padding can reach no real token; masks come from lengths, never from the pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,10 +67,16 @@ class Scorer:
         return self._loaded.device
 
     def head(self) -> Head:
-        """The head as it stands now; its tensors are those of the model at this moment."""
+        """The head as it stands now; its tensors are those of the model at this moment.
+
+        Without gradient they are taken out of their parameters, whose values `Teacher.weights` swaps afterwards.
+        """
         if not self.takes_head_apart:
             return Head(None)
-        return self._read_head()
+        head = self._read_head()
+        if torch.is_grad_enabled() or head.weight is None:
+            return head
+        return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
 
     def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
         """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.
