@@ -192,11 +192,16 @@ def config(recipe: Recipe, settings: Settings = None) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's runs, page and figure.")] = Path("runs/demo"),
+    settings: Settings = None,
 ) -> None:
     """Train OPSD, fixed ratios and ATESD in both embedded worlds and print what came out. Minutes, on two cores."""
     from atesd.experiments.demo import run_demo
 
-    typer.echo(run_demo(out, typer.echo))
+    try:
+        typer.echo(run_demo(out, typer.echo, settings or []))
+    except KeyboardInterrupt:
+        typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
+        raise typer.Exit(STOPPED) from None
 
 
 @models.command()

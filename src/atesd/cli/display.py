@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TextIO, final
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.text import Text
 
 from atesd.config import Config
@@ -119,6 +120,7 @@ class LiveBar:
         """The bar, and under it as many figures as the width holds."""
         done, total = self._progress.done, self._progress.num_updates
         yield ProgressBar(total=total, completed=done, width=min(options.max_width, 100))
+        yield Segment.line()
         yield Text(fitting(self._progress.figures(), options.max_width), no_wrap=True, overflow="ellipsis")
 
 

@@ -30,10 +30,10 @@ PROCESSES = 2
 FIXED = (0.25, 0.5, 0.75)
 WORLDS = {"steps": "micro-steps", "leaps": "micro"}
 NOTES = (
-    "The leap world is designed to make a point: half of its references leap beyond the student, so the best ratio is "
-    "interior. It shows a mechanism and is no evidence about language models. In the steps world more is better.",
+    "The leap world is designed to make a point: half of its references leap beyond the student, so that",
+    "the best ratio is interior. It shows a mechanism; it is no evidence about language models.",
     "The best fixed ratio is picked on the validation problems and reported on the held-out test problems.",
-    "Brackets: 95 % bootstrap interval over problems. One seed each: the spread between seeds is not in them.",
+    "Brackets: 95 % bootstrap interval over problems. One seed each: its choice is not in them.",
 )
 
 Row = Mapping[str, Any]
