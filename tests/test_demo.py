@@ -1,0 +1,151 @@
+"""The demo: which runs it makes, what it does with finished, failed and interrupted ones, and what it prints."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.config import load_config
+from atesd.errors import RunError
+from atesd.experiments import demo
+from atesd.experiments.demo import ARMS, Arm, Scores, best_fixed, command_of, curve, demo_text, run_demo
+from atesd.experiments.demo_figure import draw_demo
+from atesd.runs import RunFolder
+from fake_run import write_fake_run
+from quick import SMALL
+
+
+def row(value: float) -> dict[str, Any]:
+    """An evaluation on 10 problems with 2 samples each."""
+    correct = round(20 * value)
+    return {
+        "average": {"value": value, "low": value - 0.05, "high": value + 0.05},
+        "samples": 2,
+        "correct_counts": {str(i): min(2, max(0, correct - 2 * i)) for i in range(10)},
+    }
+
+
+def score(arm: Arm, test: float, validation: float | None = None) -> Scores:
+    return Scores(arm, row(0.4), row(test), row(test if validation is None else validation), (0.5,) * 6 + (0.7, 0.9))
+
+
+def scores(**by_ratio: float) -> list[Scores]:
+    return [score(arm, by_ratio.get(f"r{arm.ratio}", 0.5)) for arm in ARMS]
+
+
+def test_the_demo_compares_opsd_three_fixed_ratios_and_atesd_in_both_worlds():
+    assert [arm.name for arm in ARMS] == [
+        f"{world}-{name}"
+        for world in ("steps", "leaps")
+        for name in ("opsd", "atesd", "fixed-0.25", "fixed-0.5", "fixed-0.75")
+    ]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_every_arm_differs_from_its_recipe_in_the_exposure_alone(arm: Arm):
+    words = command_of(arm, Path("out"))
+    assert words[0] == "train"
+    assert words[-2:] == ["--out", f"out/{arm.name}"]
+    config, recipe = load_config(words[1], arm.overrides), load_config(words[1])
+    kind = {"1": "full", "learned": "learned"}.get(arm.ratio, "fixed")
+    assert config.exposure.kind == kind
+    assert config.data.leap_share == (0.5 if arm.world == "leaps" else 0.0)
+    assert config.model_copy(update={"exposure": recipe.exposure}) == recipe
+    assert kind != "fixed" or config.exposure.reveal_ratio == float(arm.ratio)
+
+
+def test_the_best_fixed_ratio_is_picked_on_validation_and_not_on_test():
+    validation = {"0.25": 0.5, "0.5": 0.8, "0.75": 0.6}
+    test = {"0.25": 0.9, "0.5": 0.3, "0.75": 0.9}
+    assert best_fixed({r: score(Arm("leaps", r), test[r], validation[r]) for r in test}).arm.ratio == "0.5"
+
+
+def test_the_late_ratio_is_the_mean_of_the_last_quarter():
+    assert scores()[0].late_ratio == pytest.approx(0.8)  # of 8 updates the last two: 0.7 and 0.9
+
+
+def test_the_table_holds_both_worlds_with_intervals_and_says_what_the_leap_world_is():
+    text = demo_text(scores(r1=0.5, rlearned=0.6, **{"r0.5": 0.7}))
+    assert text.count("50.0 [45, 55]") == 2
+    assert text.count("70.0 [65, 75] at 0.5") == 2
+    assert text.count("60.0 [55, 65]") == 2
+    assert text.count("+20.0 [") == 2  # the best fixed ratio against OPSD
+    assert "designed to make a point" in text
+    assert "no evidence about language models" in text
+    assert "picked on the validation problems and reported on the held-out test problems" in text
+
+
+def test_the_figure_is_written_the_same_twice(tmp_path: Path):
+    files = []
+    for _ in range(2):
+        draw_demo([curve(world, scores()) for world in demo.WORLDS], tmp_path)
+        files.append([(tmp_path / name).read_bytes() for name in ("demo.svg", "demo.png")])
+    assert files[0] == files[1]
+    assert b"reveal ratio" in files[0][0]
+
+
+def finished_runs(out: Path) -> None:
+    for arm in ARMS:
+        write_fake_run(out / arm.name, updates=8)
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finished_runs(tmp_path)
+    config = RunFolder.open(tmp_path / ARMS[0].name).config
+    monkeypatch.setattr(demo, "load_config", lambda *_: config)
+    monkeypatch.setattr(demo, "_start", lambda *_: pytest.fail("a finished run was started"))
+    monkeypatch.setattr(demo, "write_report", lambda runs, out: (out, len(runs))[0])
+    said: list[str] = []
+    text = run_demo(tmp_path, said.append)
+    assert said == [f"10 runs under {tmp_path}, 10 of them finished; 2 at a time"]
+    assert f"page: {tmp_path / 'report.html'}" in text
+    assert (tmp_path / "table.txt").read_text() in text
+
+
+def test_a_finished_run_with_other_settings_is_refused_and_not_taken_for_ours(tmp_path: Path):
+    finished_runs(tmp_path)
+    with pytest.raises(RunError, match=r"steps-opsd: the config differs"):
+        run_demo(tmp_path, lambda _: None)
+
+
+def test_a_failing_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path):
+    with pytest.raises(RunError, match=r"exit code 2; its log .*steps-(opsd|atesd).log ends with") as caught:
+        run_demo(tmp_path, lambda _: None, ["train.sed=1"])
+    assert "did you mean seed?" in str(caught.value)
+    log = (tmp_path / "steps-opsd.log").read_text()
+    command = shlex.join(command_of(ARMS[0], tmp_path, ["train.sed=1"]))
+    assert log.splitlines()[0] == f"$ atesd {command}"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_end_to_end_and_again_without_training(tmp_path: Path):
+    words = [sys.executable, "-m", "atesd.cli", "demo", "--out", str(tmp_path / "demo")]
+    words += [word for setting in SMALL for word in ("--set", setting)]
+    first = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    again = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "10 runs" in first
+    assert "10 of them finished" in again
+    assert (tmp_path / "demo" / "table.txt").read_text() in again
+    assert (tmp_path / "demo" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_leaves_no_process_and_goes_on_later(tmp_path: Path):
+    words = [sys.executable, "-m", "atesd.cli", "demo", "--out", str(tmp_path)]
+    words += [word for setting in (*SMALL, "train.num_updates=2000") for word in ("--set", setting)]
+    first = tmp_path / "steps-opsd"
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        while not (first / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 3
+    run = RunFolder.open(first)
+    assert run.manifest["status"] == "stopped"
+    with run.lock():  # nobody else is at work in it
+        assert run.rows("metrics")
