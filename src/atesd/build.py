@@ -87,7 +87,7 @@ def train(
             manifest = new_manifest(
                 config, data_fingerprint=parts.problems.fingerprint, command=words, threads=torch.get_num_threads()
             )
-            run = RunFolder.create(out, config, manifest)
+            run = RunFolder.create(out, config, {**manifest, "skipped_rows": list(parts.problems.skipped)})
         with run.lock():
             return _train_locked(Trainer(parts, run, listener), known, words, listener)
     finally:
@@ -102,8 +102,9 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
         for note in run.begin_session(config, command=command, updates_done=done, threads=threads):
             listener.message(note)
         listener.message(f"resumed after update {done} of {config.train.num_updates}")
-    for note in trainer.parts.problems.skipped:
-        listener.message(f"row skipped: {note}")
+    skipped = trainer.parts.problems.skipped
+    if skipped:
+        listener.message(f"{len(skipped)} rows skipped; manifest.json lists them all, the first is: {skipped[0]}")
     try:
         status = trainer.train(done)
     except BaseException:

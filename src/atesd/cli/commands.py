@@ -124,6 +124,7 @@ def evaluate(
     """Average@k with 95 % intervals. A run's own problems: the row goes into its evaluations.jsonl."""
     from atesd.cli.scores import evaluate_target, score_table
 
+    typer.echo(f"evaluating {target}; this may take a while", err=True)
     overrides = [*(settings or []), *([f"evaluation.samples={samples}"] if samples else [])]
     scored = evaluate_target(target, data, split.value, overrides)
     typer.echo(score_table(scored.name, scored.row))
@@ -202,6 +203,31 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
         raise typer.Exit(STOPPED) from None
+
+
+@app.command("null-test")
+def null_test(
+    recipe: Recipe,
+    settings: Settings = None,
+    decisions: Annotated[int, typer.Option(min=20, help="Exposure decisions per seed.")] = 100,
+    seeds: Annotated[int, typer.Option(min=2, help="Independent controllers.")] = 10,
+    batches: Annotated[int, typer.Option(min=2, help="Batches on which the frozen student is measured.")] = 24,
+    out: Annotated[Path | None, typer.Option(help="Write every figure there, as JSON.")] = None,
+) -> None:
+    """Does the controller move although the student never learns? Measures noise, trains nothing."""
+    import json
+
+    from atesd.config import load_config
+
+    config = load_config(recipe, settings or [])
+
+    from atesd.experiments.null_report import run_null_test
+
+    text, figures = run_null_test(config, decisions, seeds, batches)
+    typer.echo(text, nl=False)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        typer.echo(f"figures: {out}")
 
 
 @models.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ class Progress:
         self._folder = folder
         self._seconds = 0.0
         self._updates = 0
+        self._began = time.monotonic()
 
     def update(self, row: dict[str, Any]) -> None:
         """Take in a row of metrics.jsonl."""
@@ -56,7 +58,7 @@ class Progress:
         row = self.row
         found = [f"update {self.done}/{self.num_updates}"]
         if not row:
-            return found
+            return [*found, f"preparing, {duration(time.monotonic() - self._began)}"]
         if row["skipped"] is not None:
             found.append(f"SKIPPED: {row['skipped']}")
         found.append(f"loss {number(row['loss'])}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import get_args
 
 from atesd.config import CreditConfig, PolicyConfig
@@ -15,6 +14,7 @@ from atesd.train.batches import teacher_view
 from atesd.train.parts import Parts
 
 MEASURED = 512  # training problems whose contexts are measured
+LISTED = 5  # skipped rows that are shown
 
 
 def plan_lines(parts: Parts) -> Iterator[str]:
@@ -22,8 +22,11 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     config, train = parts.config, parts.config.train
     problems = {split: getattr(parts.problems, split) for split in get_args(Split)}
     yield "problems: " + ", ".join(f"{split} {len(some):,}" for split, some in problems.items())
-    yield f"rows skipped: {len(parts.problems.skipped)}"
-    yield from (f"  {reason}" for reason in islice(parts.problems.skipped, 5))
+    skipped = parts.problems.skipped
+    yield f"rows skipped: {len(skipped)}"
+    yield from (f"  {reason}" for reason in skipped[:LISTED])
+    if len(skipped) > LISTED:
+        yield f"  and {len(skipped) - LISTED} more"
     trained = sum(parameter.numel() for parameter in trainable_parameters(parts.loaded).values())
     total = sum(parameter.numel() for parameter in parts.loaded.model.parameters())
     yield f"model: {config.model.path} on {parts.loaded.device}, {total:,} parameters, {trained:,} trained"

@@ -1,0 +1,91 @@
+"""`atesd null-test`: both reward presets over the measured noise of a frozen student, beside pure noise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from atesd.build import build, close
+from atesd.config import Config, CreditConfig, PolicyConfig
+from atesd.experiments.null_measure import measure
+from atesd.experiments.null_test import MeasuredRatio, null_band, simulate
+from atesd.report.tables import Table, render_text
+
+SOUND_DRIFT = 0.05
+"""A controller is called sound if its mean ratio ends within this of its start, averaged over seeds."""
+
+NOTES = (
+    "The student never learns here, so nothing a controller does can be right: what moves it is an artefact of its "
+    "reward. Mean ratio: the mean of the Beta policy over the last quarter of the decisions; it starts at 0.50.",
+    "Pure noise: every signal is a fresh normal draw whatever the ratio; how far a run wanders is the null band.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Where a reward took the mean ratio, one value per seed."""
+
+    reward: str
+    ends: tuple[float, ...]
+    policy_updates: float
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        moved = fmean(self.ends) - 0.5
+        return "sound" if abs(moved) <= SOUND_DRIFT else f"drifts {'up' if moved > 0 else 'down'}"
+
+
+def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> tuple[str, dict[str, Any]]:
+    """Measure the recipe's frozen student on `batches` batches, drive both presets, and return table and figures."""
+    parts = build(config)
+    try:
+        measured = measure(parts, batches)
+    finally:
+        close(parts)
+    rewards = {
+        "sound": CreditConfig(preset="sound"),
+        "sound, probe_nll": CreditConfig(preset="sound", progress_signal="probe_nll"),
+        "paper": CreditConfig(preset="paper"),
+        "paper, no grounding": CreditConfig(preset="paper", grounding_weight=0.0),
+    }
+    policy = PolicyConfig()
+    drifts = [drift(name, measured, credit, policy, decisions, seeds) for name, credit in rewards.items()]
+    noise = null_band(CreditConfig(), policy, decisions, range(seeds))
+    centre, spread = noise.mean[-1], noise.deviation[-1]
+    rows = [
+        (
+            d.reward,
+            f"{fmean(d.ends):.2f}",
+            f"{min(d.ends):.2f} to {max(d.ends):.2f}",
+            f"{d.policy_updates:.0f}",
+            d.verdict,
+        )
+        for d in drifts
+    ]
+    rows.append(("pure noise", f"{centre:.2f}", f"{centre - spread:.2f} to {centre + spread:.2f} (± sd)", "", ""))
+    title = f"Null test: {decisions} decisions, {seeds} seeds, frozen student measured on {batches} batches"
+    columns = ("reward", "mean ratio at the end", "over seeds", "policy updates", "verdict")
+    figures = {
+        "decisions": decisions,
+        "batches": batches,
+        "drifts": [asdict(d) for d in drifts],
+        "noise": asdict(noise),
+        "loss_by_ratio": {str(row.reveal_ratio): fmean(b.loss for b in row.batches) for row in measured},
+        "loss_deviation": {str(row.reveal_ratio): stdev(b.loss for b in row.batches) for row in measured},
+    }
+    return render_text(Table(title, columns, tuple(rows), NOTES)), figures
+
+
+def drift(
+    name: str,
+    measured: list[MeasuredRatio],
+    credit: CreditConfig,
+    policy: PolicyConfig,
+    decisions: int,
+    seeds: int,
+) -> Drift:
+    """One reward over all seeds."""
+    results = [simulate(measured, credit, policy, decisions, seed) for seed in range(seeds)]
+    return Drift(name, tuple(r.end_mean for r in results), fmean(r.policy_updates for r in results))
