@@ -91,10 +91,8 @@ def _invert(scaled: Tensor, uniforms: Tensor, sampler: Sampler) -> Tensor:
     scores, ids = _kept(scaled, sampler)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # Rounding may lift u * total up to total, beyond which there is no token.
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(cumulative, target, right=True)
+    # In float64 u * total rounds to less than total for every u <= 1 - 2^-53: such a token exists.
+    place = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     place = place.clamp(max=scores.shape[-1] - 1)  # only NaN can reach beyond; it is reported by its log-probability
     return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
 
