@@ -363,6 +363,10 @@ def test_the_time_left_is_the_mean_of_this_sessions_updates_times_those_to_come(
     assert progress.seconds_left == 6 * 3.0
 
 
+def test_before_the_first_update_the_time_spent_is_shown_as_a_sign_of_life(run: RunFolder):
+    assert Progress(run.config, run.path).figures() == ["update 0/10", "preparing, 0.0 s"]
+
+
 def test_a_skipped_update_is_shown_as_one(run: RunFolder):
     progress = Progress(run.config, run.path)
     progress.update(row_of(0, skipped="non-finite loss or gradient", loss=None))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atesd.config import (
@@ -218,6 +218,7 @@ def test_a_config_cannot_be_changed_after_loading():
         load_config("micro").train.seed = 3  # type: ignore[misc]
 
 
+@settings(deadline=None, max_examples=50)
 @given(text=st.text(), number=st.floats(0, 1e300), words=st.lists(st.text(), max_size=2))
 def test_a_dumped_config_reads_back_to_an_equal_one(text: str, number: float, words: list[str]):
     config = config_from_mapping(
