@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 
-from atesd.config import Config
+from atesd.config import Config, dump_config
 from atesd.control.make import make_exposure
-from atesd.data.answers import make_checker
+from atesd.data.answers import Checker, make_checker
 from atesd.data.sources import load_problems
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
@@ -27,10 +28,11 @@ from atesd.evaluate.benchmark import evaluate_problems, is_looping
 from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import load_model
 from atesd.models.prompts import PromptEncoder
+from atesd.models.ranks import ALONE, Ranks, joined
 from atesd.models.sample import Sampler
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
-from atesd.records import Problem, Split
+from atesd.records import Problem, Split, Verdict
 from atesd.runs import RunFolder, new_manifest
 from atesd.train.batches import rollout_sampler, teacher_view
 from atesd.train.loop import Trainer, objective
@@ -69,37 +71,59 @@ def train(
 ) -> Outcome:
     """Train in the run folder `out`, from its newest valid checkpoint if it has one.
 
-    Raises `RunError` if another process owns the folder or its recorded config differs, and whatever `build` raises.
+    Under torchrun every rank calls it with the same arguments; rank 0 alone writes and tells the listener. Raises
+    `RunError` if another process owns the folder or its recorded config differs, and whatever `build` raises.
     """
-    listener = listener or Silent()
+    with joined(config.model.device) as ranks:
+        listener = listener if listener is not None and ranks.first else Silent()
+        known = ranks.from_first(lambda: _is_known(config, out, resume))
+        parts = build(config, ranks=ranks)
+        words = list(command) or sys.argv
+        try:
+            ranks.require_equal(lambda: [dump_config(config), parts.problems.fingerprint], "the config, or the data,")
+            run = RunFolder(out, ranks.from_first(lambda: _run_id(parts, out, known, words)))
+            with ExitStack() as held:
+                ranks.from_first(lambda: held.enter_context(run.lock()))
+                return _train_locked(Trainer(parts, run, listener), known, words, listener)
+        finally:
+            close(parts)
+
+
+def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bool:
+    """Whether `out` holds a run, which is then to be resumed."""
     known = RunFolder.exists(out)
     if known and resume == "never":
         raise RunError(f"{out} already holds a run; choose another --out, or resume it with --resume auto")
     if known:
         RunFolder.open(out).check_config(config)
-    parts = build(config)
-    try:
-        words = list(command) or sys.argv
-        if known:
-            run = RunFolder.open(out)
-            run.check_data(parts.problems.fingerprint)
-        else:
-            manifest = new_manifest(
-                config, data_fingerprint=parts.problems.fingerprint, command=words, threads=torch.get_num_threads()
-            )
-            run = RunFolder.create(out, config, {**manifest, "skipped_rows": list(parts.problems.skipped)})
-        with run.lock():
-            return _train_locked(Trainer(parts, run, listener), known, words, listener)
-    finally:
-        close(parts)
+    return known
+
+
+def _run_id(parts: Parts, out: Path, known: bool, command: Sequence[str]) -> str:
+    """The id of the run in `out`, begun there unless it is known."""
+    if known:
+        run = RunFolder.open(out)
+        run.check_data(parts.problems.fingerprint)
+        return run.run_id
+    manifest = new_manifest(
+        parts.config,
+        data_fingerprint=parts.problems.fingerprint,
+        command=command,
+        threads=torch.get_num_threads(),
+        ranks=parts.loaded.ranks.size,
+    )
+    return RunFolder.create(out, parts.config, {**manifest, "skipped_rows": list(parts.problems.skipped)}).run_id
 
 
 def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listener) -> Outcome:
-    run, config = trainer.run, trainer.parts.config
+    run, config, ranks = trainer.run, trainer.parts.config, trainer.parts.loaded.ranks
     done = trainer.resume()
     if known:
         threads = torch.get_num_threads()
-        for note in run.begin_session(config, command=command, updates_done=done, threads=threads):
+        notes = ranks.from_first(
+            lambda: run.begin_session(config, command=command, updates_done=done, threads=threads, ranks=ranks.size)
+        )
+        for note in notes:
             listener.message(note)
         listener.message(f"resumed after update {done} of {config.train.num_updates}")
     skipped = trainer.parts.problems.skipped
@@ -108,26 +132,48 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
     try:
         status = trainer.train(done)
     except BaseException:
-        run.end_session("failed")
+        if ranks.first:
+            run.end_session("failed")
         raise
-    run.end_session(status)
+    ranks.from_first(lambda: run.end_session(status))
     return Outcome(run, status)
 
 
-def build(config: Config, problems: ProblemSets | None = None) -> Parts:
+@final
+class SharedChecker:
+    """Each rank checks its share of the answers and learns all verdicts, so that a time-out is one on every rank."""
+
+    def __init__(self, checker: Checker, ranks: Ranks) -> None:
+        self._checker = checker
+        self._ranks = ranks
+
+    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """The verdict on each (completion, gold), in order."""
+        return self._ranks.spread(pairs, self._checker.check)
+
+    def close(self) -> None:
+        """End this rank's processes."""
+        self._checker.close()
+
+
+def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks = ALONE) -> Parts:
     """Load model and problems and wire them. `problems` replaces what `config.data` names.
+
+    With several `ranks` each holds a model of its own; sampling, scoring and checking are shared between them.
 
     Raises `ModelError`, `DataError` or `ConfigError` that names the setting or the row. Call `close` afterwards.
     """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     problems = problems or load_problems(config.data)
-    loaded = load_model(config.model, config.train.seed)
+    loaded = replace(load_model(config.model, config.train.seed), ranks=ranks)
     encoder = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids)
     renderer = make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
     checker = make_checker(config.checker)
+    if checker is not None and ranks.size > 1:
+        checker = SharedChecker(checker, ranks)
 
     def evaluate_split(split: Split, update: int) -> dict[str, Any]:
         if checker is None:
@@ -187,11 +233,12 @@ def evaluate(config: Config, split: Split = "test", *, update: int = 0) -> dict[
 
     `update` is what the row is labelled with: how many updates the model has behind it.
     """
-    parts = build(config)
-    try:
-        return parts.evaluate(split, update)
-    finally:
-        close(parts)
+    with joined(config.model.device) as ranks:
+        parts = build(config, ranks=ranks)
+        try:
+            return parts.evaluate(split, update)
+        finally:
+            close(parts)
 
 
 def config_of_trained(run: RunFolder) -> Config:

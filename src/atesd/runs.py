@@ -193,15 +193,15 @@ class RunFolder:
             )
 
     def begin_session(
-        self, config: Config, *, command: Sequence[str], updates_done: int, threads: int | None = None
+        self, config: Config, *, command: Sequence[str], updates_done: int, threads: int | None = None, ranks: int = 1
     ) -> list[str]:
         """Record a resume, put a permitted config change in force, and return what to tell the user.
 
-        A changed package, processor or thread count, and a longer run where a schedule depends on the length, are
-        told because the run is then no longer equal, bit for bit, to the uninterrupted one.
+        A changed package, processor, thread count or number of ranks, and a longer run where a schedule depends on the
+        length, are told because the run is then no longer equal, bit for bit, to the uninterrupted one.
         """
         notes = [*self.check_config(config), *_length_notes(self.config, config)]
-        manifest, session = self.manifest, _session(command, updates_done, threads)
+        manifest, session = self.manifest, _session(command, updates_done, threads, ranks)
         before = manifest["sessions"][-1]
         notes += [f"{change}; no longer bit-exact" for change in _environment_changes(before, session)]
         if before["status"] == "running":
@@ -231,11 +231,11 @@ class RunFolder:
 
 
 def new_manifest(
-    config: Config, *, data_fingerprint: str, command: Sequence[str], threads: int | None = None
+    config: Config, *, data_fingerprint: str, command: Sequence[str], threads: int | None = None, ranks: int = 1
 ) -> dict[str, Any]:
     """The manifest of a run about to begin, with its first session: versions, commit, machine, seed, data, command."""
-    session = _session(command, 0, threads)
-    copied = ("started", "command", "commit", "versions", "host", "cpu", "cores", "threads")
+    session = _session(command, 0, threads, ranks)
+    copied = ("started", "command", "commit", "versions", "host", "cpu", "cores", "threads", "ranks")
     return {
         "format": FORMAT,
         "run_id": uuid.uuid4().hex,
@@ -398,7 +398,7 @@ def _length_notes(old: Config, new: Config) -> list[str]:
     return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
 
 
-def _session(command: Sequence[str], updates_done: int, threads: int | None) -> dict[str, Any]:
+def _session(command: Sequence[str], updates_done: int, threads: int | None, ranks: int) -> dict[str, Any]:
     return {
         "started": _now(),
         "ended": None,
@@ -412,12 +412,14 @@ def _session(command: Sequence[str], updates_done: int, threads: int | None) -> 
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "ranks": ranks,
     }
 
 
 def _environment_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    keys = ("versions", "cpu", "threads")
-    return list(_changes({key: before[key] for key in keys}, {key: after[key] for key in keys}).values())
+    keys = ("versions", "cpu", "threads", "ranks")
+    recorded = {"ranks": 1, **before}
+    return list(_changes({key: recorded[key] for key in keys}, {key: after[key] for key in keys}).values())
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,7 @@ def train(
     resume: Annotated[Resume, typer.Option(help="auto: go on from the newest valid checkpoint.")] = Resume.AUTO,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, say what is planned, stop.")] = False,
 ) -> None:
-    """Train, with live progress. Ctrl-C saves a checkpoint; the same command resumes."""
+    """Train, with live progress. Ctrl-C saves a checkpoint; the same command resumes. torchrun: one process a card."""
     from atesd.config import load_config
 
     config = load_config(recipe, settings or [])
@@ -79,13 +80,15 @@ def train(
     folder = out or Path("runs") / run_name(recipe)
 
     from atesd.cli.display import closing_lines, display_for
+    from atesd.models.ranks import joined
 
-    with display_for(config, folder) as display:
+    with joined(config.model.device) as ranks, display_for(config, folder) if ranks.first else nullcontext() as display:
         from atesd import build
 
         outcome = build.train(config, folder, resume=resume.value, listener=display, command=sys.argv)
-    for line in closing_lines(outcome.run, config, outcome.status):
-        typer.echo(line)
+    if ranks.first:
+        for line in closing_lines(outcome.run, config, outcome.status):
+            typer.echo(line)
     if outcome.status == "stopped":
         raise typer.Exit(STOPPED)
 
@@ -127,8 +130,9 @@ def evaluate(
     typer.echo(f"evaluating {target}; this may take a while", err=True)
     overrides = [*(settings or []), *([f"evaluation.samples={samples}"] if samples else [])]
     scored = evaluate_target(target, data, split.value, overrides)
-    typer.echo(score_table(scored.name, scored.row))
-    typer.echo(scored.where)
+    if scored is not None:
+        typer.echo(score_table(scored.name, scored.row))
+        typer.echo(scored.where)
 
 
 @app.command()

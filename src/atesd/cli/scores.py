@@ -10,6 +10,7 @@ from atesd.build import build, close, config_of_trained
 from atesd.config import Config, config_from_mapping, load_config, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
+from atesd.models.ranks import joined
 from atesd.records import Split
 from atesd.report.tables import Table, render_text
 from atesd.report.text import number, percent, percent_interval
@@ -28,11 +29,12 @@ class Scored:
     where: str
 
 
-def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequence[str]) -> Scored:
+def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequence[str]) -> Scored | None:
     """Evaluate the trained model of a run folder, or any model, on a split of a run's, a recipe's or a file's problems.
 
     The row of a run on its own problems is appended to the run, unless it is there already. Raises `RunError` for a run
-    that is not finished, `ConfigError` for a model without problems.
+    that is not finished, `ConfigError` for a model without problems. Under torchrun the ranks share the work, and all
+    but the first return None.
     """
     run = RunFolder.open(target) if RunFolder.exists(target) else None
     if run and run.manifest["status"] != "finished":
@@ -40,11 +42,14 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     config = with_overrides(_config(target, run, data), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
     update = run.config.train.num_updates if run else 0
-    parts = build(config, benchmark)
-    try:
-        row = parts.evaluate("test" if benchmark else split, update)
-    finally:
-        close(parts)
+    with joined(config.model.device) as ranks:
+        parts = build(config, benchmark, ranks=ranks)
+        try:
+            row = parts.evaluate("test" if benchmark else split, update)
+        finally:
+            close(parts)
+    if not ranks.first:
+        return None
     where = _keep(run, row, parts.problems.fingerprint) if run else "nothing was written: not a run folder"
     return Scored(target, row, where)
 

@@ -17,7 +17,7 @@ from atesd.maths.divergence import Objective
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Sampler, sample
-from atesd.models.score import Pair, Scorer, batched, completion_tokens
+from atesd.models.score import Pair, Scorer, completion_tokens
 from atesd.models.teacher import Teacher
 from atesd.records import Problem
 
@@ -101,15 +101,17 @@ class ProbeSet:
         contexts = [self._see(problem) for problem in self._problems]
         students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
         teachers = list(zip(contexts, self._completions, strict=True))
-        means: list[float] = []
-        for mine, others in zip(
-            batched(students, self._micro_batch_size), batched(teachers, self._micro_batch_size), strict=True
-        ):
-            means += self._divergences(mine, others)
+        pairs = list(zip(students, teachers, strict=True))
+        means = self._scorer.ranks.spread(pairs, self._divergences)
         return fmean(means)
 
+    def _divergences(self, pairs: Sequence[tuple[Pair, Pair]]) -> list[float]:
+        size = self._micro_batch_size
+        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        return [mean for batch in batches for mean in self._batch_divergences(*map(list, zip(*batch, strict=True)))]
+
     @torch.no_grad()
-    def _divergences(self, students: list[Pair], teachers: list[Pair]) -> list[float]:
+    def _batch_divergences(self, students: list[Pair], teachers: list[Pair]) -> list[float]:
         with self._teacher.weights():
             teacher_logits = self._scorer.head().logits(self._scorer.hidden(teachers))
         student_logits = self._scorer.head().logits(self._scorer.hidden(students))

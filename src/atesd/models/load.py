@@ -20,6 +20,7 @@ from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
 from atesd.models.quiet import quiet
+from atesd.models.ranks import ALONE, Ranks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ADAPTER_FILE = "adapter_config.json"
@@ -30,7 +31,8 @@ class LoadedModel:
     """A causal language model (inside a PEFT wrapper if it has an adapter) ready to sample, score and train.
 
     The model is in evaluation mode, and stays so: dropout never acts, gradients still flow. `end_ids` are the tokens
-    that end a completion. `pad_id` only fills places that a mask hides; masks come from lengths, never from it.
+    that end a completion. `pad_id` only fills places that a mask hides; masks come from lengths, never from it. Each of
+    `ranks` holds the same model, and sampling and scoring are shared between them.
     """
 
     model: PreTrainedModel
@@ -38,6 +40,7 @@ class LoadedModel:
     device: torch.device
     end_ids: frozenset[int]
     pad_id: int
+    ranks: Ranks = ALONE
 
 
 def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
@@ -143,7 +146,9 @@ def _device(setting: str) -> torch.device:
         raise ModelError(
             "model.device: cuda was asked for, but torch sees no CUDA device; set model.device: cpu or auto"
         )
-    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedTokenizerBase:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from atesd.errors import TrainingError
 from atesd.models.cache import roomy_cache
 from atesd.models.load import LoadedModel, without_checkpointing
+from atesd.models.ranks import ALONE
 from atesd.records import Rollout
 
 # Sorting a whole vocabulary is the dearest step of top-p; its nucleus nearly always lies within this many tokens.
@@ -52,7 +54,7 @@ class Sampler:
 
 
 def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> list[Rollout]:
-    """Complete every request; the rollouts are in the order of the requests.
+    """Complete every request, shared between the ranks of the model; the rollouts are in the order of the requests.
 
     Completions hold their end token; one that reaches the limit without it is `truncated`. Raises `TrainingError` that
     names the problem if the model's logits are not finite, `ValueError` for an empty prompt or too few uniforms.
@@ -64,6 +66,10 @@ def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -
             raise ValueError(
                 f"{request.problem_id}: {len(request.uniforms)} uniforms, {sampler.completion_tokens} steps"
             )
+    if loaded.ranks.size > 1:
+        alone = replace(loaded, ranks=ALONE)
+        told = loaded.ranks.spread(requests, lambda mine: [asdict(rollout) for rollout in sample(alone, mine, sampler)])
+        return [_from_json(rollout) for rollout in told]
     by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
     rollouts: dict[int, Rollout] = {}
     for start in range(0, len(requests), sampler.batch_size):
@@ -72,6 +78,11 @@ def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -
             completed = _Batch(loaded, [requests[i] for i in rows], sampler).complete()
         rollouts.update(zip(rows, completed, strict=True))
     return [rollouts[i] for i in range(len(requests))]
+
+
+def _from_json(rollout: dict[str, Any]) -> Rollout:
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in rollout.items()}
+    return Rollout(**values)
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from atesd.errors import ModelError
 from atesd.models.load import LoadedModel
+from atesd.models.ranks import Ranks
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
@@ -65,6 +66,11 @@ class Scorer:
     def device(self) -> torch.device:
         """Where the model lives."""
         return self._loaded.device
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold this model."""
+        return self._loaded.ranks
 
     def head(self) -> Head:
         """The head as it stands now; its tensors are those of the model at this moment.
@@ -136,16 +142,23 @@ def completion_logprobs(
 ) -> list[Tensor]:
     """Log-probability in nats of every completion token: one [len(completion)] tensor per pair, no gradient.
 
-    Logits are divided by `temperature` first.
+    Logits are divided by `temperature` first. The pairs are shared between the ranks of the model.
     """
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for batch in batched(pairs, micro_batch_size):
+
+    @torch.no_grad()
+    def score(some: Sequence[Pair]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for batch in batched(some, micro_batch_size):
             hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
             blocks = [slice(start, start + chunk_tokens) for start in range(0, len(tokens), chunk_tokens)]
             own = torch.cat([token_logprobs(head.logits(hidden[b]) / temperature, tokens[b]) for b in blocks])
             found += torch.split(own, [len(completion) for _, completion in batch])
-    return found
+        return found
+
+    if scorer.ranks.size == 1:
+        return score(pairs)
+    told = scorer.ranks.spread(pairs, lambda mine: [row.tolist() for row in score(mine)])
+    return [torch.tensor(row, device=scorer.device) for row in told]
 
 
 def token_logprobs(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

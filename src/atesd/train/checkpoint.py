@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
     skipped: list[str] = []
     for path in reversed(_checkpoints(folder)):
         try:
-            return LoadedCheckpoint(path, _verify(path, run_id), _read(path), tuple(skipped))
+            return replace(load_checkpoint(path, run_id), skipped=tuple(skipped))
         except (CheckpointError, OSError) as error:
             skipped.append(f"{path.name}: {error}")
     if skipped:
@@ -98,6 +98,11 @@ def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
             + "\nRestore one of them from a copy, or begin again in another folder."
         )
     return None
+
+
+def load_checkpoint(path: Path, run_id: str) -> LoadedCheckpoint:
+    """One checkpoint, its tensors on the CPU. Raises `CheckpointError` unless it passes every check."""
+    return LoadedCheckpoint(path, _verify(path, run_id), _read(path), ())
 
 
 def digest(state: Any) -> str:

@@ -20,10 +20,10 @@ from atesd.maths.divergence import Objective
 from atesd.models.load import save_model, trainable_parameters
 from atesd.models.score import completion_logprobs
 from atesd.records import Split, UpdateStats
-from atesd.runs import RunFolder
+from atesd.runs import RowKind, RunFolder
 from atesd.train.batches import Batch, draw_batch
 from atesd.train.card import write_model_card
-from atesd.train.checkpoint import load_newest, save_checkpoint
+from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint
 from atesd.train.optimiser import Optimiser, learning_rate
 from atesd.train.parts import Listener, Parts
 from atesd.train.rows import decision_row, finite_or_none, metrics_row, sample_rows
@@ -42,18 +42,18 @@ class Trainer:
         self._listener = listener
         self._parameters = trainable_parameters(parts.loaded)
         self._optimiser = Optimiser(self._parameters.values(), parts.config.train)
+        self._ranks = parts.loaded.ranks
         self._skipped_in_a_row = 0
         self._stop = threading.Event()
 
     def resume(self) -> int:
-        """Load the newest valid checkpoint, cut the rows back to it, and return how many updates are done."""
-        found = load_newest(self.run.checkpoints, self.run.run_id)
-        done = found.updates_done if found else 0
-        if found:
-            for note in found.skipped:
-                self._listener.message(f"damaged checkpoint passed over: {note}")
-            self.load_state_dict(found.state)
-        self.run.cut(done)
+        """Load the newest valid checkpoint, cut the rows back to it, and return how many updates are done.
+
+        Rank 0 picks the checkpoint; the others read the same one, so they must see the same file system.
+        """
+        done, name = self._ranks.from_first(self._load_newest) or (0, None)
+        if name is not None and not self._ranks.first:
+            self.load_state_dict(load_checkpoint(self.run.checkpoints / name, self.run.run_id).state)
         return done
 
     def train(self, done: int) -> Literal["finished", "stopped"]:
@@ -68,18 +68,18 @@ class Trainer:
                 batch, meters, row = self.update(update)
                 done = update + 1
                 row["seconds"]["evaluate"] = self._evaluate(done)
-                self.run.append("metrics", row)
+                self._append("metrics", row)
                 self._listener.update(row)
                 if train.evaluate_every and update % train.evaluate_every == 0:
                     for sample_row in sample_rows(update, batch, meters, self.parts):
-                        self.run.append("samples", sample_row)
+                        self._append("samples", sample_row)
                 self._guard(update, batch, meters, row)
-                stopping = self._stop.is_set() and done < train.num_updates
+                stopping = self._ranks.any(self._stop.is_set()) and done < train.num_updates
                 if done % train.checkpoint_every == 0 or done == train.num_updates or stopping:
                     self.save(done)
                 if stopping:
                     return "stopped"
-        self._finish()
+        self._ranks.from_first(self._finish)
         return "finished"
 
     def update(self, update: int) -> tuple[Batch, StepMeters, dict[str, Any]]:
@@ -90,18 +90,20 @@ class Trainer:
         probed: dict[str, float | None] = {**parts.probes.measure(wanted)}
         watch.lap("control")
         batch = draw_batch(parts, update)
+        self._require_one_controller(update, batch)
         watch.lap("sample")
         if "grounding" in wanted:
             probed["grounding"] = self._grounding(batch)
             watch.lap("control")
         meters = self._backward(batch)
+        self._ranks.sum_gradients(self._parameters.values())
         watch.lap("step")
         grad_norm, taken = self._optimiser.step(update, meters.loss)
         parts.teacher.after_update(update + 1)
         watch.lap("loss_backward")
         stats = update_stats(batch, meters, probed)
         for finished in parts.exposure.observe(update, stats):
-            self.run.append("decisions", decision_row(finished, update, "finished"))
+            self._append("decisions", decision_row(finished, update, "finished"))
         watch.lap("control")
         row = {
             **metrics_row(update, batch, meters, stats, parts.looping),
@@ -113,10 +115,9 @@ class Trainer:
         return batch, meters, row
 
     def save(self, done: int) -> None:
-        """Write the checkpoint after `done` updates."""
-        self.run.sync()
-        keep = self.parts.config.train.keep_checkpoints
-        save_checkpoint(self.run.checkpoints, done, self.state_dict(), keep, run_id=self.run.run_id)
+        """Write the checkpoint after `done` updates, once all ranks agree on what it holds."""
+        self._ranks.require_equal(self._weight_sums, f"the student after {done} updates")
+        self._ranks.from_first(lambda: self._save(done))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; the data position and every draw are functions of the update."""
@@ -139,6 +140,37 @@ class Trainer:
         self.parts.exposure.load_state_dict(state["exposure"])
         self.parts.probes.load_state_dict(state["probes"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
+
+    def _load_newest(self) -> tuple[int, str | None]:
+        """Go back to the newest valid checkpoint: how many updates are done, and its name if there is one."""
+        found = load_newest(self.run.checkpoints, self.run.run_id)
+        done = found.updates_done if found else 0
+        if found:
+            for note in found.skipped:
+                self._listener.message(f"damaged checkpoint passed over: {note}")
+            self.load_state_dict(found.state)
+        self.run.cut(done)
+        return done, found.path.name if found else None
+
+    def _append(self, kind: RowKind, row: dict[str, Any]) -> None:
+        if self._ranks.first:
+            self.run.append(kind, row)
+
+    def _save(self, done: int) -> None:
+        self.run.sync()
+        keep = self.parts.config.train.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, done, self.state_dict(), keep, run_id=self.run.run_id)
+
+    def _require_one_controller(self, update: int, batch: Batch) -> None:
+        """Every rank runs the exposure for itself, on numbers that all know; here they must have come to the same."""
+        exposure = self.parts.exposure
+        self._ranks.require_equal(
+            lambda: [batch.reveal_ratios, digest(exposure.state_dict())], f"the exposure before update {update}"
+        )
+
+    def _weight_sums(self) -> str:
+        """A hash of the sum of every trained tensor: cheap, and it differs as soon as the ranks' weights do."""
+        return digest([parameter.detach().sum(dtype=torch.float64) for parameter in self._parameters.values()])
 
     def _backward(self, batch: Batch) -> StepMeters:
         parts, config = self.parts, self.parts.config
@@ -172,14 +204,15 @@ class Trainer:
             return
         self._skipped_in_a_row += 1
         rows = [{"problem_id": p.id, **asdict(r)} for p, r in zip(batch.problems, batch.rows, strict=True)]
-        dump = self.run.dump_skipped(update, {"loss": meters.loss, "token_loss": meters.tokens["loss"], "rows": rows})
+        record = {"loss": meters.loss, "token_loss": meters.tokens["loss"], "rows": rows}
+        dump = self._ranks.from_first(lambda: str(self.run.dump_skipped(update, record)))
         self._listener.message(
             f"update {update} skipped: {row['skipped']} (loss {meters.loss}); its batch is in {dump}"
         )
         if self._skipped_in_a_row >= SKIPS_BEFORE_STOPPING:
             raise TrainingError(
                 f"updates {update - SKIPS_BEFORE_STOPPING + 1} to {update} were all skipped: {row['skipped']}. Their "
-                f"batches are in {dump.parent}. Lower train.learning_rate or set model.dtype: float32, and start again "
+                f"batches are beside {dump}. Lower train.learning_rate or set model.dtype: float32, and start again "
                 "from the last checkpoint"
             )
 
@@ -194,11 +227,13 @@ class Trainer:
         if self.parts.checker is None or not train.evaluate_every or (done % train.evaluate_every and not ends):
             return 0.0
         splits: list[Split] = ["validation", "test"] if ends else ["validation"]
-        seen = {(row["split"], row["update"]) for row in self.run.rows("evaluations")}
+        seen = self._ranks.from_first(
+            lambda: [row["split"] for row in self.run.rows("evaluations") if row["update"] == done]
+        )
         for split in splits:
-            if (split, done) not in seen and getattr(self.parts.problems, split):
+            if split not in seen and getattr(self.parts.problems, split):
                 row = self.parts.evaluate(split, done)
-                self.run.append("evaluations", row)
+                self._append("evaluations", row)
                 self._listener.evaluation(row)
         return time.perf_counter() - started
 

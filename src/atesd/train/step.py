@@ -1,8 +1,9 @@
 """One update's gradient: distillation, and the two baselines, over micro-batches that change nothing.
 
 Each method is a loss per token and a weight per token. The weights are counted over the whole optimiser step before the
-first micro-batch is scored, so that neither the cut into micro-batches nor the order of the rows changes the gradient.
-Under `torch.no_grad` everything is measured and nothing accumulated.
+first micro-batch is scored, so that neither the cut into micro-batches nor the order of the rows changes the gradient,
+nor the number of ranks: each backpropagates its share of the rows, and the caller adds the gradients up
+(`Ranks.sum_gradients`). Under `torch.no_grad` everything is measured and nothing accumulated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atesd.maths.divergence import BlockLoss, Objective, chunked_loss
+from atesd.models.ranks import in_order
 from atesd.models.score import Pair, Scorer, completion_tokens, token_logprobs
 from atesd.models.teacher import Teacher
 
@@ -44,7 +46,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StepMeters:
-    """What one step measured. `means` are weighted as the loss is; `tokens` holds each meter per row and token."""
+    """What one step measured, on all ranks. `means` are weighted as the loss is, `tokens` is per meter, row and token.
+
+    `seconds` are those of this rank alone.
+    """
 
     loss: float
     means: dict[str, float]
@@ -128,9 +133,31 @@ def _accumulate(
     scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction: str, micro_batch_size: int, chunk_tokens: int
 ) -> StepMeters:
     weights = token_weights(rows, reduction)
+    seconds = {"teacher": 0.0, "student": 0.0, "loss_backward": 0.0}
+
+    def own_share() -> tuple[float, dict[str, list[list[float]]]]:
+        mine, own = scorer.ranks.share(rows), scorer.ranks.share(weights)
+        return _backpropagate(scorer, mine, own, loss_of, micro_batch_size, chunk_tokens, seconds)
+
+    losses, tokens = zip(*scorer.ranks.gather(own_share), strict=True)
+    tokens_of = {name: in_order([part.get(name, []) for part in tokens]) for name in tokens[0]}
+    means = {name: _weighted_mean(values, weights) for name, values in tokens_of.items()}
+    means["confidence"] = _weighted_mean([torch.tensor(row).exp().tolist() for row in tokens_of["logprob"]], weights)
+    return StepMeters(sum(losses), means, tokens_of, seconds)
+
+
+def _backpropagate(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    weights: Sequence[float],
+    loss_of: LossOf,
+    micro_batch_size: int,
+    chunk_tokens: int,
+    seconds: dict[str, float],
+) -> tuple[float, dict[str, list[list[float]]]]:
+    """Accumulate the gradient of these rows. Returns their part of the loss, and each meter per row and token."""
     loss = torch.zeros((), dtype=torch.float64, device=scorer.device)
     tokens_of: dict[str, list[list[float]]] = {}
-    seconds = {"teacher": 0.0, "student": 0.0, "loss_backward": 0.0}
     for start in range(0, len(rows), micro_batch_size):
         batch = rows[start : start + micro_batch_size]
         tokens = completion_tokens([row.student_pair for row in batch], scorer.device)
@@ -152,9 +179,7 @@ def _accumulate(
         seconds["teacher"] += teacher_seconds
         seconds["student"] += scored - begun
         seconds["loss_backward"] += clock(scorer.device) - scored
-    means = {name: _weighted_mean(values, weights) for name, values in tokens_of.items()}
-    means["confidence"] = _weighted_mean([torch.tensor(row).exp().tolist() for row in tokens_of["logprob"]], weights)
-    return StepMeters(float(loss), means, tokens_of, seconds)
+    return float(loss), tokens_of
 
 
 def _weighted_mean(rows: list[list[float]], weights: list[float]) -> float:
