@@ -71,9 +71,6 @@ class Mixture:
     own_leaps: float = 0.05  # of what is written without a reference: leaping style
 
 
-STEPS_ONLY = Mixture(late_leaps=0.0, leaps_anywhere=0.0, own_leaps=0.0)
-
-
 @dataclass(frozen=True)
 class Texts:
     """A batch of texts: `ids` [B, message + completion]; `targets` [B, completion], true where a token is learned."""
