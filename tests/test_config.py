@@ -231,7 +231,9 @@ def test_a_dumped_config_reads_back_to_an_equal_one(text: str, number: float, wo
     assert config_from_mapping(parse_yaml(dump_config(config), "dumped")) == config
 
 
-@pytest.mark.parametrize("text", ["1e3", "yes", "null", "12", "2024-01-01", "0x1f", "1:30", "~", "<<", "=", " a ", "#"])
+@pytest.mark.parametrize(
+    "text", ["1e3", "yes", "null", "12", "2024-01-01", "0x1f", "1:30", "~", "<<", "=", " a ", "#", "\x85+", "\u2028"]
+)
 def test_text_that_looks_like_something_else_stays_text(text: str):
     config = config_from_mapping({"data": {"split_name": text}})
     assert parse_yaml(dump_config(config), "dumped")["data"]["split_name"] == text
