@@ -12,8 +12,8 @@ import pytest
 
 from atesd.config import load_config
 from atesd.errors import RunError
-from atesd.experiments import demo
-from atesd.experiments.demo import ARMS, Arm, Scores, best_fixed, command_of, curve, demo_text, run_demo
+from atesd.experiments import demo, jobs
+from atesd.experiments.demo import ARMS, Arm, Scores, best_fixed, curve, demo_text, job_of, run_demo
 from atesd.experiments.demo_figure import draw_demo
 from atesd.runs import RunFolder
 from fake_run import write_fake_run
@@ -48,7 +48,7 @@ def test_the_demo_compares_opsd_three_fixed_ratios_and_atesd_in_both_worlds():
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_differs_from_its_recipe_in_the_exposure_alone(arm: Arm):
-    words = command_of(arm, Path("out"))
+    words = job_of(arm, Path("out")).command
     assert words[0] == "train"
     assert words[-2:] == ["--out", f"out/{arm.name}"]
     config, recipe = load_config(words[1], arm.overrides), load_config(words[1])
@@ -97,8 +97,8 @@ def finished_runs(out: Path) -> None:
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     finished_runs(tmp_path)
     config = RunFolder.open(tmp_path / ARMS[0].name).config
-    monkeypatch.setattr(demo, "load_config", lambda *_: config)
-    monkeypatch.setattr(demo, "_start", lambda *_: pytest.fail("a finished run was started"))
+    monkeypatch.setattr(jobs, "load_config", lambda *_: config)
+    monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("a finished run was started"))
     monkeypatch.setattr(demo, "write_report", lambda runs, out: (out, len(runs))[0])
     said: list[str] = []
     text = run_demo(tmp_path, said.append)
@@ -118,7 +118,7 @@ def test_a_failing_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path):
         run_demo(tmp_path, lambda _: None, ["train.sed=1"])
     assert "did you mean seed?" in str(caught.value)
     log = (tmp_path / "steps-opsd.log").read_text()
-    command = shlex.join(command_of(ARMS[0], tmp_path, ["train.sed=1"]))
+    command = shlex.join(job_of(ARMS[0], tmp_path, ["train.sed=1"]).command)
     assert log.splitlines()[0] == f"$ atesd {command}"
 
 

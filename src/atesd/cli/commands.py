@@ -209,6 +209,19 @@ def demo(
         raise typer.Exit(STOPPED) from None
 
 
+@app.command("bad-teacher")
+def bad_teacher(
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the figure.")] = Path("runs/bad-teacher"),
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds of each arm.")] = 3,
+    updates: Annotated[int, typer.Option(min=4, help="Updates of each run.")] = 400,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+) -> None:
+    """Train both reward presets under a teacher that should not be followed, beside full, fixed and random exposure."""
+    from atesd.experiments.bad_teacher import run_bad_teacher
+
+    typer.echo(run_bad_teacher(out, seeds, updates, jobs, typer.echo))
+
+
 @app.command("null-test")
 def null_test(
     recipe: Recipe,

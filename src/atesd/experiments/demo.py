@@ -1,26 +1,18 @@
 """`atesd demo`: OPSD, fixed ratios and ATESD in both embedded worlds, from the shipped weights.
 
-Every run is the command that its log begins with, two at a time, one thread each. What is finished is not repeated.
+Two runs at a time, one thread each. What is finished is not repeated.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from atesd.config import load_config
-from atesd.errors import RunError
 from atesd.experiments.demo_figure import Curve, Point, draw_demo
+from atesd.experiments.jobs import Job, Say, train_all
 from atesd.report.page import write_report
 from atesd.report.tables import Table, paired_points, render_text
 from atesd.report.text import duration, percent_interval
@@ -37,7 +29,6 @@ NOTES = (
 )
 
 Row = Mapping[str, Any]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +77,7 @@ def run_demo(out: Path, say: Say, overrides: Sequence[str] = ()) -> str:
     Raises `RunError` with the end of its log if a run fails. An interrupt stops the children with a checkpoint each.
     """
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    _train_all(out, say, overrides)
+    train_all([job_of(arm, out, overrides) for arm in ARMS], PROCESSES, say)
     scores = [read_scores(arm, out / arm.name) for arm in ARMS]
     draw_demo([curve(world, scores) for world in WORLDS], out)
     page = write_report([out / arm.name for arm in ARMS], out / "report.html")
@@ -97,10 +87,9 @@ def run_demo(out: Path, say: Say, overrides: Sequence[str] = ()) -> str:
     return f"\n{text}\n{files}\ntook {duration(time.monotonic() - started)}"
 
 
-def command_of(arm: Arm, out: Path, overrides: Sequence[str] = ()) -> list[str]:
-    """The command line of an arm, as a user would type it."""
-    settings = [word for override in (*arm.overrides, *overrides) for word in ("--set", override)]
-    return ["train", WORLDS[arm.world], *settings, "--out", str(out / arm.name)]
+def job_of(arm: Arm, out: Path, overrides: Sequence[str] = ()) -> Job:
+    """The run of an arm."""
+    return Job(WORLDS[arm.world], (*arm.overrides, *overrides), out / arm.name)
 
 
 def read_scores(arm: Arm, folder: Path) -> Scores:
@@ -160,74 +149,3 @@ def best_fixed(by_ratio: Mapping[str, Scores]) -> Scores:
     """The fixed ratio below 1 with the highest validation score; the lowest of equals."""
     candidates = [by_ratio[f"{ratio:g}"] for ratio in FIXED]
     return max(candidates, key=lambda score: float(score.validation["average"]["value"]))
-
-
-def _train_all(out: Path, say: Say, overrides: Sequence[str]) -> None:
-    waiting = [arm for arm in ARMS if not _is_finished(arm, out, overrides)]
-    say(f"{len(ARMS)} runs under {out}, {len(ARMS) - len(waiting)} of them finished; {PROCESSES} at a time")
-    running: dict[Arm, tuple[subprocess.Popen[bytes], float]] = {}
-    with _stopping(running):
-        while waiting or running:
-            while waiting and len(running) < PROCESSES:
-                arm = waiting.pop(0)
-                running[arm] = _start(arm, out, overrides), time.monotonic()
-            time.sleep(0.1)
-            for arm, (process, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[arm]
-                    _require_success(arm, process.returncode, out)
-                    say(f"{arm.name}: done in {duration(time.monotonic() - began)}")
-
-
-def _is_finished(arm: Arm, out: Path, overrides: Sequence[str]) -> bool:
-    """Whether the run is there and finished with these settings. Raises `RunError` for a run with others."""
-    folder = out / arm.name
-    if not RunFolder.exists(folder):
-        return False
-    run = RunFolder.open(folder)
-    run.check_config(load_config(WORLDS[arm.world], [*arm.overrides, *overrides]))
-    return bool(run.manifest["status"] == "finished")
-
-
-def _start(arm: Arm, out: Path, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A child in a session of its own: a Ctrl-C at the terminal reaches it through us alone."""
-    words = command_of(arm, out, overrides)
-    with _log(arm, out).open("wb") as log:
-        log.write(f"$ atesd {shlex.join(words)}\n".encode())
-        log.flush()
-        return subprocess.Popen(
-            [sys.executable, "-m", "atesd.cli", *words],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-
-def _require_success(arm: Arm, code: int, out: Path) -> None:
-    if code:
-        end = "\n  ".join(_log(arm, out).read_text("utf-8", "replace").splitlines()[-5:])
-        raise RunError(f"{arm.name} ended with exit code {code}; its log {_log(arm, out)} ends with\n  {end}")
-
-
-def _log(arm: Arm, out: Path) -> Path:
-    return out / f"{arm.name}.log"
-
-
-@contextmanager
-def _stopping(running: Mapping[Arm, tuple[subprocess.Popen[bytes], float]]) -> Iterator[None]:
-    """Whatever ends us, an interrupt, SIGTERM or an error, first ends the children, each with its checkpoint."""
-
-    def interrupt(*_: int | FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
-        signal.signal(signal.SIGTERM, before)
