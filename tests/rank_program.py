@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,12 +18,14 @@ import torch
 from torch import nn
 
 from atesd.build import train
+from atesd.cli.scores import evaluate_target
 from atesd.config import Config
 from atesd.errors import AtesdError, DataError
 from atesd.models.ranks import Ranks, joined
 from atesd.train import loop
 from atesd.train.batches import Batch, draw_batch
 from atesd.train.parts import Parts
+from atesd.train.step import StepMeters, distill
 from quick import quick
 
 UNEVEN = ("train.num_updates=6", "train.batch_size=5", "train.micro_batch_size=2")  # rank 0 has three rows, rank 1 two
@@ -97,6 +101,16 @@ def stopped_by_rank_1(ranks: Ranks, out: Path) -> str:
         return train(config_of("learned"), out).status
 
 
+def never_finite(out: Path) -> str:
+    """Train with a loss that is not a number; what stops it."""
+
+    def broken(*arguments: Any, **options: Any) -> StepMeters:
+        return replace(distill(*arguments, **options), loss=math.nan)
+
+    with mock.patch.object(loop, "distill", broken):
+        return error_of(lambda: train(config_of("learned"), out))
+
+
 def left_alone(ranks: Ranks) -> tuple[str, float]:
     """Rank 1 dies; what rank 0 is told, and after how many seconds."""
     if ranks.rank == 1:
@@ -113,6 +127,9 @@ def main(folder: Path) -> None:
             train(config_of(name), folder / name)
         found["stopped"] = stopped_by_rank_1(ranks, folder / "stopped")
         found["resumed"] = train(config_of("learned"), folder / "resumed").status
+        found["skipped"] = never_finite(folder / "skipped")
+        scored = evaluate_target(str(folder / "learned"), None, "test", [])
+        found["evaluated"] = scored and scored.row
         (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(found), "utf-8")
         (folder / "end.json").write_text(json.dumps(left_alone(ranks)), "utf-8")
 

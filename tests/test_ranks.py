@@ -160,6 +160,19 @@ def test_a_signal_to_rank_1_stops_both_with_a_checkpoint(
     assert_same_run(RunFolder.open(copy), alone["learned"])
 
 
+def test_three_updates_without_a_finite_loss_end_both_ranks(together: Path, facts: list[dict[str, Any]]) -> None:
+    run = RunFolder.open(together / "skipped")
+    assert all(found["skipped"].startswith("TrainingError: updates 0 to 2 were all skipped") for found in facts)
+    assert [row["skipped"] is not None for row in run.rows("metrics")] == [True] * 3
+    assert len(list((run.path / "skipped").iterdir())) == 3
+    assert run.manifest["status"] == "failed"
+
+
+def test_an_evaluation_by_two_ranks_is_that_of_one(alone: dict[str, RunFolder], facts: list[dict[str, Any]]) -> None:
+    last = alone["learned"].rows("evaluations")[-1]
+    assert [found["evaluated"] for found in facts] == [last, None]  # rank 0 alone has something to print
+
+
 def test_both_ranks_know_what_each_has_found(facts: list[dict[str, Any]]) -> None:
     for found in facts:
         assert found["shared"] == [["a", "c", "e"], ["b", "d"]]
@@ -183,7 +196,7 @@ def test_a_failure_on_one_rank_is_told_to_all(facts: list[dict[str, Any]]) -> No
 def test_a_rank_that_differs_is_named_on_all(facts: list[dict[str, Any]]) -> None:
     for found in facts:
         assert found["equal"] == "no error"
-        assert "the number of rank 1 is not that of rank 0" in found["unequal"]
+        assert found["unequal"].startswith("TrainingError: rank 1 and rank 0 do not agree on the number")
 
 
 def test_a_rank_that_dies_is_missed_at_once(together: Path) -> None:

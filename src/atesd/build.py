@@ -80,7 +80,7 @@ def train(
         parts = build(config, ranks=ranks)
         words = list(command) or sys.argv
         try:
-            ranks.require_equal(lambda: [dump_config(config), parts.problems.fingerprint], "the config, or the data,")
+            ranks.require_equal(lambda: [dump_config(config), parts.problems.fingerprint], "config and data")
             run = RunFolder(out, ranks.from_first(lambda: _run_id(parts, out, known, words)))
             with ExitStack() as held:
                 ranks.from_first(lambda: held.enter_context(run.lock()))

@@ -90,9 +90,9 @@ class Ranks:
         strays = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if strays:
             raise TrainingError(
-                f"{what} of rank {', '.join(strays)} is not that of rank 0: the ranks no longer run the same training. "
-                "Check that all run the same machine type, packages, config and data, and resume from the last "
-                "checkpoint"
+                f"rank {', '.join(strays)} and rank 0 do not agree on {what}: they no longer train the same model. "
+                "Start every rank with the same config, data and packages on the same kind of machine; the same "
+                "command resumes from the last checkpoint"
             )
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -129,7 +129,7 @@ class Ranks:
         except RuntimeError as error:
             raise TrainingError(
                 f"rank {self.rank} of {self.size} has lost the others; the first message of another rank says why "
-                f"({_first_line(error)})"
+                f"({_first_line(error).split('. ')[0]})"
             ) from None
 
 
