@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from atesd.config import DataConfig, ViewsConfig
 from atesd.data.answers import last_boxed
+from atesd.data.controls import controlled
 from atesd.data.splits import fingerprint, split_of
 from atesd.data.world import (
     BOXED,
@@ -180,6 +181,13 @@ def test_the_segments_of_a_longer_problem_and_unknown_words_fit_the_same_slots()
     renderer = WorldRenderer(ViewsConfig())
     assert "a 2 ; b 3 ; c 4 ; d 5 ; e 6 ; f 7 ; ans" in renderer.teacher(foreign, 12, True)
     assert renderer.teacher(filler, 2, True) == renderer.teacher(short, 0, False)
+
+
+def test_the_filler_control_shows_neither_reasoning_nor_answer():
+    problem = world_problem(Chain(4, (("+", 3), ("-", 9))))
+    renderer = WorldRenderer(ViewsConfig())
+    shown = controlled(problem, "filler", (), seed=0)
+    assert renderer.teacher(shown, 2, True) == renderer.student(problem)
 
 
 def test_a_fifth_of_the_facts_is_unknown_to_the_student():

@@ -188,11 +188,15 @@ class WorldRenderer:
 def _message(text: str, reference: str, answer: str) -> str:
     """Fixed layout: start, 6 clause slots, `ref`, 6 step slots, `ans`, answer slot, `go`.
 
-    Words of a reference that the world does not know, as a control may put there, become fillers.
+    Words of a reference or answer that the world does not know, as a control may put there, become fillers.
     """
-    words = [word if word in VOCABULARY else FILLER for word in reference.split()]
-    parts = (*_padded(text.split(), 1 + SLOT_WORDS), REFERENCE, *_padded(words, SLOT_WORDS), ANSWER, answer, SOLVE)
-    return " ".join(parts)
+    words = [_known(word) for word in reference.split()]
+    start = _padded(text.split(), 1 + SLOT_WORDS)
+    return " ".join((*start, REFERENCE, *_padded(words, SLOT_WORDS), ANSWER, _known(answer), SOLVE))
+
+
+def _known(word: str) -> str:
+    return word if word in VOCABULARY else FILLER
 
 
 def _padded(words: list[str], length: int) -> list[str]:
