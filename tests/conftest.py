@@ -1,4 +1,8 @@
-"""Shapes written in the maths and scoring modules are checked while the tests run."""
+"""Shapes written in the maths and scoring modules are checked while the tests run; one thread per test process."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 

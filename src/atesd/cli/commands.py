@@ -229,7 +229,7 @@ def null_test(
     decisions: Annotated[int, typer.Option(min=20, help="Exposure decisions per seed.")] = 100,
     seeds: Annotated[int, typer.Option(min=2, help="Independent controllers.")] = 10,
     batches: Annotated[int, typer.Option(min=2, help="Batches on which the frozen student is measured.")] = 24,
-    out: Annotated[Path | None, typer.Option(help="Write every figure there, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A name: write NAME.json, NAME.svg and NAME.png.")] = None,
 ) -> None:
     """Does the controller move although the student never learns? Measures noise, trains nothing."""
     import json
@@ -238,13 +238,15 @@ def null_test(
 
     config = load_config(recipe, settings or [])
 
-    from atesd.experiments.null_report import run_null_test
+    from atesd.experiments.null_report import draw_null, run_null_test
 
     text, figures = run_null_test(config, decisions, seeds, batches)
     typer.echo(text, nl=False)
     if out is not None:
-        out.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-        typer.echo(f"figures: {out}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(figures) + "\n", "utf-8")
+        draw_null(figures, out)
+        typer.echo(f"figures: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.svg', '.png'))}")
 
 
 @models.command()

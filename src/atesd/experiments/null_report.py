@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from atesd.build import build, close
 from atesd.config import Config, CreditConfig, PolicyConfig
 from atesd.experiments.null_measure import measure
 from atesd.experiments.null_test import MeasuredRatio, null_band, simulate
+from atesd.report.canvas import colour, styled
 from atesd.report.tables import Table, render_text
+
+NOISE_SEEDS = 100
+"""Controllers in the null band: single ones wander far, so that few would not show where their mean is."""
 
 SOUND_DRIFT = 0.05
 """A controller is called sound if its mean ratio ends within this of its start, averaged over seeds."""
@@ -24,11 +32,12 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Where a reward took the mean ratio, one value per seed."""
+    """Where a reward took the mean ratio: its end per seed, and the mean after each decision per seed."""
 
     reward: str
     ends: tuple[float, ...]
     policy_updates: float
+    means: tuple[tuple[float, ...], ...]
 
     @property
     def verdict(self) -> str:
@@ -52,7 +61,7 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
     }
     policy = PolicyConfig()
     drifts = [drift(name, measured, credit, policy, decisions, seeds) for name, credit in rewards.items()]
-    noise = null_band(CreditConfig(), policy, decisions, range(seeds))
+    noise = null_band(CreditConfig(), policy, decisions, range(NOISE_SEEDS))
     centre, spread = noise.mean[-1], noise.deviation[-1]
     rows = [
         (
@@ -88,4 +97,25 @@ def drift(
 ) -> Drift:
     """One reward over all seeds."""
     results = [simulate(measured, credit, policy, decisions, seed) for seed in range(seeds)]
-    return Drift(name, tuple(r.end_mean for r in results), fmean(r.policy_updates for r in results))
+    ends, means = tuple(r.end_mean for r in results), tuple(r.means for r in results)
+    return Drift(name, ends, fmean(r.policy_updates for r in results), means)
+
+
+@styled
+def draw_null(figures: dict[str, Any], path: Path) -> None:
+    """Write PATH as SVG and PNG: the mean ratio over the decisions, each seed a line, the null band behind."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    mean, deviation = figures["noise"]["mean"], figures["noise"]["deviation"]
+    low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
+    axes.fill_between(range(len(mean)), low, high, color="#7d7f86", alpha=0.2, label="pure noise, mean ± sd")
+    for index, drawn in enumerate(("paper", "sound")):
+        curves = next(d["means"] for d in figures["drifts"] if d["reward"] == drawn)
+        for curve in curves:
+            axes.plot(range(len(curve)), curve, color=colour(index), linewidth=1, alpha=0.7)
+        axes.plot([], [], color=colour(index), label=f"reward `{drawn}`, {len(curves)} seeds")
+    axes.set(title="A student that never learns", xlabel="decision", ylabel="mean of the Beta policy", ylim=(0, 1))
+    axes.legend(loc="lower right")
+    with rc_context({"svg.hashsalt": "null-test", "svg.fonttype": "none"}):
+        figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None})
