@@ -271,26 +271,35 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
     """The problems whose contexts fit `model.max_context_tokens` even with nothing of the reference in them.
 
     A problem and an answer are never cut: a row that does not fit is refused (`DataError`), or skipped and listed where
-    `data.on_bad_row` says so. References that have to lose segments are no reason to refuse.
+    `data.on_bad_row` says so. References that have to lose segments are no reason to refuse. Room is left for the
+    completions that a split's problems get, so that no setting of the evaluation decides what is trained on.
     """
-    room = config.model.max_context_tokens - max(config.sampling.completion_tokens, config.evaluation_tokens)
+    lengths = {
+        "sampling": (config.sampling.completion_tokens, (*problems.train, *problems.probe)),
+        "evaluation": (config.evaluation_tokens, (*problems.validation, *problems.test)),
+    }
     reasons: dict[str, str] = {}
     for problem in problems.train:
         try:
             teacher_view(problem, 0.0, config, encoder, renderer, problems.train)
         except DataError as error:
             reasons[problem.id] = str(error)
-    for problem in (*problems.train, *problems.validation, *problems.probe, *problems.test):
-        length = len(encoder.student(renderer.student(problem)))
-        if length > room:
-            reasons[problem.id] = f"problem {problem.id}: its student context has {length} tokens, room is for {room}"
+    for group, (completion_tokens, some) in lengths.items():
+        room = config.model.max_context_tokens - completion_tokens
+        for problem in some:
+            length = len(encoder.student(renderer.student(problem)))
+            if length > room:
+                reasons[problem.id] = (
+                    f"problem {problem.id}: its student context has {length} tokens, {group}.completion_tokens "
+                    f"{completion_tokens} leaves room for {max(room, 0)}"
+                )
     if not reasons:
         return problems
     if config.data.on_bad_row == "refuse":
         listed = "\n  ".join(list(reasons.values())[:20])
         raise DataError(
             f"{len(reasons)} problems do not fit model.max_context_tokens {config.model.max_context_tokens}:\n  "
-            f"{listed}\nRaise it, lower sampling.completion_tokens, or set data.on_bad_row: skip"
+            f"{listed}\nRaise it, lower the completion_tokens of sampling or evaluation, or set data.on_bad_row: skip"
         )
 
     def fitting(split: tuple[Problem, ...]) -> tuple[Problem, ...]:

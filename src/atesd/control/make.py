@@ -13,9 +13,12 @@ from atesd.control.learned import LearnedExposure
 def make_exposure(config: Config, num_updates: int, seed: int, replay: Sequence[float] = ()) -> Exposure:
     """The exposure that `exposure.kind` names; `replay` holds the per-update ratios of `exposure.replay_run`.
 
+    The baselines (sft, grpo) have no teacher to show anything to: nothing is decided there and nothing is measured.
     Raises `ConfigError` if the recorded run is shorter than `num_updates`.
     """
     settings = config.exposure
+    if config.train.method != "distill":
+        return FixedExposure(1.0)
     match settings.kind:
         case "full":
             return FixedExposure(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -82,7 +83,8 @@ def grade(problems: Sequence[Problem], rollouts: Sequence[Rollout], parts: Parts
 def batch_at(problems: Sequence[Problem], config: Config, update: int) -> tuple[list[Problem], list[int]]:
     """The problems of an update and the sample number of each row: a function of the seed and the update alone.
 
-    Epochs are keyed permutations laid end to end; GRPO repeats each problem `group_size` times.
+    Epochs are keyed permutations laid end to end; GRPO repeats each problem `group_size` times. The sample number
+    counts a problem's rows in the batch, so that one met twice, where epochs meet or are short, is answered afresh.
     """
     train = config.train
     repeats = train.group_size if train.method == "grpo" else 1
@@ -91,7 +93,13 @@ def batch_at(problems: Sequence[Problem], config: Config, update: int) -> tuple[
     for position in range(update * count, (update + 1) * count):
         epoch, place = divmod(position, len(problems))
         chosen.append(problems[_order(train.seed, epoch, len(problems))[place]])
-    return [p for p in chosen for _ in range(repeats)], list(range(repeats)) * count
+    rows = [problem for problem in chosen for _ in range(repeats)]
+    met: Counter[str] = Counter()
+    numbers = []
+    for problem in rows:
+        numbers.append(met[problem.id])
+        met[problem.id] += 1
+    return rows, numbers
 
 
 @lru_cache(maxsize=4)

@@ -85,7 +85,7 @@ def sample_rows(update: int, batch: Batch, meters: StepMeters, parts: Parts) -> 
             "verdict": batch.verdicts[i],
             "truncated": rollout.truncated,
             "tokens": encoder.pieces(rollout.completion_ids),
-            "token_kl": meters.tokens["kl"][i] if "kl" in meters.tokens else [],
+            "token_kl": [finite_or_none(kl) for kl in meters.tokens["kl"][i]] if "kl" in meters.tokens else [],
         }
 
 

@@ -1,0 +1,80 @@
+"""The loop around a step: what a broken update leaves behind, what the baselines do without, and who is drawn twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atesd.build import build, close, train
+from atesd.config import Config
+from atesd.data.splits import ProblemSets
+from atesd.errors import DataError, TrainingError
+from atesd.runs import RunFolder
+from atesd.train import loop, step
+from atesd.train.batches import draw_batch
+from atesd.train.step import StepMeters
+from quick import finished, quick
+
+NAN = float("nan")
+
+
+def test_a_broken_update_is_logged_kept_and_counted_also_where_samples_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = step.distill
+
+    def broken(*given: Any, **settings: Any) -> StepMeters:
+        meters = measured(*given, **settings)
+        meters.tokens["kl"][0][0] = NAN
+        return replace(meters, loss=NAN)
+
+    monkeypatch.setattr(loop, "distill", broken)
+    with pytest.raises(TrainingError, match="updates 0 to 2 were all skipped"):
+        train(quick("exposure.kind=full"), tmp_path / "run")  # samples are logged at update 0
+    run = RunFolder.open(tmp_path / "run")
+    (sample,) = run.rows("samples")
+    assert sample["token_kl"][0] is None
+    assert all(value is not None for value in sample["token_kl"][1:])
+    assert [row["loss"] for row in run.rows("metrics")] == [None] * 3
+    assert len(list((run.path / "skipped").iterdir())) == 3
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+@pytest.mark.parametrize("reward", ["credit.preset=paper", "credit.progress_signal=probe_kl"])
+def test_a_baseline_has_no_teacher_and_so_neither_decides_nor_probes(method: str, reward: str, tmp_path: Path) -> None:
+    config = quick(f"train.method={method}", "train.group_size=2", reward, "train.num_updates=3")
+    run = finished(config, tmp_path / "run")
+    assert run.rows("decisions") == []
+    assert {row["probe_kl"] for row in run.rows("metrics")} == {None}
+
+
+def test_a_problem_met_twice_in_a_batch_is_answered_twice_afresh() -> None:
+    parts = build(quick("train.batch_size=48"))  # 24 problems
+    try:
+        rollouts = draw_batch(parts, 0).rollouts
+    finally:
+        close(parts)
+    assert len({(rollout.problem_id, rollout.sample) for rollout in rollouts}) == 48
+    assert len({(rollout.problem_id, rollout.completion_ids) for rollout in rollouts}) > 24
+
+
+def problems_of(config: Config) -> ProblemSets:
+    parts = build(config)
+    close(parts)
+    return parts.problems
+
+
+def test_a_setting_of_the_evaluation_never_decides_what_is_trained_on() -> None:
+    # Contexts of the world have 43 words: 43 + 40 fit into 96, 43 + 60 do not.
+    short = problems_of(quick("model.max_context_tokens=96"))
+    long = problems_of(quick("model.max_context_tokens=96", "evaluation.completion_tokens=60", "data.on_bad_row=skip"))
+    assert (long.train, long.probe) == (short.train, short.probe)
+    assert (len(short.test), len(long.test), len(long.validation)) == (4, 0, 0)
+
+
+def test_what_leaves_no_room_is_named() -> None:
+    with pytest.raises(DataError, match=r"evaluation\.completion_tokens 60 leaves room for 36"):
+        build(quick("model.max_context_tokens=96", "evaluation.completion_tokens=60"))
