@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from atesd.build import build, close, train
+from atesd.build import build, close, config_of_trained, evaluate, train
 from atesd.config import Config
 from atesd.data.splits import ProblemSets
-from atesd.errors import DataError, TrainingError
+from atesd.errors import DataError, ModelError, TrainingError
 from atesd.runs import RunFolder
 from atesd.train import loop, step
 from atesd.train.batches import draw_batch
@@ -78,3 +78,12 @@ def test_a_setting_of_the_evaluation_never_decides_what_is_trained_on() -> None:
 def test_what_leaves_no_room_is_named() -> None:
     with pytest.raises(DataError, match=r"evaluation\.completion_tokens 60 leaves room for 36"):
         build(quick("model.max_context_tokens=96", "evaluation.completion_tokens=60"))
+
+
+def test_an_evaluated_run_scores_as_it_did_in_training_also_in_bfloat16(tmp_path: Path) -> None:
+    run = finished(quick("model.dtype=bfloat16", "model.lora={rank: 4, alpha: 8}"), tmp_path / "run")
+    last = run.rows("evaluations")[-1]
+    assert (last["split"], last["update"]) == ("test", 8)
+    assert evaluate(config_of_trained(run), "test", update=8) == last
+    with pytest.raises(ModelError, match="leaves nothing to train"):
+        train(config_of_trained(run), tmp_path / "again")

@@ -79,7 +79,7 @@ def trainable_parameters(loaded: LoadedModel) -> dict[str, torch.nn.Parameter]:
 def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Write safetensors and tokenizer so that `AutoModelForCausalLM` reads them; of an adapter, PEFT's folder.
 
-    An adapter's folder names its base model; `load_model` reads it and merges the two.
+    An adapter's folder names its base model; `load_model` reads both.
     """
     # PEFT would ask the hub whether the base's vocabulary has changed; adapters here never touch the embedding's size.
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(loaded.model, "peft_config") else {}
@@ -163,7 +163,7 @@ def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedToken
 
 def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
     if local and (Path(source) / _ADAPTER_FILE).is_file():
-        return _merged(config, Path(source))
+        return _with_saved_adapter(config, Path(source))
     with _explained(config.path), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -181,18 +181,24 @@ def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _merged(config: ModelConfig, adapter: Path) -> PreTrainedModel:
-    """The base model that an adapter's folder names, with the adapter added into its weights."""
+def _with_saved_adapter(config: ModelConfig, adapter: Path) -> PreTrainedModel:
+    """The base model that an adapter's folder names, at `config.revision`, with the adapter added into its weights.
+
+    On a bfloat16 base the adapter, itself in float32, is kept beside the weights as in training: what it changes is
+    about as small as their rounding, and merged it would be lost. Only a new adapter on top asks for merging there.
+    """
     base = json.loads((adapter / _ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"{adapter / _ADAPTER_FILE}: base_model_name_or_path is empty; write the base model's path there"
         )
     source, local = _resolve(base)
-    model = _weights(config.model_copy(update={"path": base, "revision": None}), source, local)
+    model = _weights(config.model_copy(update={"path": base}), source, local)
     with _explained(str(adapter)), quiet():
-        merged: PreTrainedModel = _peft().PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return merged
+        adapted = _peft().PeftModel.from_pretrained(model, str(adapter))
+        apart = config.dtype == "bfloat16" and config.lora is None
+        found: PreTrainedModel = adapted if apart else adapted.merge_and_unload()
+    return found
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:

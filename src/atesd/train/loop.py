@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 import torch
 
 from atesd.config import Config
-from atesd.errors import TrainingError
+from atesd.errors import ModelError, TrainingError
 from atesd.maths.divergence import Objective
 from atesd.models.load import save_model, trainable_parameters
 from atesd.models.score import completion_logprobs
@@ -41,6 +41,11 @@ class Trainer:
         self.run = run
         self._listener = listener
         self._parameters = trainable_parameters(parts.loaded)
+        if not self._parameters:
+            raise ModelError(
+                f"model.path: {parts.config.model.path} is an adapter on a bfloat16 model, kept apart, and leaves "
+                "nothing to train; set model.lora for a new adapter, or model.dtype: float32"
+            )
         self._optimiser = Optimiser(self._parameters.values(), parts.config.train)
         self._ranks = parts.loaded.ranks
         self._skipped_in_a_row = 0
