@@ -113,7 +113,7 @@ def draw_null(figures: dict[str, Any], path: Path) -> None:
         curves = next(d["means"] for d in figures["drifts"] if d["reward"] == drawn)
         for curve in curves:
             axes.plot(range(len(curve)), curve, color=colour(index), linewidth=1, alpha=0.7)
-        axes.plot([], [], color=colour(index), label=f"reward `{drawn}`, {len(curves)} seeds")
+        axes.plot([], [], color=colour(index), label=f"{drawn} reward, {len(curves)} seeds")
     axes.set(title="A student that never learns", xlabel="decision", ylabel="mean of the Beta policy", ylim=(0, 1))
     axes.legend(loc="lower right")
     with rc_context({"svg.hashsalt": "null-test", "svg.fonttype": "none"}):
