@@ -87,3 +87,25 @@ def test_an_evaluated_run_scores_as_it_did_in_training_also_in_bfloat16(tmp_path
     assert evaluate(config_of_trained(run), "test", update=8) == last
     with pytest.raises(ModelError, match="leaves nothing to train"):
         train(config_of_trained(run), tmp_path / "again")
+
+
+class Ears:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def update(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, row: dict[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.heard.append(text)
+
+
+@pytest.mark.parametrize(("lora", "warned"), [("null", True), ("{rank: 2, alpha: 4}", False)])
+def test_weights_too_coarse_for_their_updates_are_said(lora: str, warned: bool, tmp_path: Path) -> None:
+    ears = Ears()
+    config = quick("model.dtype=bfloat16", f"model.lora={lora}", "train.num_updates=1", "train.evaluate_every=0")
+    train(config, tmp_path / "run", listener=ears)
+    assert any("bfloat16 without model.lora" in text for text in ears.heard) is warned

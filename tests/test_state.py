@@ -52,6 +52,15 @@ def test_the_probe_nll_is_a_change_relative_to_its_first_value_and_zero_until_me
     assert features(state, 3)["probe_nll"] == pytest.approx(0.1 * (1.0 / 2.0 - 1.0))
 
 
+def test_a_probe_nll_of_zero_is_no_value_to_be_relative_to():
+    state = TrainingState(100, 0.9)
+    state.observe(stats(probe_nll=0.0))
+    assert features(state, 1)["probe_nll"] == 0.0
+    state.observe(stats(probe_nll=2.0))
+    state.observe(stats(probe_nll=0.0))
+    assert features(state, 3)["probe_nll"] == pytest.approx(-0.1)
+
+
 def test_time_is_told_as_a_share_of_the_run_and_as_updates_since_the_last_policy_update():
     state = TrainingState(40, 0.9)
     assert features(state, 10)["training_progress"] == 0.25

@@ -126,6 +126,11 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
         for note in notes:
             listener.message(note)
         listener.message(f"resumed after update {done} of {config.train.num_updates}")
+    if config.model.dtype == "bfloat16" and config.model.lora is None:
+        listener.message(
+            "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "
+            "1/256) is lost, most of an update at usual learning rates; set model.lora, or model.dtype: float32"
+        )
     skipped = trainer.parts.problems.skipped
     if skipped:
         listener.message(f"{len(skipped)} rows skipped; manifest.json lists them all, the first is: {skipped[0]}")

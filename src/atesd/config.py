@@ -37,7 +37,7 @@ class LoraConfig(Component):
 
     rank: int = Field(64, ge=1, description="OPSD: 64")
     alpha: int = Field(128, ge=1, description="OPSD: 128")
-    dropout: float = Field(0.0, ge=0, lt=1, description="ours: 0, so that scoring is deterministic")
+    dropout: float = Field(0.0, ge=0, lt=1, description="PEFT's; never acts here: no pass is in training mode")
     target_modules: str | Annotated[tuple[str, ...], Strict(False)] = Field(
         "all-linear", description="module names, or PEFT's all-linear"
     )
@@ -48,7 +48,9 @@ class ModelConfig(Component):
 
     path: str = Field("world:a", description="folder, hub id, `smollm2`, or an embedded world model: world:a|b|c|bad")
     revision: str | None = Field(None, description="hub revision; None: the newest")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights; logits are always float32")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="weights; logits are always float32. bfloat16 is for lora: it rounds small updates away"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")

@@ -46,9 +46,10 @@ class TrainingState:
         if self._usable("student_confidence", stats.student_confidence):
             self._student_confidence = stats.student_confidence
         if stats.probe_nll is not None and self._usable("probe_nll", stats.probe_nll):
-            if self._first_probe_nll is None:
+            if self._first_probe_nll is None and stats.probe_nll > 0:  # nothing is relative to 0
                 self._first_probe_nll = stats.probe_nll
-            self._average("probe_nll", stats.probe_nll / self._first_probe_nll - 1.0)
+            if self._first_probe_nll is not None:
+                self._average("probe_nll", stats.probe_nll / self._first_probe_nll - 1.0)
 
     def policy_updated(self, update: int) -> None:
         """The policy has just learned, at the end of student update `update`."""

@@ -24,8 +24,11 @@ from atesd.errors import AtesdError, ConfigError, ModelError, TrainingError
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for another that is alive but silent; one that has died is noticed at once."""
+PATIENCE = timedelta(hours=3)
+"""How long a rank waits for another that is alive but silent; one that has died is noticed at once.
+
+Long, because shares differ: one rank's batch of completions of 38,912 tokens may run half an hour past another's.
+"""
 
 _FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 2**24  # gradient entries summed in one message
