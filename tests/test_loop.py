@@ -11,10 +11,11 @@ import pytest
 from atesd.build import build, close, config_of_trained, evaluate, train
 from atesd.config import Config
 from atesd.data.splits import ProblemSets
-from atesd.errors import DataError, ModelError, TrainingError
+from atesd.errors import DataError, ModelError, NonFiniteError, TrainingError
 from atesd.runs import RunFolder
 from atesd.train import loop, step
 from atesd.train.batches import draw_batch
+from atesd.train.rows import METRICS
 from atesd.train.step import StepMeters
 from quick import finished, quick
 
@@ -109,3 +110,21 @@ def test_weights_too_coarse_for_their_updates_are_said(lora: str, warned: bool, 
     config = quick("model.dtype=bfloat16", f"model.lora={lora}", "train.num_updates=1", "train.evaluate_every=0")
     train(config, tmp_path / "run", listener=ears)
     assert any("bfloat16 without model.lora" in text for text in ears.heard) is warned
+
+
+def test_a_student_that_cannot_write_costs_its_update_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(parts: Any, update: int) -> Any:
+        if update == 2:
+            raise NonFiniteError("the model's logits are not finite while it completes p7")
+        return draw_batch(parts, update)
+
+    monkeypatch.setattr(loop, "draw_batch", failing)
+    run = finished(quick("train.num_updates=6"), tmp_path / "run")
+    rows = run.rows("metrics")
+    assert [row["update"] for row in rows] == list(range(6))
+    assert [row["skipped"] is None for row in rows] == [True, True, False, True, True, True]
+    assert "p7" in rows[2]["skipped"]
+    assert set(rows[2]) == set(rows[3]) == set(METRICS)
+    assert (run.path / "skipped" / "update-000002.json").exists()

@@ -147,8 +147,8 @@ class ExposureConfig(Component):
     schedule_end: Fraction = Field(1.0, description="ratio at the last update")
     replay_run: str | None = Field(None, description="run folder whose ratios are replayed")
     replay_order: Literal["recorded", "shuffled"] = Field("recorded", description="shuffled: the same ratios, permuted")
-    ratio_min: Fraction = Field(0.0, description="paper has bounds, not their values; ours")
-    ratio_max: Fraction = Field(1.0, description="paper has bounds, not their values; ours")
+    ratio_min: Fraction = Field(0.0, description="read by learned and random; paper has bounds, value ours")
+    ratio_max: Fraction = Field(1.0, description="read by learned and random; paper has bounds, value ours")
 
     @model_validator(mode="after")
     def _bounds(self) -> ExposureConfig:

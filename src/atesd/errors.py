@@ -31,3 +31,7 @@ class CheckpointError(AtesdError):
 
 class TrainingError(AtesdError):
     """Training cannot go on: non-finite numbers three times in a row, or no usable rollout."""
+
+
+class NonFiniteError(TrainingError):
+    """The model gave numbers that are not finite while it wrote a completion; a trainer may skip the update."""

@@ -42,7 +42,7 @@ def _at_ratio(parts: Parts, batch: Batch, reveal_ratio: float) -> MeasuredBatch:
         micro_batch_size=config.train.micro_batch_size,
         chunk_tokens=config.loss.chunk_tokens,
     )
-    answers = [parts.encoder.completion(f"\\boxed{{{problem.answer}}}") for problem in batch.problems]
+    answers = [parts.encoder.completion(f"\\boxed{{{problem.answer}}}")[:-1] for problem in batch.problems]
     with parts.teacher.weights():
         logprobs = completion_logprobs(
             parts.scorer,

@@ -26,7 +26,7 @@ SOUND_DRIFT = 0.05
 NOTES = (
     "The student never learns here, so nothing a controller does can be right: what moves it is an artefact of its "
     "reward. Mean ratio: the mean of the Beta policy over the last quarter of the decisions; it starts at 0.50.",
-    "Pure noise: every signal is a fresh normal draw whatever the ratio; how far a run wanders is the null band.",
+    "Pure noise: every signal is a fresh normal draw whatever the ratio; after the last decision, mean ± sd.",
 )
 
 
@@ -54,14 +54,14 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
     finally:
         close(parts)
     rewards = {
-        "sound": CreditConfig(preset="sound"),
-        "sound, probe_nll": CreditConfig(preset="sound", progress_signal="probe_nll"),
-        "paper": CreditConfig(preset="paper"),
-        "paper, no grounding": CreditConfig(preset="paper", grounding_weight=0.0),
+        "sound": _credit(config, preset="sound"),
+        "sound, probe_nll": _credit(config, preset="sound", progress_signal="probe_nll"),
+        "paper": _credit(config, preset="paper"),
+        "paper, no grounding": _credit(config, preset="paper", grounding_weight=0.0),
     }
-    policy = PolicyConfig()
+    policy = config.policy
     drifts = [drift(name, measured, credit, policy, decisions, seeds) for name, credit in rewards.items()]
-    noise = null_band(CreditConfig(), policy, decisions, range(NOISE_SEEDS))
+    noise = null_band(rewards["sound"], policy, decisions, range(NOISE_SEEDS))
     centre, spread = noise.mean[-1], noise.deviation[-1]
     rows = [
         (
@@ -85,6 +85,12 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
         "loss_deviation": {str(row.reveal_ratio): stdev(b.loss for b in row.batches) for row in measured},
     }
     return render_text(Table(title, columns, tuple(rows), NOTES)), figures
+
+
+def _credit(config: Config, **reward: Any) -> CreditConfig:
+    """A preset with the recipe's own clock: hold, look-ahead, discount and start of the window."""
+    clock = config.credit.model_dump(include={"hold_updates", "lookahead_updates", "discount", "window_start"})
+    return CreditConfig(**clock, **reward)
 
 
 def drift(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atesd.errors import TrainingError
+from atesd.errors import NonFiniteError
 from atesd.models.cache import roomy_cache
 from atesd.models.load import LoadedModel, without_checkpointing
 from atesd.models.ranks import ALONE
@@ -56,7 +56,7 @@ class Sampler:
 def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> list[Rollout]:
     """Complete every request, shared between the ranks of the model; the rollouts are in the order of the requests.
 
-    Completions hold their end token; one that reaches the limit without it is `truncated`. Raises `TrainingError` that
+    Completions hold their end token; one that reaches the limit without it is `truncated`. Raises `NonFiniteError` that
     names the problem if the model's logits are not finite, `ValueError` for an empty prompt or too few uniforms.
     """
     for request in requests:
@@ -203,7 +203,7 @@ class _Batch:
     def _refuse_unusable(self) -> None:
         if not bool(self._usable.all()):
             row = int(self._rows[~self._usable][0])
-            raise TrainingError(
+            raise NonFiniteError(
                 f"the model's logits are not finite while it completes {self._requests[row].problem_id}"
             )
 

@@ -15,18 +15,18 @@ from typing import Any, Literal, final
 import torch
 
 from atesd.config import Config
-from atesd.errors import ModelError, TrainingError
+from atesd.errors import ModelError, NonFiniteError, TrainingError
 from atesd.maths.divergence import Objective
 from atesd.models.load import save_model, trainable_parameters
 from atesd.models.score import completion_logprobs
 from atesd.records import Split, UpdateStats
 from atesd.runs import RowKind, RunFolder
-from atesd.train.batches import Batch, draw_batch
+from atesd.train.batches import Batch, batch_at, draw_batch
 from atesd.train.card import write_model_card
 from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint
 from atesd.train.optimiser import Optimiser, learning_rate
 from atesd.train.parts import Listener, Parts
-from atesd.train.rows import decision_row, finite_or_none, metrics_row, sample_rows
+from atesd.train.rows import decision_row, finite_or_none, metrics_row, sample_rows, skipped_row
 from atesd.train.step import StepMeters, distill, maximise_likelihood
 
 SKIPS_BEFORE_STOPPING = 3
@@ -70,12 +70,12 @@ class Trainer:
         with self._signals():
             self._evaluate(done)
             for update in range(done, train.num_updates):
-                batch, meters, row = self.update(update)
+                batch, meters, row = self._update_or_skip(update)
                 done = update + 1
                 row["seconds"]["evaluate"] = self._evaluate(done)
                 self._append("metrics", row)
                 self._listener.update(row)
-                if train.evaluate_every and update % train.evaluate_every == 0:
+                if batch and meters and train.evaluate_every and update % train.evaluate_every == 0:
                     for sample_row in sample_rows(update, batch, meters, self.parts):
                         self._append("samples", sample_row)
                 self._guard(update, batch, meters, row)
@@ -118,6 +118,15 @@ class Trainer:
             "seconds": watch.seconds(meters.seconds),
         }
         return batch, meters, row
+
+    def _update_or_skip(self, update: int) -> tuple[Batch | None, StepMeters | None, dict[str, Any]]:
+        """An update, or the row that says why there was none: the model could not even write its completions."""
+        try:
+            return self.update(update)
+        except NonFiniteError as error:
+            if self._ranks.size > 1:
+                raise  # the other ranks have been told, and stop too
+            return None, None, skipped_row(update, str(error), learning_rate(self.parts.config.train, update))
 
     def save(self, done: int) -> None:
         """Write the checkpoint after `done` updates, once all ranks agree on what it holds."""
@@ -197,23 +206,25 @@ class Trainer:
             withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
             answer = f"\\boxed{{{problem.answer}}}"
             text = answer if parts.config.credit.grounding == "answer" else withheld
-            pairs.append((row.teacher_context, parts.encoder.completion(text)))
+            pairs.append((row.teacher_context, parts.encoder.completion(text)[:-1]))  # the end token is no answer
         with parts.teacher.weights():
             logprobs = completion_logprobs(parts.scorer, pairs, micro_batch_size=parts.config.train.micro_batch_size)
         return statistics.fmean(float(row.mean()) for row in logprobs)
 
-    def _guard(self, update: int, batch: Batch, meters: StepMeters, row: dict[str, Any]) -> None:
+    def _guard(self, update: int, batch: Batch | None, meters: StepMeters | None, row: dict[str, Any]) -> None:
         """Count and keep a skipped update; stop after three in a row."""
         if row["skipped"] is None:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        rows = [{"problem_id": p.id, **asdict(r)} for p, r in zip(batch.problems, batch.rows, strict=True)]
-        record = {"loss": meters.loss, "token_loss": meters.tokens["loss"], "rows": rows}
+        record: dict[str, Any] = {"reason": row["skipped"]}
+        if batch and meters:
+            rows = [{"problem_id": p.id, **asdict(r)} for p, r in zip(batch.problems, batch.rows, strict=True)]
+            record |= {"loss": meters.loss, "token_loss": meters.tokens["loss"], "rows": rows}
+        else:
+            record["problems"] = [p.id for p in batch_at(self.parts.problems.train, self.parts.config, update)[0]]
         dump = self._ranks.from_first(lambda: str(self.run.dump_skipped(update, record)))
-        self._listener.message(
-            f"update {update} skipped: {row['skipped']} (loss {meters.loss}); its batch is in {dump}"
-        )
+        self._listener.message(f"update {update} skipped: {row['skipped']}; what there is of its batch is in {dump}")
         if self._skipped_in_a_row >= SKIPS_BEFORE_STOPPING:
             raise TrainingError(
                 f"updates {update - SKIPS_BEFORE_STOPPING + 1} to {update} were all skipped: {row['skipped']}. Their "

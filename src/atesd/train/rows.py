@@ -12,6 +12,33 @@ from atesd.train.batches import Batch
 from atesd.train.parts import Parts
 from atesd.train.step import StepMeters
 
+METRICS = (
+    "update",
+    "loss",
+    "kl",
+    "top1_disagreement",
+    "student_confidence",
+    "teacher_entropy",
+    "student_entropy",
+    "clipped_share",
+    "reversed_mass",
+    "reveal_ratio",
+    "effective_ratio",
+    "completion_tokens",
+    "truncated_share",
+    "loop_share",
+    "accuracy",
+    "probe_nll",
+    "probe_success",
+    "probe_kl",
+    "grounding",
+    "grad_norm",
+    "learning_rate",
+    "skipped",
+    "seconds",
+)
+"""The keys of a row of metrics.jsonl."""
+
 
 def metrics_row(
     update: int, batch: Batch, meters: StepMeters, stats: UpdateStats, looping: Callable[[Sequence[int]], bool]
@@ -42,6 +69,12 @@ def metrics_row(
         "grounding": stats.grounding,
     }
     return {name: finite_or_none(value) for name, value in row.items()}
+
+
+def skipped_row(update: int, reason: str, learning_rate: float) -> dict[str, Any]:
+    """The row of an update that never came to a step: nothing measured, and why."""
+    unknown = dict.fromkeys(METRICS)
+    return {**unknown, "update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
 
 
 def decision_row(finished: FinishedDecision, update: int, status: str) -> dict[str, Any]:
