@@ -277,7 +277,8 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
 
     A problem and an answer are never cut: a row that does not fit is refused (`DataError`), or skipped and listed where
     `data.on_bad_row` says so. References that have to lose segments are no reason to refuse. Room is left for the
-    completions that a split's problems get, so that no setting of the evaluation decides what is trained on.
+    completions that a split's problems get, so that no setting of the evaluation decides what is trained on; a probe
+    problem, and in SFT a training problem, needs room for its whole reference, which is scored as a completion.
     """
     lengths = {
         "sampling": (config.sampling.completion_tokens, (*problems.train, *problems.probe)),
@@ -298,6 +299,11 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
                     f"problem {problem.id}: its student context has {length} tokens, {group}.completion_tokens "
                     f"{completion_tokens} leaves room for {max(room, 0)}"
                 )
+    references = (*problems.probe, *(problems.train if config.train.method == "sft" else ()))
+    for problem in references:
+        length = len(encoder.student(renderer.student(problem))) + len(encoder.completion(problem.reference))
+        if length > config.model.max_context_tokens:
+            reasons[problem.id] = f"problem {problem.id}: its student context and reference have {length} tokens"
     if not reasons:
         return problems
     if config.data.on_bad_row == "refuse":

@@ -6,7 +6,7 @@ Only the teacher's message is made from a controlled problem. Completions are al
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -42,24 +42,26 @@ def controlled(problem: Problem, control: str, others: Sequence[Problem], seed: 
 
 
 def _shuffled(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> Problem:
-    donors = [other for other in others if other.id != problem.id and other.text != problem.text]
-    if not donors:
+    def foreign(other: Problem) -> bool:
+        return other.id != problem.id and other.text != problem.text
+
+    donor = _first(others, rng, lambda other: foreign(other) and other.difficulty == problem.difficulty)
+    donor = donor or _first(others, rng, foreign)
+    if donor is None:
         raise DataError(f"exposure.control: shuffled needs a problem besides '{problem.id}', and there is none")
-    alike = [other for other in donors if other.difficulty == problem.difficulty]
-    donor = _draw(alike or donors, rng)
     return replace(problem, segments=donor.segments, closing=donor.closing, answer=donor.answer)
 
 
 def _wrong_answer(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> Problem:
     wrong = another_number(problem.answer, rng)
     if wrong is None:
-        answers = sorted({other.answer for other in others if _differ(other.answer, problem.answer)})
-        if not answers:
+        donor = _first(others, rng, lambda other: _differ(other.answer, problem.answer))
+        if donor is None:
             raise DataError(
                 f"exposure.control: wrong_answer needs an answer besides '{problem.answer}' of problem '{problem.id}', "
                 "which is no number, and no other problem has one"
             )
-        wrong = answers[int(rng.integers(len(answers)))]
+        wrong = donor.answer
     return replace(problem, closing=_reboxed(problem.closing, wrong), answer=wrong)
 
 
@@ -76,8 +78,9 @@ def _fill(text: str, filler: str) -> str:
     return _WORD.sub(lambda _: filler, text)
 
 
-def _draw(problems: Sequence[Problem], rng: np.random.Generator) -> Problem:
-    return problems[int(rng.integers(len(problems)))]
+def _first(problems: Sequence[Problem], rng: np.random.Generator, wanted: Callable[[Problem], bool]) -> Problem | None:
+    """The first wanted problem in a random order, without looking at more of them than needed."""
+    return next((problems[place] for place in rng.permutation(len(problems)) if wanted(problems[place])), None)
 
 
 def _differ(answer: str, other: str) -> bool:

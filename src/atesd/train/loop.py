@@ -254,6 +254,8 @@ class Trainer:
         return time.perf_counter() - started
 
     def _finish(self) -> None:
+        for reason, count in getattr(self.parts.exposure, "dropped", {}).items():
+            self._listener.message(f"{count} exposure decisions were dropped without a reward: {reason}")
         logged = self.run.rows("decisions")
         if not any(row["status"] == "pending" for row in logged):
             for decision in self.parts.exposure.pending():
