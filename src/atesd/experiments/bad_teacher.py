@@ -14,11 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from atesd.experiments.jobs import Job, Say, train_all
-from atesd.report.canvas import colour, styled
+from atesd.report.canvas import colour, save_figure, styled
 from atesd.report.tables import Table, render_text
 from atesd.report.text import percent
 from atesd.runs import RunFolder, write_atomic
@@ -124,9 +123,7 @@ def draw_endings(endings: Sequence[Ending], folder: Path) -> None:
     ratios.set(title="Reveal ratio, mean of 40 updates", xlabel="update", ylabel="reveal ratio", ylim=(0, 1))
     scores.legend(fontsize=8)
     ratios.legend()
-    with rc_context({"svg.hashsalt": "bad-teacher", "svg.fonttype": "none"}):
-        figure.savefig(folder / "bad-teacher.svg", facecolor="white", metadata={"Date": None})
-    figure.savefig(folder / "bad-teacher.png", dpi=160, facecolor="white", metadata={"Software": None})
+    save_figure(figure, folder / "bad-teacher")
 
 
 def _smoothed(ratios: Sequence[float], width: int = 40) -> list[float]:

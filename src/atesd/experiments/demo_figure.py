@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atesd.report.canvas import colour, styled
+from atesd.report.canvas import colour, save_figure, styled
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +47,7 @@ def draw_demo(curves: Sequence[Curve], folder: Path) -> None:
     scores.plot([], [], linestyle="", marker="*", markersize=10, color="#57606a", label="ATESD, at its late ratio")
     scores.plot([], [], linestyle=":", color="#57606a", label="before training")
     scores.legend(loc="lower right")
-    with rc_context({"svg.hashsalt": "demo", "svg.fonttype": "none"}):
-        figure.savefig(folder / "demo.svg", facecolor="white", metadata={"Date": None})
-    figure.savefig(folder / "demo.png", dpi=160, facecolor="white", metadata={"Software": None})
+    save_figure(figure, folder / "demo")
 
 
 def _draw_scores(axes: Axes, curve: Curve, index: int) -> None:

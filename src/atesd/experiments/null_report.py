@@ -7,14 +7,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from atesd.build import build, close
 from atesd.config import Config, CreditConfig, PolicyConfig
 from atesd.experiments.null_measure import measure
 from atesd.experiments.null_test import MeasuredRatio, null_band, simulate
-from atesd.report.canvas import colour, styled
+from atesd.report.canvas import colour, save_figure, styled
 from atesd.report.tables import Table, render_text
 
 NOISE_SEEDS = 100
@@ -122,6 +121,4 @@ def draw_null(figures: dict[str, Any], path: Path) -> None:
         axes.plot([], [], color=colour(index), label=f"{drawn} reward, {len(curves)} seeds")
     axes.set(title="A student that never learns", xlabel="decision", ylabel="mean of the Beta policy", ylim=(0, 1))
     axes.legend(loc="lower right")
-    with rc_context({"svg.hashsalt": "null-test", "svg.fonttype": "none"}):
-        figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None})
+    save_figure(figure, path)

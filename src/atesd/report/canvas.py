@@ -163,3 +163,10 @@ def plain(name: str) -> str:
     """A name as a figure may show it: ASCII, on one line, of bounded length."""
     ascii_name = visible(name).replace("\n", " ").encode("ascii", "backslashreplace").decode()
     return ascii_name if len(ascii_name) <= 30 else f"{ascii_name[:29]}~"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `path` as .svg and .png, on white; the same figure gives the same bytes."""
+    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None})
