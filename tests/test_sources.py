@@ -287,16 +287,32 @@ def test_a_folder_of_parquet_files_is_loaded_by_datasets(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_loaded_is_refused_with_what_can(tmp_path, monkeypatch):
-    def offline(_: str) -> None:
-        raise ConnectionError("no network\nand a long story")
+    def gated(_: str) -> None:
+        raise ValueError("ask for access\nand a long story")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset", gated)
     message = refusal("gsm-symbolic")
-    assert "cannot be loaded (ConnectionError: no network)" in message
+    assert "cannot be loaded (ValueError: ask for access)" in message
     assert message.endswith("world, or gsm_symbolic")
     assert "cannot read a '.csv' file" in refusal(str(tmp_path / "p.csv"))
     jsonl(tmp_path / "train.jsonl", ROWS)
     assert f"no such file; did you mean {tmp_path / 'train.jsonl'}?" in refusal(str(tmp_path / "trian.jsonl"))
+
+
+def test_an_unreachable_hub_is_told_from_a_bad_data_set(monkeypatch):
+    def offline(_: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    assert "gsm-symbolic: neither a local folder nor in the hub cache, and the hub cannot" in refusal("gsm-symbolic")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_named_and_not_listed_line_by_line(tmp_path, indent):
+    (tmp_path / "p.jsonl").write_text(json.dumps(ROWS, indent=indent), "utf-8")
+    (tmp_path / "q.jsonl").write_text("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n", "utf-8")
+    for name in ("p.jsonl", "q.jsonl"):
+        assert refusal(str(tmp_path / name)).endswith("write each of its objects on a line of its own")
 
 
 @pytest.mark.parametrize(

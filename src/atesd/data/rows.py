@@ -83,8 +83,18 @@ def require(module: str, extra: str, reason: str) -> Any:
 
 def _jsonl_table(path: Path) -> Table:
     rows = list(_jsonl_rows(path))
+    if _is_array(path, rows):
+        raise DataError(f"{path}: one JSON array, not JSON Lines; write each of its objects on a line of its own")
     columns = dict.fromkeys(name for row in rows if isinstance(row, Row) for name in row.values)
     return Table(str(path), tuple(columns), lambda _: rows)
+
+
+def _is_array(path: Path, rows: Sequence[Row | BadRow]) -> bool:
+    """Whether the file is one JSON array, on one or several lines: of them at most the last element is an object."""
+    with path.open("rb") as file:
+        opening = file.read(1024).removeprefix(_BYTE_ORDER_MARK).split()
+    bracket = bool(opening) and opening[0].startswith(b"[")
+    return bracket and (len(rows) == 1 or (len(rows) > 2 and sum(isinstance(row, Row) for row in rows) <= 1))
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -100,7 +110,7 @@ def _jsonl_row(number: int, line: bytes) -> Row | BadRow:
     except UnicodeDecodeError as error:
         return BadRow(number, f"not UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        return BadRow(number, f"not JSON: {error.msg} at character {error.pos}")
+        return BadRow(number, f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos}")
     except (ValueError, RecursionError) as error:
         return BadRow(number, f"not JSON: {error}")
     if not isinstance(values, dict):
@@ -125,6 +135,12 @@ def _datasets_table(source: str, split_names: Sequence[str]) -> Table:
     try:
         loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
     except Exception as error:  # of many kinds: missing, gated, offline, malformed
+        if isinstance(error, ConnectionError):
+            raise DataError(
+                f"data.source: {source}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
+                "check the name and the network, or set data.source to a .jsonl or .parquet file (HF_HUB_OFFLINE=1 in "
+                "the environment skips the retries)"
+            ) from None
         raise DataError(
             f"data.source: {source}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
             f"a source is {_FORMATS}"

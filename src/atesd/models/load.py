@@ -247,7 +247,8 @@ def _explained(path: str) -> Iterator[None]:
         if _unreachable(error):
             raise ModelError(
                 f"{path}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
-                "check the name and the network, or set model.path to a folder"
+                "check the name and the network, or set model.path to a folder (HF_HUB_OFFLINE=1 in the environment "
+                "skips the retries)"
             ) from None
         raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from None
 
