@@ -67,3 +67,9 @@ def test_never_resuming_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> Non
     finished(quick(), tmp_path / "run")
     with pytest.raises(RunError, match="already holds a run"):
         train(quick(), tmp_path / "run", resume="never")
+
+
+def test_a_run_that_another_process_holds_is_refused_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    run = finished(quick(), tmp_path / "run")
+    with run.lock(), pytest.raises(RunError, match="in use by process"):
+        train(quick("model.path=./nowhere"), tmp_path / "run")

@@ -90,12 +90,14 @@ def train(
 
 
 def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bool:
-    """Whether `out` holds a run, which is then to be resumed."""
+    """Whether `out` holds a run, which is then to be resumed. What forbids it is said before a model is loaded."""
     known = RunFolder.exists(out)
     if known and resume == "never":
         raise RunError(f"{out} already holds a run; choose another --out, or resume it with --resume auto")
     if known:
-        RunFolder.open(out).check_config(config)
+        run = RunFolder.open(out)
+        with run.lock():
+            run.check_config(config)
     return known
 
 
