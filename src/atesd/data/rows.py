@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,14 @@ def read_columns(table: Table, settings: Mapping[str, str]) -> Iterable[Row | Ba
 
 
 def require(module: str, extra: str, reason: str) -> Any:
-    """Import an optional package, or raise a `DataError` that names the extra to install."""
+    """Import an optional package, or raise a `DataError` that names the extra to install.
+
+    What Python has to say about the package's own syntax, when it compiles it for the first time, is not for our user.
+    """
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return importlib.import_module(module)
     except ImportError:
         name = module.partition(".")[0]
         raise DataError(f'{reason} needs the package {name}; install it with: pip install "atesd[{extra}]"') from None
