@@ -134,8 +134,14 @@ def teacher_view(
     if config.exposure.control != "off":
         shown = controlled(problem, config.exposure.control, others, config.train.seed)
     room = config.model.max_context_tokens - config.sampling.completion_tokens
-    view = make_view(shown, reveal_ratio, renderer, lambda message: len(encoder.teacher(message)) <= room)
-    return view, encoder.teacher(view.text)
+    read: dict[str, tuple[int, ...]] = {}
+
+    def fits(message: str) -> bool:
+        read[message] = encoder.teacher(message)
+        return len(read[message]) <= room
+
+    view = make_view(shown, reveal_ratio, renderer, fits)
+    return view, read[view.text]
 
 
 def group_advantages(verdicts: Sequence[Verdict | None], group_size: int) -> list[float]:
