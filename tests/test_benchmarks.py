@@ -1,0 +1,173 @@
+"""The benchmarks measure what they say, record it whole, and the document's tables come from the records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import control, demo, loss, step
+from benchmarks.children import in_child, peak_here
+from benchmarks.harness import Case, Goal, Result, Settings, in_turns, ratio, seconds_of, single
+from benchmarks.record import ROOT, provenance, read, write
+from benchmarks.table import case_table, goals_table, section, update_docs
+
+SMALL = Settings("small")
+
+
+def burn(flops: float) -> None:
+    a = torch.ones(256, 256)
+    for _ in range(int(flops / (2 * 256**3))):
+        a @ a
+
+
+def test_ratio_of_known_work_is_that_of_the_work() -> None:
+    # CPU time of twelve matrix products over that of four, in the same rounds.
+    rounds = in_turns({"four": lambda: burn(2e9), "twelve": lambda: burn(6e9)}, 5, "cpu")
+    assert ratio(rounds, "twelve", "four").median == pytest.approx(3, rel=0.3)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # By hand: the machine is ten times slower in the second round; the ratios are 2, 2, 3, their median is 2.
+    rounds = [{"a": 1.0, "b": 2.0}, {"a": 10.0, "b": 20.0}, {"a": 1.0, "b": 3.0}]
+    found = ratio(rounds, "b", "a")
+    assert (found.median, found.low, found.high) == (2, 2, 3)
+
+
+def test_variants_take_turns_and_the_warm_up_does_not_count() -> None:
+    calls: list[str] = []
+    rounds = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, "cpu")
+    assert calls == ["a", "b", "a", "b", "b", "a"]
+    assert [list(row) for row in rounds] == [["a", "b"], ["a", "b"]]
+
+
+def test_time_is_that_of_the_process_not_of_the_clock() -> None:
+    import time
+
+    assert seconds_of(lambda: time.sleep(0.05), "cpu") < 0.04
+
+
+def test_the_peak_of_a_call_is_what_it_allocates() -> None:
+    # 64 MiB are written and freed within the call.
+    peak = peak_here(lambda: torch.ones(2**24).sum(), "cpu")
+    assert peak == pytest.approx(2**26, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("bound", "limit", "value", "verdict"),
+    [
+        ("at most", 0.5, 0.5, "met"),
+        ("at most", 0.5, 0.6, "missed by 20%"),
+        ("at least", 2.0, 2.5, "met"),
+        ("at least", 2.0, 1.5, "missed by 25%"),
+    ],
+)
+def test_a_verdict_says_by_how_much(bound: str, limit: float, value: float, verdict: str) -> None:
+    goal = Goal("work", bound, limit, single(value))  # type: ignore[arg-type]
+    assert goal.verdict == verdict
+    assert goal.is_met == (verdict == "met")
+
+
+def result() -> Result:
+    rounds = [{"floor": 1.0, "ours": 1.2}, {"floor": 2.0, "ours": 2.2}, {"floor": 1.0, "ours": 1.1}]
+    case = Case("work", rounds, {"ours": 3_000_000}, {"ours": {"error": 1e-6}}, {"Liger": "not installed"})
+    return Result("toy", [case], [Goal("work: time over floor", "at most", 1.15, ratio(rounds, "ours", "floor"))])
+
+
+def test_a_result_is_read_back_as_written(tmp_path: Path) -> None:
+    path = write(result(), SMALL, ["python", "-m", "benchmarks", "toy"], tmp_path)
+    found, facts = read(path)
+    assert found == Result(result().name, list(result().cases), list(result().goals))
+    assert facts == json.loads(json.dumps(provenance(SMALL, ["python", "-m", "benchmarks", "toy"])))
+
+
+def test_a_record_names_no_machine_and_no_path(tmp_path: Path) -> None:
+    import getpass
+    import platform
+
+    text = write(result(), SMALL, ["python", "-m", "benchmarks"], tmp_path).read_text("utf-8")
+    assert str(ROOT) not in text
+    assert platform.node() not in text
+    assert getpass.getuser() not in text.split('"')
+
+
+def test_tables_hold_medians_ranges_memory_and_verdicts() -> None:
+    # By hand: ours over floor is 1.2, 1.1, 1.1 (median 1.1); its median time 1.2 s.
+    assert case_table(result().cases[0]).splitlines()[2:] == [
+        "| floor | 1 s | 1.00 (1.00 to 1.00) |  |",
+        "| ours | 1.2 s | 1.10 (1.10 to 1.20) | 3 MB |",
+    ]
+    assert goals_table(result().goals).splitlines()[2] == (
+        "| work: time over floor | at most 1.15 x | 1.1 x (1.1 to 1.2) | met |"
+    )
+
+
+def test_the_document_is_filled_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
+    write(result(), Settings(), ["python", "-m", "benchmarks", "toy"], tmp_path)
+    docs = tmp_path / "performance.md"
+    docs.write_text(
+        "before\n<!-- begin toy -->\nold\n<!-- end toy -->\nbetween\n<!-- begin goals -->\n<!-- end goals -->\n"
+    )
+    assert update_docs(tmp_path, docs) == ["toy", "goals"]
+    text = docs.read_text("utf-8")
+    assert text.startswith("before\n<!-- begin toy -->\n**work**")
+    assert "old" not in text
+    assert "\n<!-- end toy -->\nbetween\n" in text
+    assert "| met |" in text
+    update_docs(tmp_path, docs)
+    assert docs.read_text("utf-8") == text
+
+
+def test_the_tables_in_the_repository_are_those_of_its_records() -> None:
+    found = {path.stem: read(path) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    for name in (*found, "goals"):
+        assert f"<!-- begin {name} -->\n{section(name, found)}\n<!-- end {name} -->" in text, name
+
+
+def test_the_peers_are_pinned_alike_in_both_places() -> None:
+    extra = (ROOT / "pyproject.toml").read_text("utf-8")
+    for pin in ("trl==1.16.0", "liger-kernel==0.8.5"):
+        assert pin in extra
+    assert "liger-kernel==0.8.5" in (ROOT / "Makefile").read_text("utf-8")
+
+
+def test_hidden_states_are_as_far_apart_as_asked() -> None:
+    x = loss.make_inputs(loss.Shape(256, 64, 512), kl=1e-2)
+    assert float(loss.dense(x, "forward_kl")[0]) == pytest.approx(1e-2, rel=0.15)
+
+
+def test_a_variant_that_computes_something_else_is_not_timed() -> None:
+    x = loss.make_inputs(loss.Shape(8, 8, 32))
+    half = {"half": lambda x, divergence: tuple(value / 2 for value in loss.dense(x, divergence))}
+    with pytest.raises(ValueError, match="half: forward_kl is off"):
+        loss.require_same(half, x, "forward_kl")  # type: ignore[arg-type]
+
+
+def test_a_child_imports_the_source_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "atesd").mkdir()
+    (tmp_path / "atesd" / "__init__.py").write_text("raise ImportError('the other source')\n")
+    with pytest.raises(RuntimeError, match="the other source"):
+        in_child(demo.train_arms, tmp_path, overrides=[])
+
+
+def test_loss_runs_end_to_end() -> None:
+    found = loss.run(SMALL)
+    assert {case.name.split(",")[0] for case in found.cases} == {"loss", "loss memory", "loss accuracy"}
+    assert all(case.rounds[0]["dense"] > 0 for case in found.cases if case.rounds)
+
+
+def test_step_runs_end_to_end() -> None:
+    pytest.importorskip("trl", reason="needs the extra `bench`")
+    found = step.run(SMALL)
+    losses = (found.cases[0].figures or {})["first loss"]
+    # Other completions of the same distribution: the first losses agree roughly, where another objective would not.
+    assert losses["ours"] == pytest.approx(losses["TRL SDFTTrainer"], rel=0.5)
+
+
+def test_control_and_demo_run_end_to_end() -> None:
+    shares = (control.run(SMALL).cases[0].figures or {}).values()
+    assert all(sum(row.values()) == pytest.approx(1) for row in shares)
+    assert demo.run(SMALL).goals[1].is_met
