@@ -96,7 +96,7 @@ def test_a_config_error_is_answered_before_anything_heavy_is_imported(verb: str)
 
 def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
     assert atesd("--help") == 0
-    verbs = ("train", "evaluate", "preview", "report", "recipes", "config", "demo", "models", "world")
+    verbs = ("train", "evaluate", "preview", "report", "compare", "recipes", "config", "demo", "models", "world")
     assert [verb for verb in verbs if f"\n  {verb} " not in atesd.out] == []
     assert "3 stopped on request" in " ".join(atesd.out.split())
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atesd.cli.sides import Sides
+
 if TYPE_CHECKING:
     from atesd.config import Config
 
@@ -172,6 +174,23 @@ def report(
     from atesd.report.page import write_report
 
     typer.echo(f"report: {write_report(runs, page)}")
+
+
+@app.command(cls=Sides)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN... -- RUN...", help="Baseline, then candidate: finished runs.")
+    ],
+    candidate: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="A run of the candidate, as after --. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; shares, not per cent.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Is one group of runs better than another? Paired by seed if possible; intervals over seeds and problems."""
+    from atesd.cli.comparison import print_comparison
+
+    print_comparison(runs, candidate or [], as_json=as_json, as_markdown=as_markdown)
 
 
 @app.command()

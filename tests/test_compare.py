@@ -1,0 +1,333 @@
+"""`atesd compare` and the tables behind it: what is selected on what, what is refused, and what is said."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from atesd import cli
+from atesd.cli.comparison import print_rich
+from atesd.errors import RunError
+from atesd.maths.differences import paired_difference
+from atesd.report.groups import common_updates, group_of, halves_of, selections
+from atesd.report.honest import Report, compare_groups, comparison_table, markdown, results_table
+from atesd.runs import RunFolder
+from fake_run import begin_run, evaluation_row, fake_config, write_fake_run
+
+Counts = dict[str, int]
+UPDATES = 60
+
+
+def counts_of(correct: int, problems: int = 40, samples: int = 2, shift: int = 0) -> Counts:
+    """`correct` right samples, as even as they come, beginning at the problem `shift`."""
+    each, rest = divmod(correct, problems)
+    return {f"p{(i + shift) % problems}": min(samples, each + (i < rest)) for i in range(problems)}
+
+
+def write_run(
+    path: Path, scores: dict[tuple[str, int], Counts], seed: int = 0, kind: str = "full", status: str = "finished"
+) -> Path:
+    """A run with these correct counts by (split, update)."""
+    run = begin_run(path, fake_config(UPDATES, seed, kind))
+    for (split, update), counts in scores.items():
+        row = evaluation_row(update, 0.5, np.random.default_rng(0), split)
+        value = sum(counts.values()) / (2 * len(counts))
+        average = {"value": value, "low": value, "high": value}
+        run.append("evaluations", row | {"correct_counts": counts, "average": average, "problems": len(counts)})
+    if status != "running":
+        run.end_session(status)  # type: ignore[arg-type]
+    return path
+
+
+def write_arm(folder: Path, name: str, lasts: list[int], kind: str = "full") -> list[Path]:
+    """One run per seed with this many correct test samples (of 80) at the end, and a peak on validation at 40."""
+    return [
+        write_run(
+            folder / f"{name}-{seed}",
+            {
+                ("validation", 20): counts_of(40, shift=seed),
+                ("validation", 40): counts_of(60, shift=seed),
+                ("validation", 60): counts_of(50, shift=seed),
+                ("test", 0): counts_of(30),
+                ("test", 60): counts_of(last, shift=7 * seed),
+            },
+            seed,
+            kind,
+        )
+        for seed, last in enumerate(lasts)
+    ]
+
+
+def compared(a: list[Path], b: list[Path]) -> Report:
+    return compare_groups(group_of("baseline", a), group_of("candidate", b))
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> tuple[list[Path], list[Path]]:
+    return write_arm(tmp_path, "a", [40, 42, 44]), write_arm(tmp_path, "b", [52, 53, 56])
+
+
+def test_the_last_checkpoint_is_compared_on_test_and_paired_by_seed(arms: tuple[list[Path], list[Path]]):
+    last = compared(*arms).comparisons[0]
+    assert (last.rule, last.split, last.paired, last.covers_seeds) == ("fixed last", "test", True, True)
+    # By hand: 126, then 161 correct of 240.
+    assert (last.baseline, last.candidate) == pytest.approx((126 / 240, 161 / 240))
+    assert last.difference == pytest.approx(35 / 240)
+    shares = [
+        np.array([[run[f"p{i}"] / 2 for i in sorted(range(40), key=str)] for run in side])
+        for side in ([counts_of(n, shift=7 * s) for s, n in enumerate(lasts)] for lasts in ([40, 42, 44], [52, 53, 56]))
+    ]
+    found = paired_difference(*shares)
+    assert last.interval == pytest.approx((float(found.low), float(found.high)))
+
+
+def test_a_checkpoint_chosen_on_validation_is_scored_on_test_where_test_was_evaluated_there(tmp_path: Path):
+    a, b = (
+        [
+            write_run(
+                tmp_path / f"{n}{s}",
+                {
+                    ("validation", 20): counts_of(70),
+                    ("validation", 60): counts_of(40),
+                    ("test", 20): counts_of(44),
+                    ("test", 60): counts_of(60),
+                },
+                s,
+            )
+            for s in range(3)
+        ]
+        for n in "ab"
+    )
+    best = compared(a, b).comparisons[1]
+    assert best.split == "test"
+    assert "update 20, chosen on validation, scored on test" in best.rule
+    assert best.baseline == pytest.approx(44 / 80)
+
+
+def test_where_test_was_evaluated_at_the_ends_only_half_of_validation_scores_what_the_other_chose(
+    arms: tuple[list[Path], list[Path]],
+):
+    report = compared(*arms)
+    best = report.comparisons[1]
+    assert best.split == "validation"
+    assert best.short == "best common @40/40 (validation halves)"
+    assert best.baseline == pytest.approx(60 / 80)
+    assert any("Test was evaluated at the ends only" in note for note in report.notes)
+
+
+def test_one_update_is_common_to_both_groups_and_never_the_first(arms: tuple[list[Path], list[Path]]):
+    a, b = arms
+    extra = RunFolder.open(a[0])
+    extra.append("evaluations", evaluation_row(0, 0.99, np.random.default_rng(0)))
+    extra.append("evaluations", evaluation_row(30, 0.99, np.random.default_rng(0)))
+    groups = [group_of("a", a), group_of("b", b)]
+    assert common_updates(groups) == [20, 40, 60]
+
+
+def test_a_peak_is_labelled_too_high_and_gets_no_verdict(arms: tuple[list[Path], list[Path]]):
+    table = comparison_table(compared(*arms))
+    peak = next(row for row in table.rows if "too high" in row[0])
+    assert peak[-1] == "none: selected on itself"
+
+
+def test_the_peak_of_noise_is_high_and_its_cross_fitted_score_is_not(tmp_path: Path):
+    rng = np.random.default_rng(5)
+    noise = {("validation", u): {f"p{i}": int(rng.binomial(2, 0.5)) for i in range(400)} for u in range(5, 65, 5)}
+    groups = []
+    for name in "ab":
+        path = write_run(tmp_path / name, {**noise, ("test", 60): counts_of(40)})
+        groups.append(group_of(name, [path]))
+    last, _, fair, peak = selections(groups)
+    assert last.split == "test"
+    assert peak.shares["a"].mean() == max(sum(counts.values()) / 800 for counts in noise.values())
+    assert fair.shares["a"].mean() < peak.shares["a"].mean()
+    assert not peak.honest
+
+
+def test_the_halves_depend_on_the_number_of_problems_alone_and_are_even():
+    assert halves_of(41).tolist() == halves_of(41).tolist()
+    assert sorted(np.bincount(halves_of(41))) == [20, 21]
+
+
+def test_no_difference_is_not_distinguishable_and_says_what_would_settle_it(tmp_path: Path):
+    one = compared(write_arm(tmp_path, "a", [40, 42, 44]), write_arm(tmp_path, "b", [43, 40, 44])).comparisons[0]
+    assert not one.distinguishable
+    assert one.verdict.startswith("not distinguishable: +0.4 points [")
+    assert f"to settle 1.0 point takes about {one.settles_point.seeds} seeds of these 40 problems x 2" in one.verdict
+    assert one.settles_observed.seeds is None or one.settles_observed.seeds > one.settles_point.seeds
+
+
+def test_a_clear_difference_is_said_in_words_and_its_sign_follows_the_order(arms: tuple[list[Path], list[Path]]):
+    a, b = arms
+    assert compared(a, b).comparisons[0].verdict.startswith("candidate is better than baseline by 14.6 points [+")
+    assert compared(b, a).comparisons[0].verdict.startswith("candidate is worse than baseline by 14.6 points [-")
+
+
+def test_other_seeds_are_not_paired_and_that_is_said(arms: tuple[list[Path], list[Path]]):
+    report = compared(arms[0], arms[1][:2])
+    assert not report.comparisons[0].paired
+    assert report.notes[0].startswith("Not paired: baseline has seeds 0, 1, 2, candidate seeds 0, 1.")
+
+
+def test_one_seed_a_side_says_nothing_of_another_seed(arms: tuple[list[Path], list[Path]]):
+    report = compared(arms[0][:1], arms[1][:1])
+    assert not report.comparisons[0].covers_seeds
+    assert "not of another seed" in report.comparisons[0].verdict
+    assert any("says nothing of another seed" in note for note in report.notes)
+
+
+def change_last_row(path: Path, **changes: object) -> None:
+    run = RunFolder.open(path)
+    rows = [row for row in run.rows("evaluations") if (row["split"], row["update"]) == ("test", 60)]
+    run.append("evaluations", rows[-1] | changes)
+
+
+def test_another_number_of_samples_is_compared_and_told(arms: tuple[list[Path], list[Path]]):
+    for path in arms[1]:
+        change_last_row(path, samples=4, correct_counts=counts_of(100, samples=4))
+    report = compared(*arms)
+    assert report.comparisons[0].samples == (2, 4)
+    assert report.comparisons[0].candidate == pytest.approx(100 / 160)
+    assert any("different numbers of samples" in note for note in report.notes)
+
+
+SAMPLER = {"temperature": 0.5, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "completion_tokens": 40, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda _, b: change_last_row(b[0], sampler=SAMPLER), "a-0 and b-0 were evaluated with different samplers"),
+        (lambda _, b: change_last_row(b[0], correct_counts={"q": 1, "r": 2}), "different test problems"),
+        (lambda _, b: change_last_row(b[0], samples=4), "candidate: 2 and 4 samples per test problem"),
+        (lambda _, b: b.append(b[0]), "candidate: seed 0 occurs twice"),
+        (lambda a, b: b.__setitem__(0, a[0]), "a-0 is on both sides"),
+        (lambda _, b: b.clear(), "no run folder for candidate"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    arms: tuple[list[Path], list[Path]], spoil: Callable[[list[Path], list[Path]], object], message: str
+):
+    spoil(*arms)
+    with pytest.raises(RunError, match=message):
+        compared(*arms)
+
+
+@pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+def test_an_unfinished_run_is_refused(tmp_path: Path, status: str):
+    path = write_run(tmp_path / "r", {("test", 60): counts_of(40)}, status=status)
+    with pytest.raises(RunError, match=f"r is {status}; let `atesd train` finish it"):
+        group_of("a", [path])
+
+
+def test_a_run_without_its_last_evaluation_is_refused(tmp_path: Path):
+    path = write_run(tmp_path / "r", {("validation", 40): counts_of(40)})
+    with pytest.raises(RunError, match="no evaluation after its last update, 60"):
+        group_of("a", [path])
+
+
+def test_other_training_data_with_the_same_problems_is_told_and_not_paired(arms: tuple[list[Path], list[Path]]):
+    for path in arms[1]:
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"data_fingerprint": "other"}))
+    report = compared(*arms)
+    assert not report.comparisons[0].paired
+    assert any("fingerprints differ" in note for note in report.notes)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_told(tmp_path: Path):
+    a = [*write_arm(tmp_path, "a", [40]), write_arm(tmp_path, "c", [40, 41], kind="random")[1]]
+    report = compared(a, write_arm(tmp_path, "b", [42, 43]))
+    assert any(note.startswith("baseline: its runs differ in more than the seed") for note in report.notes)
+
+
+def test_a_table_of_arms_has_the_three_selections_differences_and_the_papers_number(tmp_path: Path):
+    lasts = {"full": [40, 42, 44], "learned": [52, 53, 56], "single": [41]}
+    groups = {name: [RunFolder.open(path) for path in write_arm(tmp_path, name, n)] for name, n in lasts.items()}
+    table = results_table(groups, "full", paper={"full": "61.7", "learned": "62.6"})
+    assert table.columns[:3] == ("arm", "paper", "seeds")
+    assert [column.partition(" (")[0] for column in table.columns[3:7]] == [
+        "peak",
+        "peak",
+        "best common @40/40",
+        "last",
+    ]
+    rows = {row[0]: row for row in table.rows}
+    assert rows["full"][1:3] == ("61.7", "3")
+    assert rows["single"][1:3] == ("–", "1")
+    assert rows["full"][-1] == "–"
+    assert rows["learned"][-1] == "better"
+    assert rows["learned"][-3].startswith("+14.6 [")
+    assert "Paired by seed: seeds 0, 1, 2." in table.notes
+
+
+def test_a_baseline_that_is_no_arm_is_named(tmp_path: Path):
+    groups = {"full": [RunFolder.open(path) for path in write_arm(tmp_path, "a", [40])]}
+    with pytest.raises(RunError, match="'fulll' is none of the arms: full"):
+        results_table(groups, "fulll")
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["atesd", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_command_reads_two_sides_and_flags_after_them(
+    arms: tuple[list[Path], list[Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    a, b = ([str(path) for path in side] for side in arms)
+    assert run_cli(monkeypatch, "compare", *a, "--", *b, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["comparisons"][0]["difference"] == pytest.approx(35 / 240)
+    candidates = [word for run in b for word in ("--candidate", run)]
+    assert run_cli(monkeypatch, "compare", "--json", *a, *candidates) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert run_cli(monkeypatch, "compare", *a, "--", *b, "--markdown") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| checkpoint | baseline | candidate |")
+    assert {line.count("|") for line in lines[2:8]} == {7}
+    assert run_cli(monkeypatch, "compare", *a, "--", *b) == 0
+    assert "better than baseline by 14.6 points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("{0}",), ("{0}", "--"), ("{0}", "--", "{1}", "--json", "--markdown")])
+def test_a_missing_side_or_two_formats_are_bad_input(
+    words: tuple[str, ...],
+    arms: tuple[list[Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    filled = [word.format(arms[0][0], arms[1][0]) for word in words]
+    assert run_cli(monkeypatch, "compare", *filled) == 2
+    assert capsys.readouterr().err.startswith("error: compare: ")
+
+
+def test_the_terminal_shows_the_same_words_and_no_markup_of_names(arms: tuple[list[Path], list[Path]]):
+    report = compare_groups(group_of("[red]a[/red]", arms[0]), group_of("b", arms[1]))
+    stream = io.StringIO()
+    print_rich(report, Console(file=stream, width=200))
+    assert "[red]a[/red]" in stream.getvalue()
+    for row in comparison_table(report).rows:
+        assert all(cell in stream.getvalue() for cell in row)
+
+
+def test_a_bar_in_a_name_stays_in_its_markdown_cell(arms: tuple[list[Path], list[Path]]):
+    report = compare_groups(group_of("a|b", arms[0]), group_of("c", arms[1]))
+    assert "| a\\|b |" in markdown(comparison_table(report))
+
+
+def test_runs_with_different_lengths_are_told(tmp_path: Path):
+    a = write_fake_run(tmp_path / "a", updates=60)
+    b = write_fake_run(tmp_path / "b", updates=40)
+    assert any("end at different updates" in note for note in compared([a.path], [b.path]).notes)
