@@ -13,8 +13,9 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
-from atesd.models.score import Head, Scorer, completion_logprobs
+from atesd.models.score import Scorer, completion_logprobs
 from tiny import tiny_model
 
 PAIRS = [((7, 8, 9), (10, 11)), ((12,), (13, 14, 15, 16)), ((9, 9, 9, 9), (1,))]

@@ -216,7 +216,9 @@ class LossConfig(Component):
     )
     temperature: float | None = Field(None, gt=0, description="divides both logits; None: sampling.temperature (OPSD)")
     reduction: Literal["sequence", "token"] = Field("sequence", description="paper: sequence; OPSD's code: token")
-    chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time; does not change results")
+    chunk_tokens: int | None = Field(
+        None, ge=1, description="tokens whose logits exist at one time; None: as many as fit a byte budget"
+    )
 
     @property
     def threshold(self) -> float:

@@ -7,14 +7,14 @@ from statistics import fmean
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from atesd.control.interface import Measurement
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
 from atesd.errors import ConfigError
 from atesd.evaluate.probes import probe_nll, probe_requests, probe_success
-from atesd.maths.divergence import Objective, chunked_loss
+from atesd.maths.divergence import Objective
+from atesd.maths.fused import divergence_profile
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Sampler, sample
@@ -117,11 +117,7 @@ class ProbeSet:
             teacher_hidden, teacher_head = self._scorer.hidden(teachers), self._scorer.head()
         student_hidden, student_head = self._scorer.hidden(students), self._scorer.head()
         tokens = completion_tokens(students, self._scorer.device)
-
-        def block_loss(part: Tensor, block: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            teacher_logits = teacher_head.logits(teacher_hidden[block])
-            return self._objective(teacher_logits, student_head.logits(part), tokens[block])
-
-        _, meters = chunked_loss(block_loss, student_hidden, torch.ones_like(tokens, dtype=torch.float32))
+        sides = student_hidden, student_head, [teacher_hidden], teacher_head
+        (meters,) = divergence_profile(self._objective, *sides, tokens)
         rows = torch.split(meters["kl"], [len(completion) for _, completion in students])
         return [float(row.double().mean()) for row in rows]

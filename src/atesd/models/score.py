@@ -1,55 +1,27 @@
 """Score given tokens: hidden states at the completion positions, and the head that turns them into logits.
 
 The logits of a batch never exist at once: a backbone pass gives one hidden state per completion token, the caller
-projects them a block at a time (`maths.divergence.chunked_loss`). Rows are right-padded and attention is causal, so
+projects them a block at a time (`maths.fused`). Rows are right-padded and attention is causal, so
 that padding can reach no real token; masks come from lengths, never from the pad id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atesd.errors import ModelError
+from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The output projection: float32 logits from hidden states, with the scale and soft cap of the architecture.
-
-    Holds the weight tensor itself, so that a teacher's head stays the teacher's after its weights are swapped out. With
-    `weight` None the "hidden states" are the model's own logits already (an architecture we do not take apart).
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None = None
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-    def logits(self, hidden: Float[Tensor, "N F"]) -> Float[Tensor, "N V"]:
-        """Logits in float32 (float64 for float64 hidden states): rounding logits to bfloat16 would spoil small KLs."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logits = hidden.to(wide)
-        if self.weight is not None:
-            logits = F.linear(logits, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
-        logits = logits * self.scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """The tensors of the head that are being trained."""
-        return [tensor for tensor in (self.weight, self.bias) if tensor is not None and tensor.requires_grad]
 
 
 class Scorer:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atesd.maths.divergence import BlockLoss, Objective, chunked_loss
+from atesd.maths.divergence import Objective
+from atesd.maths.fused import fused_divergence, fused_likelihood
 from atesd.models.ranks import in_order
-from atesd.models.score import Pair, Scorer, completion_tokens, token_logprobs
+from atesd.models.score import Pair, Scorer, completion_tokens
 from atesd.models.teacher import Teacher
 
 
@@ -73,28 +74,26 @@ def distill(
     *,
     reduction: str,
     micro_batch_size: int,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
 ) -> StepMeters:
     """Accumulate the gradient of the mean divergence from teacher to student on the student's own tokens.
 
     loss = mean over rollouts of 1/|y| sum_n D(teacher(. | view, y_<n) || student(. | x, y_<n)) (ATESD, OPSD).
     """
 
-    def loss_of(batch: Sequence[Row], tokens: Tensor) -> tuple[BlockLoss, float]:
+    def loss_of(batch: Sequence[Row], tokens: Tensor) -> tuple[WeightedLoss, float]:
         started = clock(scorer.device)
         with teacher.weights():
             hidden, head = scorer.hidden([row.teacher_pair for row in batch]), scorer.head()
         seconds = clock(scorer.device) - started
-        student_head = scorer.head()
 
-        def block_loss(part: Tensor, block: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            with torch.no_grad():
-                teacher_logits = head.logits(hidden[block])
-            return objective(teacher_logits, student_head.logits(part), tokens[block])
+        def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            sides = student, scorer.head(), hidden, head
+            return fused_divergence(objective, *sides, tokens, weights, chunk_tokens=chunk_tokens)
 
-        return block_loss, seconds
+        return weighted_loss, seconds
 
-    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size, chunk_tokens)
+    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size)
 
 
 def maximise_likelihood(
@@ -104,7 +103,7 @@ def maximise_likelihood(
     temperature: float,
     reduction: str,
     micro_batch_size: int,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
 ) -> StepMeters:
     """Accumulate the gradient of -scale * log q(y): SFT with scale 1, the on-policy GRPO step with scale = advantage.
 
@@ -112,32 +111,32 @@ def maximise_likelihood(
     so that this is its exact gradient, without the KL term.
     """
 
-    def loss_of(_: Sequence[Row], tokens: Tensor) -> tuple[BlockLoss, float]:
-        head = scorer.head()
+    def loss_of(_: Sequence[Row], tokens: Tensor) -> tuple[WeightedLoss, float]:
+        def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return fused_likelihood(
+                student, scorer.head(), tokens, weights, temperature=temperature, chunk_tokens=chunk_tokens
+            )
 
-        def block_loss(part: Tensor, block: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            logits = head.logits(part) / temperature
-            logprob = token_logprobs(logits, tokens[block])
-            log_q = logits.detach().log_softmax(-1)
-            return -logprob, {"logprob": logprob.detach(), "student_entropy": -(log_q.exp() * log_q).sum(-1)}
+        return weighted_loss, 0.0
 
-        return block_loss, 0.0
-
-    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size, chunk_tokens)
+    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size)
 
 
-LossOf = Callable[[Sequence[Row], Tensor], tuple[BlockLoss, float]]
+WeightedLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(student's hidden states, weight of each token) to the loss and its meters per token."""
+
+LossOf = Callable[[Sequence[Row], Tensor], tuple[WeightedLoss, float]]
 
 
 def _accumulate(
-    scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction: str, micro_batch_size: int, chunk_tokens: int
+    scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction: str, micro_batch_size: int
 ) -> StepMeters:
     weights = token_weights(rows, reduction)
     seconds = {"teacher": 0.0, "student": 0.0, "loss_backward": 0.0}
 
     def own_share() -> tuple[float, dict[str, list[list[float]]]]:
         mine, own = scorer.ranks.share(rows), scorer.ranks.share(weights)
-        return _backpropagate(scorer, mine, own, loss_of, micro_batch_size, chunk_tokens, seconds)
+        return _backpropagate(scorer, mine, own, loss_of, micro_batch_size, seconds)
 
     losses, tokens = zip(*scorer.ranks.gather(own_share), strict=True)
     tokens_of = {name: in_order([part.get(name, []) for part in tokens]) for name in tokens[0]}
@@ -152,7 +151,6 @@ def _backpropagate(
     weights: Sequence[float],
     loss_of: LossOf,
     micro_batch_size: int,
-    chunk_tokens: int,
     seconds: dict[str, float],
 ) -> tuple[float, dict[str, list[list[float]]]]:
     """Accumulate the gradient of these rows. Returns their part of the loss, and each meter per row and token."""
@@ -161,7 +159,7 @@ def _backpropagate(
     for start in range(0, len(rows), micro_batch_size):
         batch = rows[start : start + micro_batch_size]
         tokens = completion_tokens([row.student_pair for row in batch], scorer.device)
-        block_loss, teacher_seconds = loss_of(batch, tokens)
+        weighted_loss, teacher_seconds = loss_of(batch, tokens)
         begun = clock(scorer.device)
         hidden = scorer.hidden([row.student_pair for row in batch])
         scored = clock(scorer.device)
@@ -170,7 +168,7 @@ def _backpropagate(
         per_token = torch.tensor(
             [s for s, n in zip(scales, lengths, strict=True) for _ in range(n)], device=hidden.device
         )
-        part, meters = chunked_loss(block_loss, hidden, per_token, scorer.head().trained, chunk_tokens)
+        part, meters = weighted_loss(hidden, per_token)
         if part.requires_grad:
             part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()

@@ -1,0 +1,160 @@
+"""Closed forms of the losses on rows of logits: meters, and the slope in the logits, without autograd.
+
+With p the teacher's, q the student's distribution, r = log p - log q, m = w p + (1-w) q and u the student's logits
+after scale, soft cap and temperature:
+
+    forward KL      sum p r               = sum [p r + (q - p)]     d/du = q - p
+    reverse KL      sum q (-r)            = sum [-q r - (q - p)]    d/du = q (-r - sum q (-r))
+    Jensen-Shannon  sum w p log p/m + (1-w) q log q/m               d/du = (1-w) q (log q/m - sum q log q/m)
+
+Every term of the middle column (and of the last sum, entry by entry) is >= 0, so that no small divergence is the
+difference of large numbers; and q - p = sign(r) max(p, q) expm1(-|r|) stays exact where p and q agree in most digits.
+The rounding of the normalisers leaves the same error in r for the whole vocabulary. To first order it changes none of
+these values and cancels in the last two gradients; from q - p it is taken out by its sum, which must be 0.
+
+`maths/divergence.py` has the readable forms that these must equal. Everything here is element-wise or a sum over the
+vocabulary, out of few tensors, so that it can be compiled as it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atesd.maths.divergence import Objective
+from atesd.maths.head import Head
+
+Meters = dict[str, Tensor]
+
+
+def divergence_rows(
+    objective: Objective,
+    student_head: Head,
+    teacher_head: Head,
+    gap_form: bool,
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor | None,
+) -> Meters:
+    """The meters of `Objective` and `loss`, for some rows; with weights, their slope is written over `student`.
+
+    `student` and `teacher` hold projections, before bias, scale, soft cap and temperature; in the gap form `teacher` is
+    the teacher's less the student's. The slope is that of weights[n] D_n in the student's projection.
+    """
+    u_q = _logits(student, student_head, objective.temperature)
+    if gap_form:
+        gap = _logits(teacher, Head(None, scale=teacher_head.scale), objective.temperature)
+        u_p = u_q + gap
+    else:
+        u_p = _logits(teacher, teacher_head, objective.temperature)
+        gap = u_p - u_q
+    top_p, top_q = u_p.amax(-1, keepdim=True), u_q.amax(-1, keepdim=True)
+    agree = ((u_p == top_p) & (u_q == top_q)).any(-1)
+    log_p, p, norm_p = _softmax(u_p, top_p)
+    log_q, q, norm_q = _softmax(u_q, top_q)
+    meters = {
+        "logprob": (log_q.gather(-1, tokens[:, None]) - norm_q).squeeze(-1),
+        "top1_disagreement": 1 - agree.to(u_q.dtype),
+        "teacher_entropy": norm_p.squeeze(-1) - (p * log_p).sum(-1),
+        "student_entropy": norm_q.squeeze(-1) - (q * log_q).sum(-1),
+    }
+    ratio = gap - ((top_p - top_q) + (norm_p - norm_q))
+    decay = ratio.abs().neg_().expm1_()
+    sign = ratio.sign()
+    larger = torch.maximum(p, q)
+    excess = larger * decay * sign
+    q = larger + excess.clamp(max=0)  # p and q anew, from one of them and their ratio: their own roundings differ
+    p = q - excess
+    kl = torch.addcmul(excess, p, ratio).sum(-1)
+    raw, entries, pull, slope = _terms(objective, p, q, ratio, sign, decay, excess, kl)
+    loss, factor, reversed_mass = raw, weights, torch.zeros_like(raw)
+    if objective.clip == "per_token":
+        keep = objective.threshold / raw.clamp(min=objective.threshold)
+        loss, factor = raw * keep, None if weights is None else weights * keep
+    elif objective.clip == "per_entry":
+        over = entries > objective.threshold
+        cut = pull * over
+        clipped_slope = slope - torch.addcmul(cut, q, cut.sum(-1, keepdim=True), value=-1)
+        loss = raw - (entries - objective.threshold).clamp_(min=0).sum(-1)
+        if objective.divergence == "forward_kl":
+            reversed_mass = _reversed_share(clipped_slope, slope).masked_fill(~over.any(-1), 0.0)
+        slope = clipped_slope
+    meters |= {"kl": kl, "clipped_mass": raw - loss, "reversed_mass": reversed_mass, "loss": loss}
+    if factor is not None:
+        student.copy_(_projection_slope(slope, factor, u_q, student_head, objective.temperature))
+    return meters
+
+
+def _terms(
+    objective: Objective,
+    p: Tensor,
+    q: Tensor,
+    ratio: Tensor,
+    sign: Tensor,
+    decay: Tensor,
+    excess: Tensor,
+    kl: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(divergence [n], its entries, d entry_v / d log q_v, d divergence / d logits): the rest [n, V].
+
+    An entry depends on the logits through its own log q_v alone, so that d/du = pull - q sum(pull).
+    """
+    if objective.divergence == "forward_kl":
+        centred = torch.addcmul(excess, p, excess.sum(-1, keepdim=True), value=-1)
+        return kl, p * ratio, -p, centred
+    if objective.divergence == "reverse_kl":
+        entries = -q * ratio
+        slope = torch.addcmul(entries, q, entries.sum(-1, keepdim=True), value=-1)
+        return (entries - excess).sum(-1), entries, entries + q, slope
+    # log max(p, q)/m = -log(1 + c (exp(-|r|) - 1)), c the other one's share of m; log q/m from it, never overflowing
+    w = objective.jsd_weight
+    share = 0.5 if w == 0.5 else 0.5 - (w - 0.5) * sign
+    log_q_to_mixture = -(decay * share).log1p_() - ratio.clamp(min=0)
+    entries = torch.addcmul(w * p * ratio, torch.add(q, excess, alpha=-w), log_q_to_mixture)
+    pull = (1 - w) * q * log_q_to_mixture
+    return entries.sum(-1), entries, pull, torch.addcmul(pull, q, pull.sum(-1, keepdim=True), value=-1)
+
+
+def _reversed_share(clipped: Tensor, unclipped: Tensor) -> Tensor:
+    """Share of |clipped gradient| whose sign is not that of the unclipped one; `divergence.reversed_gradient_mass`."""
+    size = clipped.abs()
+    against = clipped * unclipped < 0
+    return (size * against).sum(-1) / size.sum(-1).clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def likelihood_rows(head: Head, temperature: float, student: Tensor, tokens: Tensor, weights: Tensor | None) -> Meters:
+    """`loss` = -log q(token), `logprob` and `student_entropy`; with weights, the slope is written over `student`."""
+    u = _logits(student, head, temperature)
+    log_q, q, norm = _softmax(u, u.amax(-1, keepdim=True))
+    logprob = (log_q.gather(-1, tokens[:, None]) - norm).squeeze(-1)
+    entropy = norm.squeeze(-1) - (q * log_q).sum(-1)
+    if weights is not None:
+        slope = q.scatter_add(-1, tokens[:, None], torch.full_like(norm, -1.0))
+        student.copy_(_projection_slope(slope, weights, u, head, temperature))
+    return {"loss": -logprob, "logprob": logprob, "student_entropy": entropy}
+
+
+def _logits(projection: Tensor, head: Head, temperature: float) -> Tensor:
+    """Bias, scale, soft cap and temperature on hidden W^T."""
+    biased = projection if head.bias is None else projection + head.bias.to(projection.dtype)
+    if head.soft_cap is not None:
+        return (biased * (head.scale / head.soft_cap)).tanh_() * (head.soft_cap / temperature)
+    factor = head.scale / temperature
+    return biased if factor == 1 else biased * factor
+
+
+def _projection_slope(slope: Tensor, weights: Tensor, logits: Tensor, head: Head, temperature: float) -> Tensor:
+    """The chain rule of `_logits`, and the weight of each row."""
+    slope = slope * (weights * (head.scale / temperature))[:, None]
+    if head.soft_cap is None:
+        return slope
+    return slope * (1 - (logits * (temperature / head.soft_cap)).square())  # d tanh(z) = 1 - tanh(z)^2
+
+
+def _softmax(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits - top, softmax, log-normaliser of logits - top)."""
+    shifted = logits - top
+    exped = shifted.exp()
+    total = exped.sum(-1, keepdim=True)
+    return shifted, exped.div_(total), total.log()
