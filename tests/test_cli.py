@@ -87,16 +87,28 @@ def test_help_imports_nothing_heavy():
     assert {"torch", "transformers", "pydantic", "numpy", "rich", "yaml"} & modules == set()
 
 
-@pytest.mark.parametrize("verb", ["train", "preview", "config"])
-def test_a_config_error_is_answered_before_anything_heavy_is_imported(verb: str):
-    code, modules = modules_used(verb, "micro", "--set", "train.nun_updates=3")
+@pytest.mark.parametrize("words", ["train micro", "preview micro", "config micro", "sweep micro-ratios"])
+def test_a_config_error_is_answered_before_anything_heavy_is_imported(words: str):
+    code, modules = modules_used(*words.split(), "--set", "train.nun_updates=3")
     assert code == 2
     assert {"torch", "transformers", "numpy", "rich"} & modules == set()
 
 
 def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
     assert atesd("--help") == 0
-    verbs = ("train", "evaluate", "preview", "report", "compare", "recipes", "config", "demo", "models", "world")
+    verbs = (
+        "train",
+        "evaluate",
+        "preview",
+        "report",
+        "compare",
+        "recipes",
+        "config",
+        "demo",
+        "sweep",
+        "models",
+        "world",
+    )
     assert [verb for verb in verbs if f"\n  {verb} " not in atesd.out] == []
     assert "3 stopped on request" in " ".join(atesd.out.split())
 
@@ -116,6 +128,9 @@ def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
         (["train"], 2, "Missing argument"),
         (["train", "micro", "--resume", "maybe"], 2, "maybe"),
         (["trian"], 2, "trian"),
+        (["sweep"], 2, "sweep: which plan?"),
+        (["sweep", "mico-ratios"], 2, "'mico-ratios' is neither a file nor a plan; did you mean micro-ratios?"),
+        (["sweep", "micro-ratios", "--set", "exposure.reveal_ratio=1"], 2, "exposure.reveal_ratio is decided twice"),
     ],
 )
 def test_bad_input_gives_a_message_an_exit_code_and_no_traceback(

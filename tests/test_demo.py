@@ -98,7 +98,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     finished_runs(tmp_path)
     config = RunFolder.open(tmp_path / ARMS[0].name).config
     monkeypatch.setattr(jobs, "load_config", lambda *_: config)
-    monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("a finished run was started"))
+    monkeypatch.setattr(jobs.Worker, "give", lambda *_: pytest.fail("a finished run was started"))
     monkeypatch.setattr(demo, "write_report", lambda runs, out: (out, len(runs))[0])
     said: list[str] = []
     text = run_demo(tmp_path, said.append)

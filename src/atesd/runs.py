@@ -37,6 +37,7 @@ MAY_CHANGE = ("train.num_updates", "train.keep_checkpoints", "evaluation.")
 """Settings that a resumed run may change: none of them enters an update. `train.num_updates` may only grow."""
 
 _CONFIG, _MANIFEST, _LOCK, _OWNER = "config.yaml", "manifest.json", ".lock", ".owner.json"
+_TAIL_BYTES = 4096  # where the newest row is looked for first
 _PACKAGES = ("atesd", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -138,6 +139,22 @@ class RunFolder:
             return []
         *lines, _ = path.read_bytes().split(b"\n")
         return [_parse_row(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+
+    def last_row(self, kind: RowKind) -> dict[str, Any] | None:
+        """The newest whole row, read from the end of the file; None if there is none."""
+        path = self._rows_path(kind)
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            size, block = file.seek(0, os.SEEK_END), _TAIL_BYTES
+            while True:
+                file.seek(max(0, size - block))
+                lines = file.read(min(size, block)).split(b"\n")[:-1]
+                if len(lines) > 1 or (lines and block >= size):
+                    return _parse_row(lines[-1], f"{path}: last line")
+                if block >= size:
+                    return None
+                block *= 4
 
     def sync(self) -> None:
         """Force every row to the disk: to be called before the checkpoint that relies on them."""

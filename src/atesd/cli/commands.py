@@ -198,10 +198,13 @@ def recipes() -> None:
     """List the packaged recipes."""
     from atesd.config import recipe_names, recipe_text
 
-    names = recipe_names()
-    for name in names:
-        first = recipe_text(name).splitlines()[0].removeprefix("# ")
-        typer.echo(f"{name:<{max(map(len, names))}}  {first}")
+    _show_names({name: recipe_text(name) for name in recipe_names()})
+
+
+def _show_names(texts: dict[str, str]) -> None:
+    """Names of packaged files, each with the comment that it begins with."""
+    for name, text in texts.items():
+        typer.echo(f"{name:<{max(map(len, texts))}}  {text.splitlines()[0].removeprefix('# ')}")
 
 
 @app.command()
@@ -226,6 +229,49 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
         raise typer.Exit(STOPPED) from None
+
+
+@app.command(epilog=EXIT_CODES)
+def sweep(
+    plan: Annotated[str, typer.Argument(metavar="PLAN_OR_YAML", help="A packaged plan (--list) or a file.")] = "",
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/NAME after the plan.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. Default: as many as GPUs, else as cores.")
+    ] = None,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Print one `atesd train` per cell for a scheduler, and stop.")
+    ] = False,
+    list_plans: Annotated[bool, typer.Option("--list", help="List the packaged plans, and stop.")] = False,
+) -> None:
+    """Train every cell of a plan (axes x seeds), each an ordinary run. Run it again: what is finished stays."""
+    from atesd.errors import ConfigError
+    from atesd.experiments.plan import cells_of, load_plan, plan_names, plan_text
+
+    if list_plans:
+        _show_names({name: plan_text(name) for name in plan_names()})
+        return
+    if not plan:
+        raise ConfigError("sweep: which plan? Name a packaged one (atesd sweep --list) or a YAML file")
+    folder = out or Path("runs") / run_name(plan)
+    cells = cells_of(load_plan(plan, settings or []), folder, plan)
+    if print_commands:
+        from atesd.experiments.grid import command_lines
+
+        for line in command_lines(cells):
+            typer.echo(line)
+        return
+
+    from atesd.cli.sweep import run_cells
+
+    try:
+        text, unfinished = run_cells(cells, jobs, folder)
+    except KeyboardInterrupt:
+        typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
+        raise typer.Exit(STOPPED) from None
+    typer.echo(text)
+    if unfinished:
+        raise typer.Exit(1)
 
 
 @app.command("bad-teacher")

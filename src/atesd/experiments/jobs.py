@@ -1,34 +1,45 @@
-"""Several training runs side by side: each the command that its log begins with, one thread each, none repeated."""
+"""Several training runs side by side: each the command that its log begins with, none repeated, none lost.
+
+What is finished is read from the run folders alone, so that a kill of anything at any moment costs the updates since
+the last checkpoints and nothing else. Several callers may share a folder: a run is trained by whoever claims it first.
+"""
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, Literal, Protocol, final
 
-from atesd.config import load_config
-from atesd.errors import RunError
+from filelock import FileLock, Timeout
+
+from atesd.config import Config, load_config
+from atesd.errors import AtesdError, RunError
+from atesd.experiments.workers import Ending, Worker, slots, wait
 from atesd.report.text import duration
 from atesd.runs import RunFolder
 
-Say = Callable[[str], None]
+Status = Literal["waiting", "running", "held", "finished", "failed", "blocked"]
+"""held: another process trains it; blocked: a run that it needs has failed."""
+
+LOG_LINES = 5
+POLL_SECONDS = 0.2
+HELD_SECONDS = 2.0  # between two looks at a run that another process trains
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: a recipe, what differs from it, and where it goes."""
+    """One run: a recipe, what differs from it, where it goes, and the runs that must be finished before it."""
 
     recipe: str
     overrides: tuple[str, ...]
     folder: Path
+    needs: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,33 +57,119 @@ class Job:
         settings = [word for override in self.overrides for word in ("--set", override)]
         return ["train", self.recipe, *settings, "--out", str(self.folder)]
 
+    @property
+    def command_line(self) -> str:
+        """The command as a shell takes it."""
+        return f"atesd {shlex.join(self.command)}"
+
+    @property
+    def config(self) -> Config:
+        """The config it resolves to. Raises `ConfigError`."""
+        return load_config(self.recipe, self.overrides)
+
     def is_finished(self) -> bool:
-        """Whether the run is there and finished with these settings. Raises `RunError` for a run with others."""
+        """Whether the run is there and finished with these settings. Raises `RunError` for a run with others.
+
+        A finished run that shall now be longer is not finished.
+        """
         if not RunFolder.exists(self.folder):
             return False
-        run = RunFolder.open(self.folder)
-        run.check_config(load_config(self.recipe, self.overrides))
-        return bool(run.manifest["status"] == "finished")
+        run, config = RunFolder.open(self.folder), self.config
+        run.check_config(config)
+        return bool(run.manifest["status"] == "finished" and run.config.train.num_updates == config.train.num_updates)
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """A child in a session of its own: a Ctrl-C at the terminal reaches it through us alone."""
-        with self.log.open("wb") as log:
-            log.write(f"$ atesd {shlex.join(self.command)}\n".encode())
-            log.flush()
-            return subprocess.Popen(
-                [sys.executable, "-m", "atesd.cli", *self.command],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Be the one who trains it, from before a model is loaded; False if another process is. Ends with ours."""
+        claims = self.folder.parent / ".claims"
+        claims.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(claims / f"{self.name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
-    def require_success(self, code: int) -> None:
-        """Raise `RunError` with the end of the log unless the exit code is 0."""
-        if code:
-            end = "\n  ".join(self.log.read_text("utf-8", "replace").splitlines()[-5:])
-            raise RunError(f"{self.name} ended with exit code {code}; its log {self.log} ends with\n  {end}")
+    def is_in_use(self) -> bool:
+        """Whether a process holds the run folder: perhaps an `atesd train` that no sweep started."""
+        if not RunFolder.exists(self.folder):
+            return False
+        try:
+            with RunFolder(self.folder, run_id="").lock():
+                return False
+        except RunError:
+            return True
+
+    def is_held(self) -> bool:
+        """Whether another process trains it now."""
+        with self.claim() as ours:
+            return not ours or self.is_in_use()
+
+    def was_finished(self) -> bool:
+        """As `is_finished`, for a run that somebody else may have begun meanwhile: what is wrong, training will say."""
+        try:
+            return self.is_finished()
+        except AtesdError:
+            return False
+
+    def log_end(self) -> str:
+        """The last lines of its log, without the command."""
+        lines = self.log.read_text("utf-8", "replace").splitlines()[1:] if self.log.exists() else []
+        return "\n  ".join(lines[-LOG_LINES:]) or "(nothing)"
+
+
+@dataclass(slots=True)
+class Entry:
+    """A job and how it stands. `began` is in monotonic seconds; `reason` says why it failed or waits."""
+
+    job: Job
+    status: Status
+    began: float = 0.0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class Watcher(Protocol):
+    """Is told how a set of runs goes; what it raises ends the set."""
+
+    def begin(self, board: Sequence[Entry]) -> None:
+        """Before the first run, with what is finished already."""
+        ...
+
+    def changed(self, entry: Entry) -> None:
+        """A run began, ended, or was found to be held or blocked."""
+        ...
+
+    def tick(self) -> None:
+        """Time has passed; several times a second."""
+        ...
+
+
+def run_all(jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], watcher: Watcher) -> list[Entry]:
+    """Train what is not finished, one run at a time in each of `environments`; a failed run does not stop the others.
+
+    Cut runs go on, runs held by other processes are waited for. Whatever ends this call early (an exception of the
+    watcher, Ctrl-C, SIGTERM as `KeyboardInterrupt`) ends the runs too, each with a checkpoint. Raises `RunError` before
+    anything begins if a folder holds a run with other settings.
+    """
+    _require_distinct(jobs)
+    board = [Entry(job, "finished" if job.is_finished() else "waiting") for job in jobs]
+    watcher.begin(board)
+    with _stopping(_Crew(environments)) as crew:
+        while any(entry.status in ("waiting", "running", "held") for entry in board):
+            for entry in _block(board):
+                watcher.changed(entry)
+            for entry in _dispatch(board, crew):
+                watcher.changed(entry)
+            for entry, ending in crew.ended():
+                _settle(entry, ending)
+                watcher.changed(entry)
+            watcher.tick()
+    return board
 
 
 def train_all(jobs: Sequence[Job], processes: int, say: Say) -> None:
@@ -80,37 +177,161 @@ def train_all(jobs: Sequence[Job], processes: int, say: Say) -> None:
 
     Raises `RunError` if one fails. Whatever ends this call early ends the children too, each with a checkpoint.
     """
-    waiting = [job for job in jobs if not job.is_finished()]
-    parents = ", ".join(sorted({str(job.folder.parent) for job in jobs}))
-    say(f"{len(jobs)} runs under {parents}, {len(jobs) - len(waiting)} of them finished; {processes} at a time")
-    running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    with _stopping(running):
-        while waiting or running:
-            while waiting and len(running) < processes:
-                job = waiting.pop(0)
-                job.folder.parent.mkdir(parents=True, exist_ok=True)
-                running[job.name] = job, job.start(), time.monotonic()
-            time.sleep(0.1)
-            for name, (job, process, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    job.require_success(process.returncode)
-                    say(f"{name}: done in {duration(time.monotonic() - began)}")
+    run_all(jobs, slots(processes), _Saying(processes, say))
+
+
+class Say(Protocol):
+    """Prints a line."""
+
+    def __call__(self, text: str, /) -> Any:
+        """Print it."""
+        ...
+
+
+@final
+class _Saying:
+    """One line per finished run; the first failure ends the set."""
+
+    def __init__(self, processes: int, say: Say) -> None:
+        self._processes = processes
+        self._say = say
+
+    def begin(self, board: Sequence[Entry]) -> None:
+        parents = ", ".join(sorted({str(entry.job.folder.parent) for entry in board}))
+        finished = sum(entry.status == "finished" for entry in board)
+        self._say(f"{len(board)} runs under {parents}, {finished} of them finished; {self._processes} at a time")
+
+    def changed(self, entry: Entry) -> None:
+        match entry.status:
+            case "finished":
+                self._say(f"{entry.job.name}: done in {duration(entry.seconds)}")
+            case "failed" | "blocked":
+                raise RunError(entry.reason)
+            case "held":
+                self._say(entry.reason)
+
+    def tick(self) -> None:
+        pass
+
+
+@final
+class _Crew:
+    """The places at which runs are trained, each with a worker while it has something to do."""
+
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        self._environments = environments
+        self._workers: dict[int, Worker] = {}
+        self._busy: dict[int, Entry] = {}
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._busy) == len(self._environments)
+
+    def train(self, entry: Entry) -> None:
+        place = next(place for place in range(len(self._environments)) if place not in self._busy)
+        if place not in self._workers:
+            self._workers[place] = Worker(self._environments[place])
+        job = entry.job
+        self._workers[place].give([job.recipe, list(job.overrides), str(job.folder)])
+        self._busy[place] = entry
+
+    def ended(self) -> list[tuple[Entry, Ending]]:
+        """What has ended, after a short wait for it. A worker that is not to go on is let go."""
+        found = []
+        ready = wait([self._workers[place] for place in self._busy], POLL_SECONDS)
+        for place in [place for place in self._busy if self._workers[place] in ready]:
+            ending = self._workers[place].ending()
+            found.append((self._busy.pop(place), ending))
+            if not ending.goes_on:
+                self._workers.pop(place).close()
+        return found
+
+    def stop(self) -> None:
+        """Ask every run for a checkpoint, and wait for all processes."""
+        for place in self._busy:
+            self._workers[place].terminate()
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
 
 
 @contextmanager
-def _stopping(running: Mapping[str, tuple[Job, subprocess.Popen[bytes], float]]) -> Iterator[None]:
-    """Whatever ends us, an interrupt, SIGTERM or an error, first ends the children, each with its checkpoint."""
+def _stopping(crew: _Crew) -> Iterator[_Crew]:
+    """Whatever ends us, an interrupt, SIGTERM or an error, first ends the workers, each run with its checkpoint."""
 
     def interrupt(*_: int | FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield crew
     finally:
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
-            process.wait()
+        crew.stop()
         signal.signal(signal.SIGTERM, before)
+
+
+def _require_distinct(jobs: Sequence[Job]) -> None:
+    names = [str(job.folder).casefold() for job in jobs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    unknown = {folder for job in jobs for folder in job.needs} - {job.folder for job in jobs}
+    if twice or unknown:
+        raise ValueError(f"folders of two jobs: {twice}; folders that are needed and no job's: {sorted(unknown)}")
+
+
+def _block(board: Sequence[Entry]) -> list[Entry]:
+    """The waiting runs that will never get what they need."""
+    by_folder = {entry.job.folder: entry for entry in board}
+    blocked = []
+    for entry in board:
+        lost = [folder for folder in entry.job.needs if by_folder[folder].status in ("failed", "blocked")]
+        if entry.status == "waiting" and lost:
+            entry.status = "blocked"
+            entry.reason = f"{entry.job.name} was not begun: it needs {lost[0]}, which is not finished"
+            blocked.append(entry)
+    return blocked
+
+
+def _dispatch(board: Sequence[Entry], crew: _Crew) -> list[Entry]:
+    """Give runs to free places: those that wait, then those that were held when last looked at."""
+    by_folder = {entry.job.folder: entry for entry in board}
+    changed = []
+    for entry in [*_with(board, "waiting"), *_with(board, "held")]:
+        if crew.is_full:
+            break
+        before = entry.status
+        if before == "held" and time.monotonic() - entry.began < HELD_SECONDS:
+            continue
+        if any(by_folder[folder].status != "finished" for folder in entry.job.needs):
+            continue
+        entry.began = time.monotonic()
+        entry.job.folder.parent.mkdir(parents=True, exist_ok=True)
+        if entry.job.is_held():
+            _hold(entry)
+        elif entry.job.was_finished():
+            entry.status, entry.reason = "finished", ""
+        else:
+            entry.status, entry.reason = "running", ""
+            crew.train(entry)
+        if entry.status != before:
+            changed.append(entry)
+    return changed
+
+
+def _with(board: Sequence[Entry], status: Status) -> list[Entry]:
+    return [entry for entry in board if entry.status == status]
+
+
+def _hold(entry: Entry) -> None:
+    entry.status, entry.reason = "held", f"{entry.job.name}: another process trains it; it is looked at again"
+
+
+def _settle(entry: Entry, ending: Ending) -> None:
+    entry.seconds = time.monotonic() - entry.began
+    if ending.held:
+        _hold(entry)
+    elif ending.code == 0:
+        entry.status = "finished"
+    else:
+        how = f"ended with exit code {ending.code}" if ending.code > 0 else f"was killed by signal {-ending.code}"
+        entry.status = "failed"
+        entry.reason = f"{entry.job.name} {how}; its log {entry.job.log} ends with\n  {entry.job.log_end()}"

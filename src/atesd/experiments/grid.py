@@ -1,0 +1,106 @@
+"""What the runs of a plan came to, and the commands that train them elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from atesd.experiments.plan import Cell, stages
+from atesd.report.rows import Row
+from atesd.report.tables import Table, render_text
+from atesd.report.text import MISSING, percent
+from atesd.runs import RunFolder, write_atomic
+
+NOTES = (
+    "Average@k in %. Best: the highest validation, and after which update; picked on the data that it is read on, it",
+    "is too high: compare the last. Late ratio: mean reveal ratio over the last quarter of the updates.",
+)
+
+
+def write_index(cells: Sequence[Cell], out: Path) -> None:
+    """cells.json: what each folder of a sweep is, for whatever reads the sweep."""
+    rows = [
+        {"folder": cell.job.name, "group": cell.group, "points": dict(cell.points), "seed": cell.seed} for cell in cells
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "cells.json", json.dumps(rows, indent=1).encode() + b"\n")
+
+
+def command_lines(cells: Sequence[Cell]) -> Iterator[str]:
+    """One `atesd train` a line for what is not finished; a comment says where to wait for the lines above."""
+    finished = {cell.job.folder for cell in cells if cell.job.is_finished()}
+    if finished:
+        yield f"# {len(finished)} of {len(cells)} cells are finished and not listed"
+    waiting = False
+    for some in stages(cells):
+        left = [cell for cell in some if cell.job.folder not in finished]
+        if waiting and left:
+            yield "# wait here: each of the following reads a run above"
+        yield from (cell.job.command_line for cell in left)
+        waiting = waiting or bool(left)
+
+
+def sweep_tables(cells: Sequence[Cell]) -> str:
+    """Two tables of the finished cells: the mean over seeds of each group, and every cell."""
+    scored = [(cell, scores(cell.job.folder)) for cell in cells if cell.job.is_finished()]
+    columns = ("base", "last validation", "best validation", "last test", "late ratio")
+    groups: dict[str, list[dict[str, float | None]]] = {}
+    for cell, found in scored:
+        groups.setdefault(cell.group, []).append(found)
+    means = [(group, str(len(some)), *_cells(_mean(some), spread=some)) for group, some in groups.items()]
+    singles = [(cell.job.name, *_cells(found)) for cell, found in scored]
+    return (
+        render_text(Table("Every cell", ("cell", *columns), tuple(singles)))
+        + "\n"
+        + render_text(Table("Means over seeds", ("cells", "seeds", *columns), tuple(means), NOTES))
+    )
+
+
+def scores(folder: Path) -> dict[str, float | None]:
+    """The figures of a finished run: shares in [0, 1]; None where nothing was evaluated."""
+    run = RunFolder.open(folder)
+    rows = run.rows("evaluations")
+    test, validation = (_by_update(rows, split) for split in ("test", "validation"))
+    best = max(validation, key=lambda update: (validation[update], -update), default=None)
+    ratios = [row["reveal_ratio"] for row in run.rows("metrics") if row["reveal_ratio"] is not None]
+    late = ratios[-max(1, len(ratios) // 4) :]
+    return {
+        "base": test[min(test)] if test else None,
+        "validation": validation[max(validation)] if validation else None,
+        "best": validation[best] if best is not None else None,
+        "best_update": best,
+        "test": test[max(test)] if test else None,
+        "late_ratio": fmean(late) if late else None,
+    }
+
+
+def _by_update(rows: Sequence[Row], split: str) -> dict[int, float]:
+    """The first evaluation at each update: later ones, with other samples, were asked for by hand."""
+    found: dict[int, float] = {}
+    for row in rows:
+        if row["split"] == split:
+            found.setdefault(row["update"], row["average"]["value"])
+    return found
+
+
+def _mean(some: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key in some[0]:
+        values = [value for one in some if (value := one[key]) is not None]
+        found[key] = fmean(values) if values else None
+    return found
+
+
+def _cells(found: dict[str, float | None], spread: Sequence[dict[str, Any]] = ()) -> tuple[str, ...]:
+    best = percent(found["best"])
+    if found["best_update"] is not None and not spread:
+        best += f" ({found['best_update']:g})"
+    test = percent(found["test"])
+    values = [one["test"] for one in spread if one["test"] is not None]
+    if len(values) > 1:
+        test += f" ({percent(min(values))} to {percent(max(values))})"
+    late = MISSING if found["late_ratio"] is None else f"{found['late_ratio']:.2f}"
+    return percent(found["base"]), percent(found["validation"]), best, test, late
