@@ -20,6 +20,7 @@ SETTINGS = {
     "EMA teacher": ["teacher.weights=ema", "teacher.ema_decay=0.9", "exposure.kind=full"],
     "refreshed teacher": ["teacher.weights=refresh", "teacher.refresh_every=3", "exposure.kind=full"],
     "gradient accumulation": ["train.micro_batch_size=1"],
+    "token budget": ["train.micro_batch_tokens=120"],
     "LoRA": ["model.lora={rank: 2, alpha: 4}"],
     "GRPO": ["train.method=grpo", "train.group_size=2"],
     "SFT": ["train.method=sft"],

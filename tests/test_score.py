@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -15,7 +17,7 @@ from transformers import (
 
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
-from atesd.models.score import Scorer, completion_logprobs
+from atesd.models.score import Scorer, completion_logprobs, micro_batches
 from tiny import tiny_model
 
 PAIRS = [((7, 8, 9), (10, 11)), ((12,), (13, 14, 15, 16)), ((9, 9, 9, 9), (1,))]
@@ -55,6 +57,38 @@ def test_padding_and_neighbours_do_not_change_a_row() -> None:
     together = completion_logprobs(scorer, PAIRS, micro_batch_size=3)
     alone = completion_logprobs(scorer, PAIRS, micro_batch_size=1)
     for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_micro_batches_take_the_longest_rows_first_and_up_to_so_many() -> None:
+    assert micro_batches([3, 9, 5, 7], 2) == [[1, 3], [2, 0]]
+    assert micro_batches([4, 4, 4], 8) == [[0, 1, 2]]
+    assert micro_batches([], 8) == []
+
+
+def test_a_token_budget_counts_the_padding_and_takes_the_place_of_the_rows() -> None:
+    # Budget 20: 9 + 7 -> 2 rows of 9 (18); then 5, 3, 3 -> 4 rows of 5 would fit, there are 3.
+    assert micro_batches([3, 9, 5, 7, 3], 1, 20) == [[1, 3], [2, 0, 4]]
+    assert micro_batches([30, 2, 25], 8, 20) == [[0], [2], [1]]  # at least one row, however long
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8), st.none() | st.integers(1, 120))
+def test_micro_batches_hold_every_row_once_and_keep_to_the_limit(
+    lengths: list[int], rows: int, tokens: int | None
+) -> None:
+    batches = micro_batches(lengths, rows, tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or (len(batch) <= rows if tokens is None else len(batch) * longest <= tokens)
+
+
+@pytest.mark.parametrize("budget", [1, 9, 1000])
+def test_logprobs_come_back_in_the_order_of_the_pairs_however_they_are_cut(budget: int) -> None:
+    scorer = Scorer(tiny_model())
+    plain = completion_logprobs(scorer, PAIRS, micro_batch_size=1)
+    cut = completion_logprobs(scorer, PAIRS, micro_batch_size=1, micro_batch_tokens=budget)
+    for a, b in zip(plain, cut, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 

@@ -77,8 +77,26 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: str) -> No
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_per_token_meters_come_back_row_by_row() -> None:
-    meters = distilled(tiny_model(), 2)
+@pytest.mark.parametrize("budget", [1, 12, 20, 1000])
+def test_the_gradient_does_not_depend_on_the_token_budget(budget: int) -> None:
+    whole, cut = tiny_model(), tiny_model()
+    distilled(whole, len(ROWS))
+    teacher, objective = Teacher(cut.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
+    how = {"reduction": "sequence", "micro_batch_size": 1, "micro_batch_tokens": budget, "chunk_tokens": 4}
+    distill(Scorer(cut), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    for a, b in zip(gradients(whole), gradients(cut), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_per_token_meters_come_back_row_by_row(size: int) -> None:
+    meters = distilled(tiny_model(), size)
+    for row, logprobs in zip(ROWS, meters.tokens["logprob"], strict=True):
+        ids, n = torch.tensor([[*row.context, *row.completion]]), len(row.completion)
+        with torch.no_grad():
+            own = (tiny_model().model(input_ids=ids).logits[0, -n - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        expected = own.gather(-1, torch.tensor(row.completion)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=1e-5)
     assert [len(row) for row in meters.tokens["kl"]] == [len(row.completion) for row in ROWS]
     mean = sum(sum(row) / len(row) for row in meters.tokens["kl"]) / len(ROWS)
     assert meters.loss == pytest.approx(mean, rel=1e-5)

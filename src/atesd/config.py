@@ -259,6 +259,9 @@ class TrainConfig(Component):
     num_updates: int = Field(100, ge=1, description="OPSD: 100")
     batch_size: int = Field(32, ge=1, description="rollouts per update; OPSD: 32")
     micro_batch_size: int = Field(8, ge=1, description="rows scored together; does not change the gradient")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="in place of micro_batch_size: as many rows as fit, padding included, at least one"
+    )
     learning_rate: float = Field(5e-6, ge=0, description="AdamW; OPSD: 5e-6")
     warmup_updates: int = Field(0, ge=0, description="linear from 0")
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")

@@ -7,8 +7,9 @@ that padding can reach no real token; masks come from lengths, never from the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from atesd.errors import ModelError
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
+from atesd.models.token_tree import follows_trees
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
@@ -43,6 +45,21 @@ class Scorer:
     def ranks(self) -> Ranks:
         """The processes that hold this model."""
         return self._loaded.ranks
+
+    @property
+    def backbone(self) -> Any:
+        """The model without its head."""
+        return self._backbone
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up; what it is makes no difference."""
+        return self._loaded.pad_id
+
+    @cached_property
+    def follows_trees(self) -> bool:
+        """Whether a pass over a tree of tokens gives the hidden states of separate passes (tried once)."""
+        return self.takes_head_apart and follows_trees(self._backbone, self.pad_id)
 
     def head(self) -> Head:
         """The head as it stands now; its tensors are those of the model at this moment.
@@ -110,22 +127,25 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     micro_batch_size: int = 8,
+    micro_batch_tokens: int | None = None,
     chunk_tokens: int = 256,
 ) -> list[Tensor]:
     """Log-probability in nats of every completion token: one [len(completion)] tensor per pair, no gradient.
 
-    Logits are divided by `temperature` first. The pairs are shared between the ranks of the model.
+    Logits are divided by `temperature` first. The pairs are shared between the ranks of the model, and on each scored
+    by length, as `micro_batches` cuts them.
     """
 
     @torch.no_grad()
     def score(some: Sequence[Pair]) -> list[Tensor]:
-        found: list[Tensor] = []
-        for batch in batched(some, micro_batch_size):
+        found: dict[int, Tensor] = {}
+        for indices in micro_batches([pair_length(pair) for pair in some], micro_batch_size, micro_batch_tokens):
+            batch = [some[i] for i in indices]
             hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
             blocks = [slice(start, start + chunk_tokens) for start in range(0, len(tokens), chunk_tokens)]
             own = torch.cat([token_logprobs(head.logits(hidden[b]) / temperature, tokens[b]) for b in blocks])
-            found += torch.split(own, [len(completion) for _, completion in batch])
-        return found
+            found.update(zip(indices, torch.split(own, [len(completion) for _, completion in batch]), strict=True))
+        return [found[i] for i in range(len(some))]
 
     if scorer.ranks.size == 1:
         return score(pairs)
@@ -143,7 +163,25 @@ def completion_tokens(pairs: Sequence[Pair], device: torch.device) -> Int[Tensor
     return torch.tensor([token for _, completion in pairs for token in completion], device=device)
 
 
-def batched(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
-    """Consecutive pieces of at most `size` pairs."""
-    for start in range(0, len(pairs), size):
-        yield list(pairs[start : start + size])
+def pair_length(pair: Pair) -> int:
+    """The tokens that the model reads of a pair: the last one of the completion is only predicted."""
+    context, completion = pair
+    return len(context) + len(completion) - 1
+
+
+def micro_batches(lengths: Sequence[int], most_rows: int, most_tokens: int | None = None) -> list[list[int]]:
+    """Which rows go through the model together, the longest first, so that little is padded.
+
+    Each micro-batch holds at most `most_rows` rows; with `most_tokens`, as many of any number as fit that many tokens,
+    padding included, but at least one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        batch = batches[-1] if batches else []
+        rows = most_rows if most_tokens is None else most_tokens // lengths[batch[0] if batch else i]
+        if batch and len(batch) < rows:
+            batch.append(i)
+        else:
+            batches.append([i])
+    return batches

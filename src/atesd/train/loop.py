@@ -191,6 +191,7 @@ class Trainer:
         cut: dict[str, Any] = {
             "reduction": config.loss.reduction,
             "micro_batch_size": config.train.micro_batch_size,
+            "micro_batch_tokens": config.train.micro_batch_tokens,
             "chunk_tokens": config.loss.chunk_tokens,
         }
         if config.train.method == "distill":
@@ -208,7 +209,12 @@ class Trainer:
             text = answer if parts.config.credit.grounding == "answer" else withheld
             pairs.append((row.teacher_context, parts.encoder.completion(text)[:-1]))  # the end token is no answer
         with parts.teacher.weights():
-            logprobs = completion_logprobs(parts.scorer, pairs, micro_batch_size=parts.config.train.micro_batch_size)
+            logprobs = completion_logprobs(
+                parts.scorer,
+                pairs,
+                micro_batch_size=parts.config.train.micro_batch_size,
+                micro_batch_tokens=parts.config.train.micro_batch_tokens,
+            )
         return statistics.fmean(float(row.mean()) for row in logprobs)
 
     def _guard(self, update: int, batch: Batch | None, meters: StepMeters | None, row: dict[str, Any]) -> None:

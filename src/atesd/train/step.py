@@ -18,7 +18,7 @@ from torch import Tensor
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import fused_divergence, fused_likelihood
 from atesd.models.ranks import in_order
-from atesd.models.score import Pair, Scorer, completion_tokens
+from atesd.models.score import Pair, Scorer, completion_tokens, micro_batches, pair_length
 from atesd.models.teacher import Teacher
 
 
@@ -43,6 +43,11 @@ class Row:
     def teacher_pair(self) -> Pair:
         """Context and completion as the teacher reads them: the same completion ids."""
         return self.teacher_context, self.completion
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a model reads of this row."""
+        return pair_length(self.teacher_pair if len(self.teacher_context) > len(self.context) else self.student_pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ def distill(
     *,
     reduction: str,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
     chunk_tokens: int | None,
 ) -> StepMeters:
     """Accumulate the gradient of the mean divergence from teacher to student on the student's own tokens.
@@ -93,7 +99,8 @@ def distill(
 
         return weighted_loss, seconds
 
-    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size)
+    cut = _by_length(micro_batch_size, micro_batch_tokens)
+    return _accumulate(scorer, rows, loss_of, reduction, cut)
 
 
 def maximise_likelihood(
@@ -103,6 +110,7 @@ def maximise_likelihood(
     temperature: float,
     reduction: str,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
     chunk_tokens: int | None,
 ) -> StepMeters:
     """Accumulate the gradient of -scale * log q(y): SFT with scale 1, the on-policy GRPO step with scale = advantage.
@@ -119,7 +127,8 @@ def maximise_likelihood(
 
         return weighted_loss, 0.0
 
-    return _accumulate(scorer, rows, loss_of, reduction, micro_batch_size)
+    cut = _by_length(micro_batch_size, micro_batch_tokens)
+    return _accumulate(scorer, rows, loss_of, reduction, cut)
 
 
 WeightedLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -128,15 +137,22 @@ WeightedLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 LossOf = Callable[[Sequence[Row], Tensor], tuple[WeightedLoss, float]]
 
 
-def _accumulate(
-    scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction: str, micro_batch_size: int
-) -> StepMeters:
+Cut = Callable[[Sequence[Row]], list[list[int]]]
+"""Rows to the places of those that go through the model together."""
+
+
+def _by_length(micro_batch_size: int, micro_batch_tokens: int | None) -> Cut:
+    """Micro-batches of rows of about the same length."""
+    return lambda rows: micro_batches([row.length for row in rows], micro_batch_size, micro_batch_tokens)
+
+
+def _accumulate(scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction: str, cut: Cut) -> StepMeters:
     weights = token_weights(rows, reduction)
     seconds = {"teacher": 0.0, "student": 0.0, "loss_backward": 0.0}
 
     def own_share() -> tuple[float, dict[str, list[list[float]]]]:
         mine, own = scorer.ranks.share(rows), scorer.ranks.share(weights)
-        return _backpropagate(scorer, mine, own, loss_of, micro_batch_size, seconds)
+        return _backpropagate(scorer, mine, own, loss_of, cut, seconds)
 
     losses, tokens = zip(*scorer.ranks.gather(own_share), strict=True)
     tokens_of = {name: in_order([part.get(name, []) for part in tokens]) for name in tokens[0]}
@@ -150,21 +166,21 @@ def _backpropagate(
     rows: Sequence[Row],
     weights: Sequence[float],
     loss_of: LossOf,
-    micro_batch_size: int,
+    cut: Cut,
     seconds: dict[str, float],
 ) -> tuple[float, dict[str, list[list[float]]]]:
     """Accumulate the gradient of these rows. Returns their part of the loss, and each meter per row and token."""
     loss = torch.zeros((), dtype=torch.float64, device=scorer.device)
-    tokens_of: dict[str, list[list[float]]] = {}
-    for start in range(0, len(rows), micro_batch_size):
-        batch = rows[start : start + micro_batch_size]
+    tokens_of: dict[str, dict[int, list[float]]] = {}
+    for indices in cut(rows):
+        batch = [rows[i] for i in indices]
         tokens = completion_tokens([row.student_pair for row in batch], scorer.device)
         weighted_loss, teacher_seconds = loss_of(batch, tokens)
         begun = clock(scorer.device)
         hidden = scorer.hidden([row.student_pair for row in batch])
         scored = clock(scorer.device)
         lengths = [len(row.completion) for row in batch]
-        scales = [weights[start + i] * row.scale for i, row in enumerate(batch)]
+        scales = [weights[i] * rows[i].scale for i in indices]
         per_token = torch.tensor(
             [s for s, n in zip(scales, lengths, strict=True) for _ in range(n)], device=hidden.device
         )
@@ -173,11 +189,12 @@ def _backpropagate(
             part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
         for name, values in meters.items():
-            tokens_of.setdefault(name, []).extend(row.tolist() for row in torch.split(values.float(), lengths))
+            split = [row.tolist() for row in torch.split(values.float(), lengths)]
+            tokens_of.setdefault(name, {}).update(zip(indices, split, strict=True))
         seconds["teacher"] += teacher_seconds
         seconds["student"] += scored - begun
         seconds["loss_backward"] += clock(scorer.device) - scored
-    return float(loss), tokens_of
+    return float(loss), {name: [found[i] for i in range(len(rows))] for name, found in tokens_of.items()}
 
 
 def _weighted_mean(rows: list[list[float]], weights: list[float]) -> float:
