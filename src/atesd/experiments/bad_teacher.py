@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from atesd.experiments.jobs import Job, Say, train_all
 from atesd.report.canvas import colour, save_figure, styled
+from atesd.report.honest import results_table
 from atesd.report.tables import Table, render_text
 from atesd.report.text import percent
 from atesd.runs import RunFolder, write_atomic
@@ -59,7 +60,9 @@ def run_bad_teacher(out: Path, seeds: int, updates: int, processes: int, say: Sa
     train_all(list(jobs.values()), processes, say)
     endings = [read_ending(arm, job.folder) for (arm, _), job in jobs.items()]
     draw_endings(endings, out)
-    text = endings_table(endings, seeds, updates)
+    arms = {arm: [RunFolder.open(jobs[arm, seed].folder) for seed in range(seeds)] for arm in ARMS}
+    honest = render_text(results_table(arms, "full exposure"))
+    text = f"{endings_table(endings, seeds, updates)}\n{honest}"
     write_atomic(out / "table.txt", text.encode())
     return f"\n{text}\nfigure: {out / 'bad-teacher.svg'}, {out / 'bad-teacher.png'}"
 

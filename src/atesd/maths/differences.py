@@ -95,9 +95,9 @@ def paired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: float
 def unpaired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: float = 0.95) -> Difference:
     """The difference candidate - baseline where the seeds of [..., seeds, problems] differ and the problems do not.
 
-    V = MS_seeds / (S P) of each group + max(0, var(difference per problem) / P - MS_rest / (S P) of each group). Groups
-    of one size share the estimate of MS_seeds, and so does a group of one or two seeds, which has none to speak of;
-    otherwise each has its own (Welch). Raises ValueError for other problems, or fewer than two.
+    V = MS_seeds / (S P) of each group + max(0, var(difference per problem) / P - MS_rest / (S P) of each group). Each
+    group has its own MS_seeds (Welch), unless one has fewer than three seeds: then both share what they have, as one
+    method may vary more from seed to seed than another. Raises ValueError for other problems, or fewer than two.
     """
     a, b = _table(baseline), _table(candidate)
     problems = a.shape[-1]
@@ -112,7 +112,7 @@ def unpaired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: flo
     known = [(found, size) for found, size in zip(squares, sizes, strict=True) if found is not None]
     filled = [found or known[0][0] for found in squares]
     between = [np.maximum(found.seeds, _floor(size - 1) * found.rest) / problems for found, size in known]
-    if sizes[0] == sizes[1] or min(sizes) < 3:
+    if min(sizes) < 3:
         freedom = sum(size - 1 for _, size in known)
         shared = sum(part * (size - 1) for part, (_, size) in zip(between, known, strict=True)) / freedom
         seed_parts = [(shared * (1 / sizes[0] + 1 / sizes[1]), freedom)]

@@ -272,8 +272,13 @@ def _notes(groups: Sequence[RunGroup], found: Sequence[Scores]) -> list[str]:
         else "Brackets: 95 % interval over problems and sampling; a group of one seed says nothing of another seed."
         if max(counts) == 1
         else "A group of one seed is given the other's variance between seeds.",
-        "Sampling noise: the standard deviation of the difference from k samples per problem alone.",
+        "Sampling noise: the standard deviation of the difference from k samples per problem alone, were all "
+        "independent.",
     ]
+    if len(groups) > 2:
+        notes.append(
+            f"{len(groups) - 1} arms against one, each interval at 95 %: where none differs, one in twenty will seem to."
+        )
     if len(found) == 1:
         notes.append("No checkpoint to select: the runs share fewer than two validations after the start.")
     elif not any(scores.split == "test" for scores in found[1:]):

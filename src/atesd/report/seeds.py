@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atesd.config import dump_config
-from atesd.maths.statistics import hierarchical_bootstrap
+from atesd.maths.differences import paired_difference
 from atesd.report.rows import Row, RunRows, method_name
 from atesd.report.tables import Table
 from atesd.report.text import percent_interval, points_interval
@@ -37,7 +37,7 @@ def seeds_table(runs: Sequence[RunRows], split: str) -> Table | None:
         if (first.seeds, first.problems, first.update) == (second.seeds, second.problems, second.update):
             name = f"{second.name} - {first.name}, points"
             rows.append((name, str(len(first.seeds)), str(first.update), _difference(first, second)))
-    notes = ("Last common update; 95 % bootstrap over seeds and problems. Few seeds make it too narrow.",)
+    notes = ("Last common update; 95 % interval over seeds and problems (Student's t on the crossed mean squares).",)
     return Table(f"Over seeds, on {split}, %", ("runs", "seeds", "update", "Average@k"), tuple(rows), notes)
 
 
@@ -58,7 +58,7 @@ def _group(runs: Sequence[RunRows], split: str) -> SeedGroup | None:
         return None
     rows: list[Row] = [evaluations[max(common)] for evaluations in by_update]
     problems = tuple(sorted(set.intersection(*(set(row.get("correct_counts") or {}) for row in rows))))
-    if not problems:
+    if len(problems) < 2:
         return None
     correct = np.array([[row["correct_counts"][problem] / row["samples"] for problem in problems] for row in rows])
     seeds = tuple(run.config.train.seed for run in runs)
@@ -66,10 +66,10 @@ def _group(runs: Sequence[RunRows], split: str) -> SeedGroup | None:
 
 
 def _estimate(group: SeedGroup) -> str:
-    low, high = hierarchical_bootstrap(group.correct)
-    return percent_interval({"value": float(group.correct.mean()), "low": low, "high": high})
+    found = paired_difference(np.zeros_like(group.correct), group.correct)
+    return percent_interval({"value": float(found.value), "low": float(found.low), "high": float(found.high)})
 
 
 def _difference(first: SeedGroup, second: SeedGroup) -> str:
-    difference = second.correct - first.correct
-    return points_interval(float(difference.mean()), *hierarchical_bootstrap(difference))
+    found = paired_difference(first.correct, second.correct)
+    return points_interval(float(found.value), float(found.low), float(found.high))
