@@ -277,7 +277,7 @@ def _notes(groups: Sequence[RunGroup], found: Sequence[Scores]) -> list[str]:
     ]
     if len(groups) > 2:
         notes.append(
-            f"{len(groups) - 1} arms against one, each interval at 95 %: where none differs, one in twenty will seem to."
+            f"{len(groups) - 1} arms against one, each interval at 95 %: if none differs, one in twenty seems to."
         )
     if len(found) == 1:
         notes.append("No checkpoint to select: the runs share fewer than two validations after the start.")
