@@ -15,6 +15,9 @@ from rich.console import Console
 from atesd import cli
 from atesd.cli.comparison import print_rich
 from atesd.errors import RunError
+from atesd.experiments.grid import comparisons
+from atesd.experiments.jobs import Job
+from atesd.experiments.plan import Cell
 from atesd.maths.differences import paired_difference
 from atesd.report.groups import common_updates, group_of, halves_of, selections
 from atesd.report.honest import Report, compare_groups, comparison_table, markdown, results_table
@@ -266,6 +269,22 @@ def test_a_table_of_arms_has_the_three_selections_differences_and_the_papers_num
     assert rows["learned"][-1] == "better"
     assert rows["learned"][-3].startswith("+14.6 [")
     assert "Paired by seed: seeds 0, 1, 2." in table.notes
+
+
+def cells_with(arms: dict[str, list[Path]]) -> list[Cell]:
+    jobs = {name: [Job(str(path / "config.yaml"), (), path) for path in paths] for name, paths in arms.items()}
+    return [Cell(name, {"arm": name}, seed, job) for name, some in jobs.items() for seed, job in enumerate(some)]
+
+
+def test_a_sweep_compares_its_groups_with_the_first_or_says_why_not(arms: tuple[list[Path], list[Path]]):
+    cells = cells_with({"full": arms[0], "learned": arms[1]})
+    (text,) = comparisons(cells)
+    assert text.startswith("Average@k in %, against full\n")
+    assert text.count("better") == 1
+    change_last_row(arms[1][0], sampler=SAMPLER)
+    assert next(comparisons(cells)).startswith(
+        "full, learned are not compared: a-0 and b-0 were evaluated with different"
+    )
 
 
 def test_a_baseline_that_is_no_arm_is_named(tmp_path: Path):

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from atesd.errors import RunError
 from atesd.experiments.plan import Cell, stages
+from atesd.report.honest import results_table
 from atesd.report.rows import Row
 from atesd.report.tables import Table, render_text
 from atesd.report.text import MISSING, percent
@@ -44,7 +46,7 @@ def command_lines(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def sweep_tables(cells: Sequence[Cell]) -> str:
-    """Two tables of the finished cells: the mean over seeds of each group, and every cell."""
+    """Tables of the finished cells: every cell, the mean over seeds of each group, the groups against the first."""
     scored = [(cell, scores(cell.job.folder)) for cell in cells if cell.job.is_finished()]
     columns = ("base", "last validation", "best validation", "last test", "late ratio")
     groups: dict[str, list[dict[str, float | None]]] = {}
@@ -56,7 +58,26 @@ def sweep_tables(cells: Sequence[Cell]) -> str:
         render_text(Table("Every cell", ("cell", *columns), tuple(singles)))
         + "\n"
         + render_text(Table("Means over seeds", ("cells", "seeds", *columns), tuple(means), NOTES))
+        + "".join(f"\n{text}" for text in comparisons(cells))
     )
+
+
+def comparisons(cells: Sequence[Cell]) -> Iterator[str]:
+    """For each set of problems a table of every group of finished cells against the plan's first one on them.
+
+    Where runs cannot share a table, the reason stands in its place.
+    """
+    by_problems: dict[str, dict[str, list[RunFolder]]] = {}
+    for cell in cells:
+        if cell.job.is_finished():
+            run = RunFolder.open(cell.job.folder)
+            by_problems.setdefault(run.manifest["data_fingerprint"], {}).setdefault(cell.group, []).append(run)
+    for arms in by_problems.values():
+        if len(arms) > 1:
+            try:
+                yield render_text(results_table(arms, next(iter(arms))))
+            except RunError as error:
+                yield f"{', '.join(arms)} are not compared: {error}\n"
 
 
 def scores(folder: Path) -> dict[str, float | None]:

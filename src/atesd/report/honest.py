@@ -149,7 +149,10 @@ def results_table(
         if name != baseline
     ]
     return Table(
-        "Average@k, %", tuple(columns), tuple(rows), (*dict.fromkeys(notes), *_notes(list(read.values()), found))
+        f"Average@k in %, against {baseline}",
+        tuple(columns),
+        tuple(rows),
+        (*dict.fromkeys(notes), *_notes(list(read.values()), found)),
     )
 
 
