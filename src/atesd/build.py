@@ -133,6 +133,11 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
             "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "
             "1/256) is lost, most of an update at usual learning rates; set model.lora, or model.dtype: float32"
         )
+    if not trainer.parts.scorer.takes_head_apart:
+        listener.message(
+            f"{type(trainer.parts.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
+            "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
+        )
     skipped = trainer.parts.problems.skipped
     if skipped:
         listener.message(f"{len(skipped)} rows skipped; manifest.json lists them all, the first is: {skipped[0]}")

@@ -7,7 +7,8 @@ that padding can reach no real token; masks come from lengths, never from the pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atesd.errors import ModelError
+from atesd.maths.fused import fused_likelihood
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
@@ -34,7 +36,12 @@ class Scorer:
         model: Any = loaded.model
         self._causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._backbone = self._causal_lm.get_decoder()
-        self.takes_head_apart = self._head_reproduces_the_models_logits()
+        self._reading = self._reading_that_gives_the_models_logits()
+
+    @property
+    def takes_head_apart(self) -> bool:
+        """Whether backbone and head are used apart; if not, the model's own logits stand in for hidden states."""
+        return self._reading is not None
 
     @property
     def device(self) -> torch.device:
@@ -66,9 +73,10 @@ class Scorer:
 
         Without gradient they are taken out of their parameters, whose values `Teacher.weights` swaps afterwards.
         """
-        if not self.takes_head_apart:
+        if self._reading is None:
             return Head(None)
-        head = self._read_head()
+        layer = self._causal_lm.get_output_embeddings()
+        head = replace(self._reading, weight=layer.weight, bias=layer.bias)
         if torch.is_grad_enabled() or head.weight is None:
             return head
         return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
@@ -97,28 +105,52 @@ class Scorer:
         device = self._loaded.device
         return ids.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
-    def _read_head(self) -> Head:
+    @torch.no_grad()
+    def _reading_that_gives_the_models_logits(self) -> Head | None:
+        """How this architecture makes logits (no tensors in it): the first reading that gives the model's own, or None.
+
+        Checked on eight tokens to what the rounding of the dtype allows.
+        """
         layer = self._causal_lm.get_output_embeddings()
         if not isinstance(layer, nn.Linear):
-            return Head(None)
-        config = self._causal_lm.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-        soft_cap = getattr(config, "final_logit_softcapping", None)
-        return Head(layer.weight, layer.bias, scale / divisor, None if soft_cap is None else float(soft_cap))
-
-    @torch.no_grad()
-    def _head_reproduces_the_models_logits(self) -> bool:
-        """Whether backbone and head, taken apart, give what the model's own forward gives (checked on eight tokens)."""
-        head = self._read_head()
-        if head.weight is None:
-            return False
+            return None
         ids = torch.arange(8, device=self._loaded.device)[None] % self._causal_lm.config.get_text_config().vocab_size
-        own = self._loaded.model(input_ids=ids, use_cache=False).logits.float()
-        apart = head.logits(self._backbone(input_ids=ids, use_cache=False).last_hidden_state[0])[None]
+        own = self._loaded.model(input_ids=ids, use_cache=False).logits[0].float()
         if not torch.isfinite(own).all():
             raise ModelError("the model gives non-finite logits on a plain input; its weights or dtype are unusable")
-        return bool((own - apart).norm() <= 1e-2 * own.norm())
+        hidden = getattr(self._backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != layer.in_features or own.shape[-1] != layer.out_features:
+            return None
+        allowed = (1e-4 if layer.weight.dtype == torch.float32 else 1e-2) * own.norm()
+        for reading in readings(self._causal_lm.config.get_text_config()):
+            apart = replace(reading, weight=layer.weight, bias=layer.bias).logits(hidden[0])
+            if (own - apart).norm() <= allowed:
+                return reading
+        return None
+
+
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+def readings(config: Any) -> Iterator[Head]:
+    """What the fields of a transformers config may say of the scale and soft cap of the logits, likeliest first.
+
+    The same word means different things: Granite divides by its `logits_scaling`, HyperCLOVA X multiplies; and a field
+    may be inherited and unused. So these are candidates, to be compared with the model's own logits.
+    """
+    factor = math.prod(_numbers(config, FACTORS))
+    divisor = math.prod(_numbers(config, DIVISORS))
+    soft_cap = next(iter(_numbers(config, SOFT_CAPS)), None)
+    for scale in dict.fromkeys((factor / divisor, factor * divisor, factor, 1.0)):
+        for cap in dict.fromkeys((soft_cap, None)):
+            yield Head(None, scale=scale, soft_cap=cap)
+
+
+def _numbers(config: Any, names: Sequence[str]) -> list[float]:
+    """The values of those fields that the config has, other than 0."""
+    return [float(value) for value in (getattr(config, name, None) for name in names) if value]
 
 
 def completion_logprobs(
@@ -128,7 +160,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     micro_batch_size: int = 8,
     micro_batch_tokens: int | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> list[Tensor]:
     """Log-probability in nats of every completion token: one [len(completion)] tensor per pair, no gradient.
 
@@ -142,20 +174,16 @@ def completion_logprobs(
         for indices in micro_batches([pair_length(pair) for pair in some], micro_batch_size, micro_batch_tokens):
             batch = [some[i] for i in indices]
             hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
-            blocks = [slice(start, start + chunk_tokens) for start in range(0, len(tokens), chunk_tokens)]
-            own = torch.cat([token_logprobs(head.logits(hidden[b]) / temperature, tokens[b]) for b in blocks])
-            found.update(zip(indices, torch.split(own, [len(completion) for _, completion in batch]), strict=True))
+            ones = torch.ones(len(tokens), device=hidden.device)
+            _, meters = fused_likelihood(hidden, head, tokens, ones, temperature=temperature, chunk_tokens=chunk_tokens)
+            rows = torch.split(meters["logprob"], [len(completion) for _, completion in batch])
+            found.update(zip(indices, rows, strict=True))
         return [found[i] for i in range(len(some))]
 
     if scorer.ranks.size == 1:
         return score(pairs)
     told = scorer.ranks.spread(pairs, lambda mine: [row.tolist() for row in score(mine)])
     return [torch.tensor(row, device=scorer.device) for row in told]
-
-
-def token_logprobs(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Log-probability of each token under its logits, nats."""
-    return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def completion_tokens(pairs: Sequence[Pair], device: torch.device) -> Int[Tensor, " N"]:

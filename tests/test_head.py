@@ -1,0 +1,140 @@
+"""How each architecture makes logits from its last hidden states, against the model's own logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import atesd.build
+from atesd.build import train
+from atesd.config import ModelConfig
+from atesd.maths.head import Head
+from atesd.models.load import LoadedModel, load_model
+from atesd.models.score import Scorer, completion_logprobs
+from quick import quick
+from tiny import tiny_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {},
+    "SmolLM3": {},
+    "Phi": {"resid_pdrop": 0.0},
+    "Phi3": {"resid_pdrop": 0.0},
+    "Gemma2": {"final_logit_softcapping": 5.0},
+    "Gemma3": {"final_logit_softcapping": 5.0, "sliding_window": 16},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Cohere2": {"logit_scale": 0.25, "sliding_window": 16},
+    "HyperCLOVAX": {"logits_scaling": 4.0},
+}
+SCALED = ("Gemma2", "Gemma3", "Granite", "Cohere", "Cohere2", "HyperCLOVAX")
+TEXT_OF = {"Gemma3": "Gemma3Text"}
+IDS = (12, 13, 14, 15, 2, 29)
+
+
+def loaded_model(model: torch.nn.Module) -> LoadedModel:
+    tiny = tiny_model()
+    return LoadedModel(model.eval(), tiny.tokenizer, torch.device("cpu"), frozenset({1}), 0)  # type: ignore[arg-type]
+
+
+def random_model(name: str) -> torch.nn.Module:
+    config = getattr(transformers, f"{TEXT_OF.get(name, name)}Config")(**SIZES, **ARCHITECTURES[name])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: torch.nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("lm_head.bias"):
+                    parameter.normal_()
+    return model
+
+
+def own_logits(model: Any) -> Tensor:
+    logits: Tensor = model(input_ids=torch.tensor([IDS])).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_hidden_states_and_head_give_the_models_own_logits(name: str) -> None:
+    model = random_model(name)
+    scorer = Scorer(loaded_model(model))
+    assert scorer.takes_head_apart
+    hidden, own = scorer.hidden([(IDS[:1], (*IDS[1:], 3))]), own_logits(model)
+    torch.testing.assert_close(scorer.head().logits(hidden), own, atol=2e-5, rtol=2e-5)
+    bare = Head(scorer.head().weight).logits(hidden)
+    assert ((bare - own).norm() > 0.05 * own.norm()) == (name in (*SCALED, "Phi"))
+
+
+def test_a_trained_bias_and_a_scale_reach_the_head() -> None:
+    assert len(Scorer(loaded_model(random_model("Phi"))).head().trained) == 2
+    assert Scorer(loaded_model(random_model("Granite"))).head().scale == 1 / 4
+    assert Scorer(loaded_model(random_model("HyperCLOVAX"))).head().scale == 4
+
+
+@torch.no_grad()
+def test_a_scale_that_is_hardly_one_is_not_taken_for_one() -> None:
+    model = random_model("Llama")
+    model.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits * 1.002))
+    assert not Scorer(loaded_model(model)).takes_head_apart
+
+
+@torch.no_grad()
+def test_an_unknown_head_falls_back_to_the_models_own_logits() -> None:
+    model = random_model("Llama")
+    model.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits.sinh()))
+    scorer = Scorer(loaded_model(model))
+    assert not scorer.takes_head_apart
+    (row,) = completion_logprobs(scorer, [(IDS[:2], IDS[2:])])
+    expected = own_logits(model).log_softmax(-1)[1:-1].gather(-1, torch.tensor(IDS[2:])[:, None])
+    torch.testing.assert_close(row, expected.squeeze(-1), atol=1e-5, rtol=1e-5)
+
+
+class Ears:
+    """A listener that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def update(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, row: dict[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.heard.append(text)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_training_says_that_it_keeps_the_logits_whole(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_another_head(config: ModelConfig, seed: int) -> LoadedModel:
+        loaded = load_model(config, seed)
+        loaded.model.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits * 1.5))
+        return loaded
+
+    if not known:
+        monkeypatch.setattr(atesd.build, "load_model", with_another_head)
+    ears = Ears()
+    train(quick("train.num_updates=1", "train.evaluate_every=0"), tmp_path / "run", listener=ears)
+    assert any("so these are kept whole" in text for text in ears.heard) is not known
