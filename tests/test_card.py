@@ -144,7 +144,7 @@ def test_the_sparkline_runs_from_the_lowest_to_the_highest_bar():
 def test_the_card_says_data_seed_and_every_setting(card: str):
     assert "| fingerprint of the problems | f00d |" in card
     assert "| seed | 3 |" in card
-    assert "learned (ATESD), sound credit" in card
+    assert "| exposure of the teacher | ATESD (sound credit) |" in card
     settings = re.search(r"```yaml\n(.*?)\n```", card, re.DOTALL)
     assert settings is not None
     assert config_from_mapping(yaml.safe_load(settings[1])) == config()

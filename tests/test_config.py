@@ -92,7 +92,7 @@ def test_a_setting_out_of_range_is_refused_with_the_whole_range(override: str, e
 def test_a_word_that_is_none_of_the_allowed_is_refused_with_all_of_them_and_the_nearest():
     message = refusal("credit.progress_signal=probe_nil")
     assert "credit.progress_signal: 'probe_nil'" in message
-    assert "'train_kl', 'probe_nll', 'probe_success', 'probe_kl' or 'train_success'" in message
+    assert "'train_kl', 'probe_nll', 'probe_success', 'probe_gain', 'probe_kl' or 'train_success'" in message
     assert message.endswith("did you mean probe_nll?")
 
 

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atesd.control.words import method_name
 from atesd.errors import RunError
 from atesd.report.alarms import find_alarms
 from atesd.report.page import content_policy, facts_table, render_page, status, write_report
-from atesd.report.rows import RunRows, method_name, natural, read_run, read_runs
+from atesd.report.rows import RunRows, natural, read_run, read_runs
 from atesd.report.samples import KL_LEVELS, sample_views, teacher_only, token_level
 from atesd.report.text import duration, number, percent, percent_interval, points_interval, visible
 from atesd.runs import RunFolder

@@ -20,7 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, Validati
 from atesd.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_kl", "train_success"]
+ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_gain", "probe_kl", "train_success"]
+ExposureKind = Literal[
+    "full", "fixed", "random", "schedule", "replay", "learned", "bandit", "setpoint", "per_problem", "custom"
+]
 
 
 class Component(BaseModel):
@@ -134,10 +137,10 @@ class ViewsConfig(Component):
 class ExposureConfig(Component):
     """How much of the reference the teacher sees."""
 
-    kind: Literal["full", "fixed", "random", "schedule", "replay", "learned"] = Field("learned", description="paper")
+    kind: ExposureKind = Field("learned", description="paper")
     reveal_ratio: Fraction = Field(1.0, description="paper alpha; read by kind: fixed")
     granularity: Literal["update", "per_difficulty", "per_problem"] = Field(
-        "update", description="paper: one per update"
+        "update", description="paper: one per update; kind per_problem: per_problem, unless written out"
     )
     control: Literal["off", "none", "shuffled", "wrong_answer", "filler"] = Field(
         "off", description="a control in place of the true reference; none: the teacher sees no reference"
@@ -147,15 +150,37 @@ class ExposureConfig(Component):
     schedule_end: Fraction = Field(1.0, description="ratio at the last update")
     replay_run: str | None = Field(None, description="run folder whose ratios are replayed")
     replay_order: Literal["recorded", "shuffled"] = Field("recorded", description="shuffled: the same ratios, permuted")
-    ratio_min: Fraction = Field(0.0, description="read by learned and random; paper has bounds, value ours")
-    ratio_max: Fraction = Field(1.0, description="read by learned and random; paper has bounds, value ours")
+    ratio_min: Fraction = Field(0.0, description="lowest ratio that is drawn; paper has bounds, value ours")
+    ratio_max: Fraction = Field(1.0, description="highest ratio that is drawn; paper has bounds, value ours")
+    factory: str | None = Field(None, description="module:function that makes your exposure; read by kind: custom")
+    factory_settings: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="whatever your factory reads; kept with the run"
+    )
+
+    @property
+    def decides(self) -> bool:
+        """Whether ratios are decided during the run from what it shows, and decisions are rewarded and logged."""
+        return self.kind in ("learned", "bandit", "setpoint", "per_problem", "custom")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_granularity(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("kind") == "per_problem":
+            return {"granularity": "per_problem", **values}
+        return values
 
     @model_validator(mode="after")
-    def _bounds(self) -> ExposureConfig:
+    def _fits_the_kind(self) -> ExposureConfig:
         if self.ratio_min > self.ratio_max:
             raise ValueError(f"ratio_min {self.ratio_min} is above ratio_max {self.ratio_max}; swap them")
         if self.kind == "replay" and self.replay_run is None:
             raise ValueError("kind: replay needs replay_run, the run folder whose ratios are replayed")
+        if self.kind == "custom" and self.factory is None:
+            raise ValueError("kind: custom needs factory, for example my_controller:make")
+        if self.kind == "per_problem" and self.granularity == "update":
+            raise ValueError("kind: per_problem has no one ratio per update; set granularity: per_problem")
+        if self.kind in ("bandit", "setpoint") and self.granularity != "update":
+            raise ValueError(f"kind: {self.kind} has one ratio per update; set granularity: update")
         return self
 
 
@@ -200,6 +225,35 @@ class PolicyConfig(Component):
     entropy_ceiling: float = Field(-0.27, description="nats; that of Beta(3, 3); form paper, value ours")
     entropy_cost: float = Field(1.0, ge=0, description="reached linearly from 0 over the run; form paper, value ours")
     ema_decay: float = Field(0.9, ge=0, lt=1, description="of the training-state averages; ours")
+
+
+class BanditConfig(Component):
+    """Thompson sampling over a few ratios: `exposure.kind: bandit`. All ours."""
+
+    arms: int = Field(5, ge=2, description="ratios, evenly spaced from ratio_min to ratio_max; ours")
+    prior_deviation: float = Field(
+        0.5, gt=0, description="of an arm's mean reward before any, in deviations of the reward; ours"
+    )
+    smoothness: float = Field(0.35, gt=0, description="ratio over which mean rewards are alike; small: unrelated; ours")
+    discount: float = Field(
+        0.98, gt=0, le=1, description="of earlier rewards, per decision; 1: none is forgotten; ours"
+    )
+
+
+class SetpointConfig(Component):
+    """Feedback toward a target KL: `exposure.kind: setpoint`. All ours."""
+
+    target_kl: float | None = Field(None, gt=0, description="nats per token; None: that of the first decision; ours")
+    gain: float = Field(0.1, gt=0, description="ratio per nat of log KL and decision; ours")
+    start: Fraction = Field(0.5, description="the first ratio; ours")
+
+
+class SearchConfig(Component):
+    """A staircase per problem or difficulty: `exposure.kind: per_problem`. All ours."""
+
+    step_solved: float = Field(0.1, ge=-1, le=1, description="change of the ratio after a verified rollout; ours")
+    step_unsolved: float = Field(-0.1, ge=-1, le=1, description="change of the ratio after any other rollout; ours")
+    start: Fraction = Field(0.5, description="the ratio of the first problems; ours")
 
 
 class LossConfig(Component):
@@ -302,6 +356,9 @@ class Config(Component):
     exposure: ExposureConfig = ExposureConfig()
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
+    bandit: BanditConfig = BanditConfig()
+    setpoint: SetpointConfig = SetpointConfig()
+    search: SearchConfig = SearchConfig()
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -323,10 +380,13 @@ class Config(Component):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if self.data.checker == "none":
-            if self.credit.progress_signal in ("probe_success", "train_success") and self.exposure.kind == "learned":
+            verified = self.credit.progress_signal in ("probe_success", "probe_gain", "train_success")
+            if verified and self.exposure.decides:
                 raise ValueError(
                     f"credit.progress_signal: {self.credit.progress_signal} needs a checker; use probe_nll"
                 )
+            if self.exposure.kind == "per_problem":
+                raise ValueError("exposure.kind: per_problem searches by verified rollouts; set data.checker: math")
             if self.train.method == "grpo":
                 raise ValueError("train.method: grpo needs verified rewards; set data.checker: math")
         if self.data.source != "world" and self.model.path.startswith("world:"):

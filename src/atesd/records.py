@@ -65,7 +65,8 @@ class UpdateStats:
     """What an exposure may know of one student update; losses and probes are measured *before* the optimiser step.
 
     `kl` is the mean forward KL per token in nats, whatever the training divergence. `None` means not measured.
-    `train_success` pairs each graded rollout of the update with its difficulty: (difficulty, 1.0 or 0.0).
+    `train_success` pairs each graded rollout of the update with its difficulty: (difficulty, 1.0 or 0.0);
+    `group_success` with the group for which a ratio was asked.
     """
 
     reveal_ratio: float
@@ -76,24 +77,33 @@ class UpdateStats:
     student_confidence: float
     probe_nll: float | None = None
     probe_success: float | None = None
+    probe_gain: float | None = None
     probe_kl: float | None = None
     grounding: float | None = None
     train_success: tuple[tuple[int, float], ...] = ()
+    group_success: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One exposure decision: what the policy saw, and what it drew, before student update `update`.
+    """One exposure decision: what the controller knew, and what it chose, before student update `update`.
 
     `samples` maps a group (the empty string for one ratio per update, else a difficulty or a problem id) to its
-    unclipped draw from Beta(concentration1, concentration0).
+    unclipped ratio: a draw from Beta(concentration1, concentration0), or another controller's choice; that has no Beta.
     """
 
     update: int
     state: tuple[float, ...]
-    concentration1: float
-    concentration0: float
+    concentration1: float | None
+    concentration0: float | None
     samples: dict[str, float]
+
+    @property
+    def concentrations(self) -> tuple[float, float]:
+        """(concentration1, concentration0). Raises `ValueError` for a decision that was not drawn from a Beta."""
+        if self.concentration1 is None or self.concentration0 is None:
+            raise ValueError(f"the decision before update {self.update} was not drawn from a Beta")
+        return self.concentration1, self.concentration0
 
 
 @dataclass(frozen=True, slots=True)

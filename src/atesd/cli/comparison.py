@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from atesd.control.words import method_name
 from atesd.errors import ConfigError
 from atesd.report.groups import group_of
 from atesd.report.honest import Report, compare_groups, comparison_table, markdown
-from atesd.report.rows import method_name, read_run
+from atesd.report.rows import read_run
 from atesd.report.tables import render_text
 from atesd.report.text import visible
 

@@ -32,7 +32,7 @@ class Progress:
         self.done = 0
         self.row: dict[str, Any] = {}
         self.reward: float | None = None
-        self._learned = config.exposure.kind == "learned"
+        self._decides = config.exposure.decides
         self._folder = folder
         self._seconds = 0.0
         self._updates = 0
@@ -43,7 +43,7 @@ class Progress:
         self.row, self.done = row, row["update"] + 1
         self._seconds += sum(row["seconds"].values())
         self._updates += 1
-        if self._learned:
+        if self._decides:
             self.reward = _last_reward(self._folder)
 
     @property
@@ -64,7 +64,7 @@ class Progress:
         found.append(f"loss {number(row['loss'])}")
         if row["reveal_ratio"] is not None:
             found.append(f"ratio {row['reveal_ratio']:.2f}")
-        if self._learned:
+        if self._decides:
             found.append(f"reward {MISSING if self.reward is None else format(self.reward, '+.3f')}")
         if row["accuracy"] is not None:
             found.append(f"accuracy {percent(row['accuracy'])} %")

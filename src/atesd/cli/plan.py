@@ -34,9 +34,10 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     yield segment_line([len(problem.segments) for problem in problems["train"]])
     yield f"updates: {train.num_updates}, with {train.num_updates * train.batch_size:,} rollouts ({train.method})"
     yield _evaluations(parts)
-    if config.exposure.kind == "learned" and train.method == "distill":
+    if config.exposure.decides and train.method == "distill":
         finished, updates = affordable(train.num_updates, config.credit, config.policy)
         yield f"exposure decisions: {decisions(train.num_updates, config.credit)}, {finished} of them rewarded in time"
+    if config.exposure.kind == "learned" and train.method == "distill":
         yield f"policy updates: {updates}" + ("; fewer than 10 can hardly teach a policy anything" * (updates < 10))
     yield "nothing was trained and nothing was written (--dry-run)"
 

@@ -22,6 +22,11 @@ class FixedExposure:
     def __init__(self, plan: float | Plan) -> None:
         self._plan: Plan = plan if callable(plan) else lambda _update, _group: plan
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """No decision was taken."""
+        return {}
+
     def reveal_ratio(self, update: int, group: str = "") -> float:
         """The planned ratio."""
         return self._plan(update, group)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from atesd.records import FinishedDecision, UpdateStats
 
-Measurement = Literal["probe_nll", "probe_success", "probe_kl", "grounding", "train_success"]
+Measurement = Literal["probe_nll", "probe_success", "probe_gain", "probe_kl", "grounding", "train_success"]
 
 
 class Exposure(Protocol):
-    """Decides how much of the reference the teacher sees, and learns from what followed."""
+    """Decides how much of the reference the teacher sees, and learns from what followed.
+
+    A controller of your own is easier to write as a `Controller` (`atesd.control.controlled`): its decisions are then
+    held, rewarded, logged and resumed for it.
+    """
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """How many decisions could not be rewarded, by reason; said at the end of a run."""
+        ...
 
     def measurements(self, update: int) -> frozenset[Measurement]:
         """What the trainer should measure at this update (before its optimiser step) and put into `UpdateStats`."""
@@ -24,11 +34,11 @@ class Exposure(Protocol):
         ...
 
     def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
-        """Take in what update `update` showed. Returns the decisions that a policy update has just consumed."""
+        """Take in what update `update` showed. Returns the decisions that it has just learned from."""
         ...
 
     def pending(self) -> list[FinishedDecision]:
-        """Decisions taken but not yet consumed, as far as they got; for the log at the end of a run."""
+        """Decisions taken but not yet learned from, as far as they got; for the log at the end of a run."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

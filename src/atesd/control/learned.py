@@ -11,22 +11,12 @@ Usable alone, in anybody's training loop:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from typing import Any, Literal, final
 
-from torch import Tensor
-
 from atesd.config import CreditConfig, PolicyConfig
 from atesd.control.interface import Measurement
-from atesd.control.ledger import (
-    DecisionLedger,
-    decision_from_json,
-    decision_to_json,
-    finished_from_json,
-    finished_to_json,
-)
+from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
 from atesd.control.policy import BetaPolicy
 from atesd.control.state import STATE_NAMES, TrainingState
 from atesd.errors import ConfigError
@@ -64,7 +54,6 @@ class LearnedExposure:
         self._training_state = TrainingState(num_updates, self._policy_config.ema_decay)
         self._policy = BetaPolicy(self._policy_config, len(STATE_NAMES), seed)
         self._ledger = DecisionLedger(self._credit)
-        self._decision: Decision | None = None
         self._finished: list[FinishedDecision] = []
         self.policy_updates = 0
         self.skipped_policy_updates = 0
@@ -81,28 +70,20 @@ class LearnedExposure:
 
     def measurements(self, update: int) -> frozenset[Measurement]:
         """What to measure before the step of this update: probes only where a window starts or closes."""
-        signal = self._credit.progress_signal
-        wanted: set[Measurement] = set()
-        if update % self._credit.hold_updates == 0:
-            wanted.add("probe_nll")  # a state feature, whatever the progress signal is
-        if signal == "train_success":
-            wanted.add("train_success")
-        elif signal != "train_kl" and self._ledger.starts_or_closes_window(update):
-            wanted.add(signal)
-        if self._credit.grounding_weight > 0:
-            wanted.add("grounding")
-        return frozenset(wanted)
+        wanted = self._ledger.measurements(update)
+        starts_hold = update % self._credit.hold_updates == 0
+        return wanted | {"probe_nll"} if starts_hold else wanted  # a state feature, whatever the progress signal is
 
     def reveal_ratio(self, update: int, group: str = "") -> float:
         """The ratio for this update and group, clipped to the bounds; the first call of a hold takes the decision."""
-        decision = self._decision_for(update)
+        decision = self._ledger.held(update, self._decide)
         group = "" if self._granularity == "update" else group
-        key = decision.update // self._credit.hold_updates
-        uniform = float(keyed.uniforms(1, self._seed, "exposure", key, group)[0])
-        draw = beta.quantile(uniform, decision.concentration1, decision.concentration0)
-        self._ledger.add_draw(decision.update, group, draw)
+        if group not in decision.samples:
+            key = decision.update // self._credit.hold_updates
+            uniform = float(keyed.uniforms(1, self._seed, "exposure", key, group)[0])
+            self._ledger.add_draw(decision.update, group, beta.quantile(uniform, *decision.concentrations))
         lowest, highest = self._bounds
-        return min(max(draw, lowest), highest)
+        return min(max(decision.samples[group], lowest), highest)
 
     def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
         """Take in an update; with the B-th rewarded decision, improve the policy and return the decisions it consumed.
@@ -129,7 +110,6 @@ class LearnedExposure:
             "training_state": self._training_state.state_dict(),
             "policy": self._policy.state_dict(),
             "ledger": self._ledger.state_dict(),
-            "decision": self._decision and decision_to_json(self._decision),
             "finished": [finished_to_json(finished) for finished in self._finished],
             "policy_updates": self.policy_updates,
             "skipped_policy_updates": self.skipped_policy_updates,
@@ -140,35 +120,22 @@ class LearnedExposure:
         self._training_state.load_state_dict(state["training_state"])
         self._policy.load_state_dict(state["policy"])
         self._ledger.load_state_dict(state["ledger"])
-        self._decision = state["decision"] and decision_from_json(state["decision"])
         self._finished = [finished_from_json(finished) for finished in state["finished"]]
         self.policy_updates = state["policy_updates"]
         self.skipped_policy_updates = state["skipped_policy_updates"]
 
-    def state_hash(self) -> str:
-        """SHA-256 of the whole state: equal on all ranks as long as their controllers agree bit for bit."""
-        text = json.dumps(self.state_dict(), default=_tensor_values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _decision_for(self, update: int) -> Decision:
-        """The decision that holds at this update, taken now if the update is the first of its hold."""
-        start = update - update % self._credit.hold_updates
-        if self._decision is not None and start < self._decision.update:
-            raise ValueError(f"update {update} is before the current decision, taken before {self._decision.update}")
-        if self._decision is None or self._decision.update != start:
-            state = self._training_state.decision_state(start)
-            concentration1, concentration0 = self._policy.concentrations([state])
-            self._decision = Decision(start, state, concentration1.item(), concentration0.item(), samples={})
-            self._ledger.open(self._decision)
-        return self._decision
+    def _decide(self, update: int) -> Decision:
+        state = self._training_state.decision_state(update)
+        concentration1, concentration0 = self._policy.concentrations([state])
+        return Decision(update, state, concentration1.item(), concentration0.item(), samples={})
 
     def _improve(self, update: int, buffer: list[FinishedDecision]) -> list[FinishedDecision]:
         """Reward, normalise, and take one policy update, at the end of student update `update`."""
-        rewards = self._rewards(buffer)
-        advantages = credit.advantages(rewards)
+        buffer = rewarded(buffer, self._credit, self._seed)
+        advantages = credit.advantages([finished.reward for finished in buffer])
         if advantages is None:
             self.skipped_policy_updates += 1
-            return [replace(finished, reward=reward) for finished, reward in zip(buffer, rewards, strict=True)]
+            return buffer
         self._policy.update(
             states=[finished.decision.state for finished in buffer],
             draws=[list(finished.decision.samples.values()) for finished in buffer],
@@ -177,26 +144,4 @@ class LearnedExposure:
         )
         self.policy_updates += 1
         self._training_state.policy_updated(update)
-        return [
-            replace(finished, reward=reward, advantage=advantage)
-            for finished, reward, advantage in zip(buffer, rewards, advantages, strict=True)
-        ]
-
-    def _rewards(self, buffer: list[FinishedDecision]) -> list[float]:
-        rewards = credit.rewards(
-            [finished.progress for finished in buffer],
-            [finished.grounding for finished in buffer],
-            self._credit.grounding_weight,
-            self._credit.mixing,
-        )
-        if not self._credit.shuffle_rewards:
-            return rewards
-        first = buffer[0].decision.update
-        order = keyed.generator(self._seed, "shuffle_rewards", first).permutation(len(rewards))
-        return [rewards[i] for i in order]
-
-
-def _tensor_values(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} in a controller's state; expected tensors and JSON values")
+        return [replace(finished, advantage=advantage) for finished, advantage in zip(buffer, advantages, strict=True)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 from atesd.config import CreditConfig
+from atesd.control.interface import Measurement
 from atesd.control.state import DifficultyAdjustment
-from atesd.maths import credit
+from atesd.maths import credit, keyed
 from atesd.records import Decision, FinishedDecision, UpdateStats
 
 SUCCESS_DECAY = 0.9  # of the running success per difficulty; ours
@@ -37,6 +38,7 @@ class DecisionLedger:
 
     def __init__(self, config: CreditConfig) -> None:
         self._config = config
+        self._held: Decision | None = None
         self._open: list[Decision] = []
         self._rows: dict[int, _Row] = {}
         self._success = DifficultyAdjustment(SUCCESS_DECAY)
@@ -53,13 +55,38 @@ class DecisionLedger:
         hold = self._config.hold_updates
         return any(update >= first and (update - first) % hold == 0 for first in (first_start, first_close))
 
+    def measurements(self, update: int) -> frozenset[Measurement]:
+        """What the reward needs before the step of this update: probes only where a window starts or closes."""
+        signal = self._config.progress_signal
+        wanted: set[Measurement] = set()
+        if signal == "train_success":
+            wanted.add("train_success")
+        elif signal != "train_kl" and self.starts_or_closes_window(update):
+            wanted.add(signal)
+        if self._config.grounding_weight > 0:
+            wanted.add("grounding")
+        return frozenset(wanted)
+
+    def held(self, update: int, decide: Callable[[int], Decision]) -> Decision:
+        """The decision that holds at this update; if the update is the first of its hold, it is taken now and opened.
+
+        `decide` makes the decision before a given update. Raises `ValueError` for an update before the current hold.
+        """
+        start = update - update % self._config.hold_updates
+        if self._held is not None and start < self._held.update:
+            raise ValueError(f"update {update} is before the current decision, taken before {self._held.update}")
+        if self._held is None or self._held.update != start:
+            self._held = decide(start)
+            self.open(self._held)
+        return self._held
+
     def open(self, decision: Decision) -> None:
         """Start to follow a decision."""
         self._open.append(replace(decision, samples=dict(decision.samples)))
 
     def add_draw(self, decision_update: int, group: str, draw: float) -> None:
         """Note the draw of a group that was first met during the hold; too late once the window has closed."""
-        for decision in self._open:
+        for decision in (*self._open, *([self._held] if self._held else [])):
             if decision.update == decision_update:
                 decision.samples.setdefault(group, draw)
 
@@ -79,6 +106,7 @@ class DecisionLedger:
     def state_dict(self) -> dict[str, Any]:
         """JSON values only."""
         return {
+            "held": self._held and decision_to_json(self._held),
             "open": [decision_to_json(decision) for decision in self._open],
             "rows": [[update, asdict(row)] for update, row in self._rows.items()],
             "success": self._success.state_dict(),
@@ -87,6 +115,7 @@ class DecisionLedger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        self._held = state["held"] and decision_from_json(state["held"])
         self._open = [decision_from_json(decision) for decision in state["open"]]
         self._rows = {update: _Row(**row) for update, row in state["rows"]}
         self._success.load_state_dict(state["success"])
@@ -112,6 +141,8 @@ class DecisionLedger:
                 return stats.probe_kl
             case "probe_success":
                 return None if stats.probe_success is None else -stats.probe_success
+            case "probe_gain":
+                return None if stats.probe_gain is None else -stats.probe_gain
             case "train_success":
                 success = self._success.success(stats.train_success)
                 return None if success is None else -success
@@ -184,6 +215,20 @@ class DecisionLedger:
         """Keep the rows that an open decision still needs."""
         oldest = min((decision.update for decision in self._open), default=math.inf)
         self._rows = {update: row for update, row in self._rows.items() if update >= oldest}
+
+
+def rewarded(buffer: Sequence[FinishedDecision], config: CreditConfig, seed: int) -> list[FinishedDecision]:
+    """The decisions of a buffer with the rewards that are used: mixed over it, permuted under `shuffle_rewards`."""
+    rewards = credit.rewards(
+        [finished.progress for finished in buffer],
+        [finished.grounding for finished in buffer],
+        config.grounding_weight,
+        config.mixing,
+    )
+    if config.shuffle_rewards:
+        order = keyed.generator(seed, "shuffle_rewards", buffer[0].decision.update).permutation(len(rewards))
+        rewards = [rewards[i] for i in order]
+    return [replace(finished, reward=reward) for finished, reward in zip(buffer, rewards, strict=True)]
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The controller's probes as one object: fixed problems, fixed keys, and the rollouts that `probe_kl` keeps."""
+"""The controller's probes as one object: fixed problems, keyed draws, and the rollouts that some of them keep."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from atesd.control.interface import Measurement
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
 from atesd.errors import ConfigError
-from atesd.evaluate.probes import probe_nll, probe_requests, probe_success
+from atesd.evaluate.probes import Answered, graded, probe_nll, probe_requests, probe_success
+from atesd.maths.credit import reweighted_gain
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import divergence_profile
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Sampler, sample
-from atesd.models.score import Pair, Scorer, completion_tokens
+from atesd.models.score import Pair, Scorer, completion_logprobs, completion_tokens
 from atesd.models.teacher import Teacher
 from atesd.records import Problem
 
@@ -48,25 +49,38 @@ class ProbeSet:
         self._checker, self._sampler, self._objective = checker, sampler, objective
         self._see, self._seed, self._micro_batch_size = see, seed, micro_batch_size
         self._completions: list[tuple[int, ...]] = []
+        self._answered: list[Answered] = []
+        self._gain, self._gains_measured = 0.0, 0
 
     def measure(self, wanted: frozenset[Measurement]) -> dict[str, float]:
-        """The wanted ones of `probe_nll` (nats per token), `probe_success` (share) and `probe_kl` (nats per token)."""
+        """What is wanted of `probe_nll`, `probe_kl` (nats per token), `probe_success` and `probe_gain` (shares)."""
         measured = {}
         if "probe_nll" in wanted:
             measured["probe_nll"] = self._nll()
         if "probe_success" in wanted:
             measured["probe_success"] = self._success()
+        if "probe_gain" in wanted:
+            measured["probe_gain"] = self._next_gain()
         if "probe_kl" in wanted:
             measured["probe_kl"] = self._kl()
         return measured
 
     def state_dict(self) -> dict[str, Any]:
         """The stored probe rollouts."""
-        return {"completions": [list(completion) for completion in self._completions]}
+        return {
+            "completions": [list(completion) for completion in self._completions],
+            "answered": [[list(a.prompt_ids), list(a.completion_ids), a.correct, a.logprob] for a in self._answered],
+            "gain": self._gain,
+            "gains_measured": self._gains_measured,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self._completions = [tuple(completion) for completion in state["completions"]]
+        self._answered = [
+            Answered(tuple(p), tuple(c), correct, logprob) for p, c, correct, logprob in state["answered"]
+        ]
+        self._gain, self._gains_measured = state["gain"], state["gains_measured"]
 
     def _nll(self) -> float:
         return probe_nll(
@@ -77,20 +91,53 @@ class ProbeSet:
             micro_batch_size=self._micro_batch_size,
         )
 
-    def _success(self) -> float:
+    def _checker_for(self, signal: Measurement) -> Checker:
         if self._checker is None:
-            raise ConfigError(
-                "credit.progress_signal: probe_success needs a checker; set data.checker or use probe_nll"
-            )
+            raise ConfigError(f"credit.progress_signal: {signal} needs a checker; set data.checker or use probe_nll")
+        return self._checker
+
+    def _success(self) -> float:
         return probe_success(
             self._loaded,
             self._problems,
             encoder=self._encoder,
             renderer=self._renderer,
-            checker=self._checker,
+            checker=self._checker_for("probe_success"),
             sampler=self._sampler,
             seed=self._seed,
         )
+
+    def _next_gain(self) -> float:
+        """The sum of the gains from each measurement to the next: success now relative to that at the first.
+
+        Each gain is estimated on what the student wrote, with draws of its own, at the measurement before.
+        """
+        if self._answered:
+            now = self._logprobs([(a.prompt_ids, a.completion_ids) for a in self._answered])
+            self._gain += reweighted_gain([a.correct for a in self._answered], [a.logprob for a in self._answered], now)
+        requests = probe_requests(
+            self._problems,
+            encoder=self._encoder,
+            renderer=self._renderer,
+            sampler=self._sampler,
+            seed=self._seed,
+            key=("gain", self._gains_measured),
+        )
+        rollouts = sample(self._loaded, requests, self._sampler)
+        correct = graded(rollouts, self._problems, encoder=self._encoder, checker=self._checker_for("probe_gain"))
+        pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
+        self._answered = [
+            Answered(*pair, c, p) for pair, c, p in zip(pairs, correct, self._logprobs(pairs), strict=True)
+        ]
+        self._gains_measured += 1
+        return self._gain
+
+    def _logprobs(self, pairs: Sequence[Pair]) -> list[float]:
+        """Log-probability of each whole completion, nats: to the bit the same as long as the student is."""
+        rows = completion_logprobs(
+            self._scorer, pairs, temperature=self._sampler.temperature, micro_batch_size=self._micro_batch_size
+        )
+        return [float(row.double().sum()) for row in rows]
 
     def _kl(self) -> float:
         """Mean over stored rollouts of the mean divergence per token from the teacher at its fixed ratio."""

@@ -6,6 +6,7 @@ Neither depends on the reveal ratio, on the teacher, or on the batch being train
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from atesd.data.answers import Checker
@@ -16,15 +17,31 @@ from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Request, Sampler, sample
 from atesd.models.score import Scorer, completion_logprobs
-from atesd.records import Problem
+from atesd.records import Problem, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A probe problem as the student once answered it: `logprob` of the whole completion in nats, from scoring it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    correct: float
+    logprob: float
 
 
 def probe_requests(
-    problems: Sequence[Problem], *, encoder: PromptEncoder, renderer: Renderer, sampler: Sampler, seed: int
+    problems: Sequence[Problem],
+    *,
+    encoder: PromptEncoder,
+    renderer: Renderer,
+    sampler: Sampler,
+    seed: int,
+    key: tuple[int | str, ...] = (),
 ) -> list[Request]:
-    """One request per probe problem, with draws keyed by (seed, problem) alone: the same at every measurement."""
+    """One request per probe problem, with draws keyed by (seed, problem) and `key`: without it always the same."""
     return [
-        Request(problem.id, 0, prompt, uniforms(sampler.completion_tokens, seed, "probe", problem.id))
+        Request(problem.id, 0, prompt, uniforms(sampler.completion_tokens, seed, "probe", *key, problem.id))
         for problem, prompt in zip(problems, student_prompts(problems, encoder, renderer), strict=True)
     ]
 
@@ -45,9 +62,15 @@ def probe_success(
     failure.
     """
     requests = probe_requests(problems, encoder=encoder, renderer=renderer, sampler=sampler, seed=seed)
-    rollouts = sample(loaded, requests, sampler)
+    return fmean(graded(sample(loaded, requests, sampler), problems, encoder=encoder, checker=checker))
+
+
+def graded(
+    rollouts: Sequence[Rollout], problems: Sequence[Problem], *, encoder: PromptEncoder, checker: Checker
+) -> list[float]:
+    """1.0 for each rollout whose answer is verified, 0.0 for every other."""
     pairs = [(encoder.decode(r.completion_ids), p.answer) for r, p in zip(rollouts, problems, strict=True)]
-    return fmean(verdict == "correct" for verdict in checker.check(pairs))
+    return [float(verdict == "correct") for verdict in checker.check(pairs)]
 
 
 def probe_nll(

@@ -24,6 +24,7 @@ FROZEN_PROBE = 1.0
 NOT_MEASURED: dict[Measurement, Any] = {
     "probe_nll": None,
     "probe_success": None,
+    "probe_gain": None,
     "probe_kl": None,
     "grounding": None,
     "train_success": (),
@@ -140,8 +141,8 @@ def _drive(
 
 
 def _mean_ratio(finished: FinishedDecision) -> float:
-    decision = finished.decision
-    return decision.concentration1 / (decision.concentration1 + decision.concentration0)
+    concentration1, concentration0 = finished.decision.concentrations
+    return concentration1 / (concentration1 + concentration0)
 
 
 def _stats_at(measured: Sequence[MeasuredRatio], batch: int, reveal_ratio: float) -> UpdateStats:
@@ -163,6 +164,7 @@ def _stats_at(measured: Sequence[MeasuredRatio], batch: int, reveal_ratio: float
         student_confidence=low.student_confidence,
         probe_nll=FROZEN_PROBE,
         probe_success=FROZEN_PROBE,
+        probe_gain=FROZEN_PROBE,
         probe_kl=FROZEN_PROBE,
         grounding=between(low.grounding, high.grounding),
         train_success=low.train_success,
@@ -181,6 +183,7 @@ def _noise(seed: int) -> Callable[[int, float], UpdateStats]:
             student_confidence=abs(other),
             probe_nll=math.exp(signal),
             probe_success=signal,
+            probe_gain=signal,
             probe_kl=signal,
             grounding=grounding,
             train_success=((0, signal),),

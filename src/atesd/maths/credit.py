@@ -14,6 +14,22 @@ SAME_REWARD = 1e-8
 """A standard deviation below this is none at all: the rewards of the buffer are equal (ours)."""
 
 
+WEIGHT_CAP = 10.0
+"""No rollout counts for more than ten of its kind in `reweighted_gain` (ours): a little bias for a bounded variance."""
+
+
+def reweighted_gain(correct: Sequence[float], then: Sequence[float], now: Sequence[float]) -> float:
+    """How much more often the student succeeds now than when it wrote these rollouts, in [-1, WEIGHT_CAP - 1].
+
+    mean_i correct_i * (min(exp(now_i - then_i), WEIGHT_CAP) - 1): importance sampling, with the log-probability of
+    rollout i, in nats, under the student of then, which drew it, and of now. Unbiased but for the cap. Only rollouts
+    that became more or less likely contribute, so it varies far less than the difference of two samples; an unchanged
+    student gives exactly 0.
+    """
+    weights = [min(math.exp(min(after - before, 700.0)), WEIGHT_CAP) for before, after in zip(then, now, strict=True)]
+    return sum(c * (weight - 1.0) for c, weight in zip(correct, weights, strict=True)) / len(weights)
+
+
 def discounted_progress(
     signal: Sequence[float | None], discount: float, drop: Literal["signed", "positive"]
 ) -> float | None:

@@ -108,14 +108,12 @@ def _unverified(run: RunRows) -> list[Alarm]:
 
 
 def _saturated(run: RunRows) -> list[Alarm]:
-    if run.config.exposure.kind != "learned":
+    if run.config.exposure.kind not in ("learned", "bandit"):
         return []
     _, late = _early_and_late(run, "reveal_ratio")
     if late is None or SATURATED <= late <= 1 - SATURATED:
         return []
-    return [
-        Alarm("Exposure at its bound", f"Mean reveal ratio {late:.2f} late in the run: the policy hardly explores.")
-    ]
+    return [Alarm("Exposure at its bound", f"Mean reveal ratio {late:.2f} late in the run: it hardly explores.")]
 
 
 _CHECKS: tuple[Callable[[RunRows], list[Alarm]], ...] = (

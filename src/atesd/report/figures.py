@@ -85,6 +85,7 @@ SIGNALS = (
         "probe_nll", "Probe NLL of references", "nats per token", "On fixed held-out problems; misleads across styles."
     ),
     Panel("probe_success", "Probe success", "% verified", "Own samples on fixed probe problems.", True),
+    Panel("probe_gain", "Probe gain", "share since the start", "Probe success, by reweighting the student's samples."),
     Panel("probe_kl", "Probe KL", "nats per token", "At one fixed ratio on stored rollouts."),
     Panel("grounding", "Grounding", "nats per token", "Mean log-probability under the teacher's current view."),
 )

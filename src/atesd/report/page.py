@@ -14,10 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from atesd.config import dump_config
+from atesd.control.words import method_name
 from atesd.report import figures
 from atesd.report.alarms import Alarm, find_alarms
 from atesd.report.canvas import Chart
-from atesd.report.rows import Row, RunRows, method_name, read_runs
+from atesd.report.rows import Row, RunRows, read_runs
 from atesd.report.samples import KL_LEVELS, SampleView, sample_views
 from atesd.report.seeds import seeds_table
 from atesd.report.tables import Table, changed_settings, differences_table, evaluation_table, results_table
@@ -41,7 +42,7 @@ class RunView:
     name: str
     status: str
     has_updates: bool
-    is_learned: bool
+    decides: bool
     learning: tuple[Figure, ...]
     exposure: tuple[Figure, ...]
     credit: tuple[Figure, ...]
@@ -173,7 +174,7 @@ def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
         name="The run" if alone else run.name,
         status=status(run),
         has_updates=bool(run.metrics),
-        is_learned=run.config.exposure.kind == "learned",
+        decides=run.config.exposure.decides,
         learning=_figures([*learning, *difficulty]),
         exposure=_figures([figures.exposure(run, anchor), figures.reward_by_ratio(run, anchor)]),
         credit=_figures(credit),

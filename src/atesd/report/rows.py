@@ -75,24 +75,6 @@ def read_runs(paths: Sequence[Path]) -> list[RunRows]:
     return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def method_name(config: Config) -> str:
-    """What was trained, in the words of the papers: OPSD, ATESD, a fixed ratio, a baseline or a control."""
-    if config.train.method != "distill":
-        return config.train.method.upper()
-    exposure = config.exposure
-    words = {
-        "full": "OPSD (full exposure)",
-        "fixed": f"fixed ratio {exposure.reveal_ratio:g}",
-        "random": "random ratio",
-        "schedule": f"{exposure.schedule} schedule {exposure.schedule_start:g} to {exposure.schedule_end:g}",
-        "replay": f"replay ({exposure.replay_order})",
-        "learned": f"ATESD ({config.credit.preset} credit)",
-    }
-    extras = [f"control: {exposure.control}"] if exposure.control != "off" else []
-    extras += ["shuffled rewards"] if exposure.kind == "learned" and config.credit.shuffle_rewards else []
-    return ", ".join([words[exposure.kind], *extras])
-
-
 def natural(text: str) -> tuple[tuple[float, str], ...]:
     """A sort key that puts difficulty 10 after difficulty 9, and words after numbers."""
     return tuple((int(digits) if digits else math.inf, word) for digits, word in re.findall(r"(\d+)|(\D+)", text))

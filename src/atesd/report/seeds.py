@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atesd.config import dump_config
+from atesd.control.words import method_name
 from atesd.maths.differences import paired_difference
-from atesd.report.rows import Row, RunRows, method_name
+from atesd.report.rows import Row, RunRows
 from atesd.report.tables import Table
 from atesd.report.text import percent_interval, points_interval
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from atesd.config import Config, describe_settings
+from atesd.control.words import method_name
 from atesd.maths.statistics import paired_bootstrap
-from atesd.report.rows import Row, RunRows, method_name
+from atesd.report.rows import Row, RunRows
 from atesd.report.text import MISSING, number, percent, percent_interval, points_interval, visible
 
 PEAK_COLUMN = "peak (selected on the same data)"

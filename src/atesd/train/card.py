@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from atesd.config import Config, dump_config
+from atesd.control.words import method_name
 from atesd.maths.statistics import paired_bootstrap
 from atesd.runs import RunFolder
 
@@ -156,7 +157,7 @@ def _recipe(config: Config, manifest: Row) -> str:
     ]
     if train.method == "distill":
         rows += [
-            ("exposure of the teacher", _exposure_words(config)),
+            ("exposure of the teacher", plain(method_name(config))),
             ("teacher weights", config.teacher.weights),
             ("loss", f"{config.loss.divergence}, clip {config.loss.clip}, {config.loss.reduction} mean"),
         ]
@@ -169,19 +170,6 @@ def _recipe(config: Config, manifest: Row) -> str:
     ]
     settings = f"<details><summary>Every setting</summary>\n\n{fenced(dump_config(config), 'yaml')}\n\n</details>"
     return f"{table(['', ''], rows)}\n\n{settings}"
-
-
-def _exposure_words(config: Config) -> str:
-    exposure = config.exposure
-    words = {
-        "full": "the whole reference (OPSD)",
-        "fixed": f"a fixed ratio of {exposure.reveal_ratio:g}",
-        "random": "a random ratio",
-        "schedule": f"{exposure.schedule}, from {exposure.schedule_start:g} to {exposure.schedule_end:g}",
-        "replay": f"the ratios of another run, {exposure.replay_order}",
-        "learned": f"learned (ATESD), {config.credit.preset} credit",
-    }[exposure.kind]
-    return words + (f", control: {exposure.control}" if exposure.control != "off" else "")
 
 
 def _exposure(metrics: Sequence[Row]) -> str:
@@ -274,7 +262,7 @@ def _caveats(config: Config, metrics: Sequence[Row], evaluations: Sequence[Row],
         yield f"The embedded world is a toy made for this project{leaps}. Its figures say nothing of language models."
     if config.exposure.control != "off":
         yield f"The teacher did not see the true reference (control: {config.exposure.control}); this is a control run."
-    if config.exposure.kind == "learned" and config.credit.preset == "paper":
+    if config.exposure.kind in ("learned", "bandit") and config.credit.preset == "paper":
         yield (
             "The controller was rewarded by the paper's formula taken literally. That reward rises when the ratio "
             "falls, with no learning at all; do not read the exposure curve as what was best for the student."

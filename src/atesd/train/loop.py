@@ -21,7 +21,7 @@ from atesd.models.load import save_model, trainable_parameters
 from atesd.models.score import completion_logprobs
 from atesd.records import Split, UpdateStats
 from atesd.runs import RowKind, RunFolder
-from atesd.train.batches import Batch, batch_at, draw_batch
+from atesd.train.batches import Batch, batch_at, draw_batch, group_of
 from atesd.train.card import write_model_card
 from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint
 from atesd.train.optimiser import Optimiser, learning_rate
@@ -106,7 +106,7 @@ class Trainer:
         grad_norm, taken = self._optimiser.step(update, meters.loss)
         parts.teacher.after_update(update + 1)
         watch.lap("loss_backward")
-        stats = update_stats(batch, meters, probed)
+        stats = update_stats(batch, meters, parts.config, probed)
         for finished in parts.exposure.observe(update, stats):
             self._append("decisions", decision_row(finished, update, "finished"))
         watch.lap("control")
@@ -260,7 +260,7 @@ class Trainer:
         return time.perf_counter() - started
 
     def _finish(self) -> None:
-        for reason, count in getattr(self.parts.exposure, "dropped", {}).items():
+        for reason, count in self.parts.exposure.dropped.items():
             self._listener.message(f"{count} exposure decisions were dropped without a reward: {reason}")
         logged = self.run.rows("decisions")
         if not any(row["status"] == "pending" for row in logged):
@@ -317,9 +317,13 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def update_stats(batch: Batch, meters: StepMeters, measured: dict[str, float | None]) -> UpdateStats:
+def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dict[str, float | None]) -> UpdateStats:
     """What the exposure learns of an update; `measured` holds probes and grounding."""
-    graded = zip(batch.problems, batch.verdicts, strict=True)
+    graded = [
+        (problem, float(verdict == "correct"))
+        for problem, verdict in zip(batch.problems, batch.verdicts, strict=True)
+        if verdict is not None
+    ]
     return UpdateStats(
         reveal_ratio=statistics.fmean(batch.reveal_ratios),
         effective_ratio=statistics.fmean(view.effective_ratio for view in batch.views),
@@ -327,7 +331,8 @@ def update_stats(batch: Batch, meters: StepMeters, measured: dict[str, float | N
         kl=meters.means.get("kl", 0.0),
         top1_disagreement=meters.means.get("top1_disagreement", 0.0),
         student_confidence=meters.means["confidence"],
-        train_success=tuple((p.difficulty, float(v == "correct")) for p, v in graded if v is not None),
+        train_success=tuple((problem.difficulty, correct) for problem, correct in graded),
+        group_success=tuple((group_of(problem, config), correct) for problem, correct in graded),
         **measured,
     )
 

@@ -22,7 +22,7 @@ class Probes(Protocol):
     """Measures what an exposure asks for, without touching the training batch."""
 
     def measure(self, wanted: frozenset[Measurement]) -> dict[str, float]:
-        """Values by name, among `probe_nll`, `probe_success`, `probe_kl`."""
+        """Values by name, among `probe_nll`, `probe_success`, `probe_gain`, `probe_kl`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

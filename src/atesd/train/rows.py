@@ -30,6 +30,7 @@ METRICS = (
     "accuracy",
     "probe_nll",
     "probe_success",
+    "probe_gain",
     "probe_kl",
     "grounding",
     "grad_norm",
@@ -65,6 +66,7 @@ def metrics_row(
         "accuracy": statistics.fmean(graded) if graded else None,
         "probe_nll": stats.probe_nll,
         "probe_success": stats.probe_success,
+        "probe_gain": stats.probe_gain,
         "probe_kl": stats.probe_kl,
         "grounding": stats.grounding,
     }

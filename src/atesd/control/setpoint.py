@@ -1,0 +1,67 @@
+"""Feedback instead of reward: keep the divergence between teacher and student where it should be. Ours."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import numpy as np
+
+from atesd.config import SetpointConfig
+from atesd.records import FinishedDecision, UpdateStats
+
+LEAST_KL = 1e-6  # nats per token; below it a log means nothing
+
+
+@final
+class Setpoint:
+    """An integral controller on the log of the KL, one step per decision.
+
+    ratio <- clip(ratio + gain * (log target - log KL)), with KL the mean over the updates since the last decision. A
+    teacher who sees more differs more from its student, so a KL below the target raises the ratio. Without a target the
+    first decision's KL is it: the student learns, the KL at a given ratio falls, and the ratio rises as fast as the
+    student can take it. The ratio itself is clipped, which keeps the integral from winding up at a bound.
+    """
+
+    def __init__(self, config: SetpointConfig, ratio_min: float = 0.0, ratio_max: float = 1.0) -> None:
+        self._gain = config.gain
+        self._bounds = (ratio_min, ratio_max)
+        self._ratio = self._clipped(config.start)
+        self._target = config.target_kl
+        self._kls: list[float] = []
+
+    def features(self) -> tuple[float, ...]:
+        """The KL since the last decision and the target, nats per token; empty before there are both."""
+        return (self._mean_kl(), self._target) if self._kls and self._target is not None else ()
+
+    def choose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
+        """The next ratio. It is no draw."""
+        if self._kls:
+            kl = self._mean_kl()
+            self._target = kl if self._target is None else self._target
+            self._ratio = self._clipped(self._ratio + self._gain * (math.log(self._target) - math.log(kl)))
+            self._kls = []
+        return self._ratio
+
+    def watch(self, stats: UpdateStats) -> None:
+        """Take in the KL; one that is not finite belongs to an update that the trainer reports as skipped."""
+        if math.isfinite(stats.kl):
+            self._kls.append(stats.kl)
+
+    def learn(self, finished: FinishedDecision) -> None:
+        """Rewards are only logged."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {"ratio": self._ratio, "target": self._target, "kls": list(self._kls)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self._ratio, self._target, self._kls = state["ratio"], state["target"], list(state["kls"])
+
+    def _mean_kl(self) -> float:
+        return max(sum(self._kls) / len(self._kls), LEAST_KL)
+
+    def _clipped(self, ratio: float) -> float:
+        lowest, highest = self._bounds
+        return min(max(ratio, lowest), highest)

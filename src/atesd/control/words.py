@@ -1,0 +1,32 @@
+"""An exposure in words, the same in every table and card. Imports no torch: the report reads it."""
+
+from __future__ import annotations
+
+from atesd.config import Config
+
+
+def method_name(config: Config) -> str:
+    """What was trained, in the words of the papers: OPSD, ATESD, a fixed ratio, a baseline or a control."""
+    if config.train.method != "distill":
+        return config.train.method.upper()
+    exposure = config.exposure
+    words = {
+        "full": "OPSD (full exposure)",
+        "fixed": f"fixed ratio {exposure.reveal_ratio:g}",
+        "random": "random ratio",
+        "schedule": f"{exposure.schedule} schedule {exposure.schedule_start:g} to {exposure.schedule_end:g}",
+        "replay": f"replay ({exposure.replay_order})",
+        "learned": f"ATESD ({config.credit.preset} credit)",
+        "bandit": f"bandit over {config.bandit.arms} ratios ({config.credit.preset} credit)",
+        "setpoint": f"set-point on KL ({_target(config)})",
+        "per_problem": "search " + exposure.granularity.replace("_", " "),
+        "custom": f"custom ({exposure.factory})",
+    }
+    extras = [f"control: {exposure.control}"] if exposure.control != "off" else []
+    extras += ["shuffled rewards"] if exposure.decides and config.credit.shuffle_rewards else []
+    return ", ".join([words[exposure.kind], *extras])
+
+
+def _target(config: Config) -> str:
+    target = config.setpoint.target_kl
+    return "its first" if target is None else f"{target:g} nats"

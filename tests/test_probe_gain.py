@@ -1,0 +1,99 @@
+"""The probe gain: success followed by importance weights, against enumeration, resampling and a second probe set."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from atesd.build import build, close
+from atesd.config import CreditConfig, PolicyConfig
+from atesd.experiments.null_test import MeasuredBatch, MeasuredRatio, simulate
+from atesd.maths.credit import WEIGHT_CAP, reweighted_gain
+from quick import quick
+
+GAIN = frozenset({"probe_gain"})
+
+
+@pytest.fixture
+def parts():
+    made = build(quick("data.probe_size=12", "train.micro_batch_size=5"))
+    yield made
+    close(made)
+
+
+def train_a_little(parts) -> None:
+    """Every weight a little different, in a keyed way."""
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in parts.loaded.model.parameters():
+            parameter += 0.02 * torch.from_numpy(rng.standard_normal(parameter.shape)).float()
+
+
+def test_the_gain_by_hand():
+    # Two correct of four; one became 1.5 times as likely, one half as likely: (0.5 - 0.5) / 4, then (0.5 + 1) / 4
+    then, log = [-1.0, -2.0, -3.0, -4.0], math.log
+    assert reweighted_gain([1.0, 1.0, 0.0, 0.0], then, [-1 + log(1.5), -2 + log(0.5), 0.0, 0.0]) == pytest.approx(0.0)
+    assert reweighted_gain([1.0, 1.0, 0.0, 0.0], then, [-1 + log(1.5), -2 + log(2.0), 0.0, 0.0]) == pytest.approx(0.375)
+
+
+def test_the_expected_gain_is_the_true_change_of_success():
+    # Every pair of rollouts that a student over four completions can write, with its probability.
+    before, after, correct = [0.4, 0.3, 0.2, 0.1], [0.5, 0.1, 0.1, 0.3], [1.0, 0.0, 1.0, 0.0]
+    expected = 0.0
+    for pair in itertools.product(range(4), repeat=2):
+        then, now = ([math.log(p[i]) for i in pair] for p in (before, after))
+        chance = math.prod(before[i] for i in pair)
+        expected += chance * reweighted_gain([correct[i] for i in pair], then, now)
+    assert expected == pytest.approx((0.5 + 0.1) - (0.4 + 0.2))
+
+
+def test_one_rollout_counts_for_at_most_ten():
+    assert reweighted_gain([1.0], [-2000.0], [-1.0]) == WEIGHT_CAP - 1
+
+
+def test_a_student_that_does_not_change_has_gained_exactly_nothing(parts):
+    assert [parts.probes.measure(GAIN) for _ in range(3)] == [{"probe_gain": 0.0}] * 3
+
+
+def test_each_measurement_writes_rollouts_of_its_own(parts):
+    written = []
+    for _ in range(2):
+        parts.probes.measure(GAIN)
+        written.append([completion for _, completion, _, _ in parts.probes.state_dict()["answered"]])
+    assert written[0] != written[1]
+
+
+def test_a_changed_student_gains_what_the_models_own_probabilities_say(parts):
+    parts.probes.measure(GAIN)
+    answered = parts.probes.state_dict()["answered"]
+    train_a_little(parts)
+    expected = []
+    for prompt, completion, correct, then in answered:
+        ids = torch.tensor([[*prompt, *completion]])
+        with torch.no_grad():
+            logprobs = parts.loaded.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        now = sum(float(logprobs[len(prompt) - 1 + n, token]) for n, token in enumerate(completion))
+        expected.append(correct * (min(math.exp(now - then), 10.0) - 1.0))
+    assert any(expected)
+    assert parts.probes.measure(GAIN)["probe_gain"] == pytest.approx(sum(expected) / 12, abs=1e-5)
+
+
+def test_the_sum_of_the_gains_goes_on_after_a_resume(parts):
+    parts.probes.measure(GAIN)
+    train_a_little(parts)
+    parts.probes.measure(GAIN)
+    state = json.loads(json.dumps(parts.probes.state_dict()))
+    train_a_little(parts)
+    expected = parts.probes.measure(GAIN)
+    parts.probes.load_state_dict(state)
+    assert parts.probes.measure(GAIN) == expected != {"probe_gain": 0.0}
+
+
+def test_under_the_null_the_probe_gain_moves_no_policy():
+    batches = tuple(MeasuredBatch(0.1 * n, 0.1 * n, 0.1, -0.5) for n in range(1, 4))
+    frozen = [MeasuredRatio(ratio, batches) for ratio in (0.0, 1.0)]
+    result = simulate(frozen, CreditConfig(progress_signal="probe_gain"), PolicyConfig(), decisions=40, seed=0)
+    assert (result.end_mean, result.policy_updates) == (pytest.approx(0.5), 0)
