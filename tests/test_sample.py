@@ -23,6 +23,7 @@ from tiny import tiny_folder, tiny_model
 
 PLAIN = Sampler(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=12, batch_size=8)
 GREEDY = replace(PLAIN, temperature=0.0)
+both_engines = pytest.mark.parametrize("engine", ["builtin", "transformers"])
 
 
 def requests_of(lengths: list[int], steps: int = 12) -> list[Request]:
@@ -65,11 +66,12 @@ def tokens_over_the_unit_interval(logits: list[float], sampler: Sampler, count: 
     return np.bincount(token.numpy(), minlength=len(logits)) / count
 
 
+@both_engines
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_greedy_completions_equal_generate_token_for_token(architecture):
+def test_greedy_completions_equal_generate_token_for_token(architecture, engine):
     loaded = tiny_model(architecture=architecture)
     requests = requests_of([3, 9, 5, 1, 7])
-    for request, rollout in zip(requests, sample(loaded, requests, GREEDY), strict=True):
+    for request, rollout in zip(requests, sample(loaded, requests, replace(GREEDY, engine=engine)), strict=True):
         prompt = torch.tensor([request.prompt_ids])
         output = loaded.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12
@@ -138,43 +140,48 @@ def test_extreme_uniforms_still_draw_a_possible_token(uniform, sampler):
     assert bool(logprob.isfinite().all())
 
 
-def test_a_request_gives_the_same_tokens_in_any_batch():
+@both_engines
+def test_a_request_gives_the_same_tokens_in_any_batch(engine):
     loaded = tiny_model()
     requests = requests_of([3, 12, 7, 7, 1, 5, 9])
-    together = sample(loaded, requests, PLAIN)
-    alone = [sample(loaded, [request], PLAIN)[0] for request in requests]
-    backwards = sample(loaded, requests[::-1], replace(PLAIN, batch_size=3))[::-1]
+    together = sample(loaded, requests, replace(PLAIN, engine=engine))
+    alone = [sample(loaded, [request], replace(PLAIN, engine=engine))[0] for request in requests]
+    backwards = sample(loaded, requests[::-1], replace(PLAIN, batch_size=3, engine=engine))[::-1]
     assert [r.completion_ids for r in together] == [r.completion_ids for r in alone]
     assert [r.completion_ids for r in together] == [r.completion_ids for r in backwards]
 
 
-def test_a_longer_limit_only_continues_what_a_shorter_one_began():
+@both_engines
+def test_a_longer_limit_only_continues_what_a_shorter_one_began(engine):
     loaded, requests = tiny_model(), requests_of([4, 6, 8], steps=20)
-    short, long = (sample(loaded, requests, replace(PLAIN, completion_tokens=n)) for n in (4, 20))
+    short, long = (sample(loaded, requests, replace(PLAIN, completion_tokens=n, engine=engine)) for n in (4, 20))
     assert [r.completion_ids for r in short] == [r.completion_ids[:4] for r in long]
 
 
-def test_results_come_in_the_order_of_the_requests_with_their_names():
+@both_engines
+def test_results_come_in_the_order_of_the_requests_with_their_names(engine):
     requests = requests_of([9, 2, 5])
-    rollouts = sample(tiny_model(), requests, replace(PLAIN, batch_size=2))
+    rollouts = sample(tiny_model(), requests, replace(PLAIN, batch_size=2, engine=engine))
     assert [(r.problem_id, r.sample, r.prompt_ids) for r in rollouts] == [
         (r.problem_id, r.sample, r.prompt_ids) for r in requests
     ]
 
 
+@both_engines
 @pytest.mark.parametrize(("temperature", "scored_at"), [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)])
-def test_logprobs_are_those_of_the_unfiltered_scaled_distribution(temperature, scored_at):
+def test_logprobs_are_those_of_the_unfiltered_scaled_distribution(temperature, scored_at, engine):
     loaded = tiny_model()
-    sampler = replace(PLAIN, temperature=temperature, top_k=4, top_p=0.9)
+    sampler = replace(PLAIN, temperature=temperature, top_k=4, top_p=0.9, engine=engine)
     for rollout in sample(loaded, requests_of([3, 8, 5]), sampler):
         logits = step_logits(loaded, rollout).double() / scored_at
         expected = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(rollout.completion_ids))
         assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_a_completion_ends_with_its_first_end_token_or_is_truncated():
+@both_engines
+def test_a_completion_ends_with_its_first_end_token_or_is_truncated(engine):
     loaded = replace(tiny_model(), end_ids=frozenset({10, 11, 12, 13}))
-    rollouts = sample(loaded, requests_of([3, 5] * 10), PLAIN)
+    rollouts = sample(loaded, requests_of([3, 5] * 10), replace(PLAIN, engine=engine))
     assert {r.truncated for r in rollouts} == {True, False}
     for rollout in rollouts:
         ends = [i for i, token in enumerate(rollout.completion_ids) if token in loaded.end_ids]
@@ -183,12 +190,15 @@ def test_a_completion_ends_with_its_first_end_token_or_is_truncated():
         assert not rollout.truncated or len(rollout.completion_ids) == 12
 
 
-def test_dropping_finished_rows_changes_nothing():
+@both_engines
+def test_dropping_finished_rows_changes_nothing(engine):
     # 20 rows with many end tokens: rows finish early and leave in several steps. Alone, no row ever leaves a batch.
     loaded = replace(tiny_model(), end_ids=frozenset(range(10, 14)))
     requests = requests_of([3, 5, 8, 2] * 5)
-    alone = [sample(loaded, [request], PLAIN)[0] for request in requests]
-    for together, single in zip(sample(loaded, requests, replace(PLAIN, batch_size=20)), alone, strict=True):
+    alone = [sample(loaded, [request], replace(PLAIN, engine=engine))[0] for request in requests]
+    for together, single in zip(
+        sample(loaded, requests, replace(PLAIN, batch_size=20, engine=engine)), alone, strict=True
+    ):
         assert together.completion_ids == single.completion_ids
         assert together.logprobs == pytest.approx(single.logprobs, abs=1e-5)
 
@@ -197,35 +207,38 @@ def test_no_step_is_spent_after_all_rows_have_ended():
     loaded = replace(tiny_model(), end_ids=frozenset(range(30)))
     steps = []
     handle = loaded.model.register_forward_hook(lambda *_: steps.append(1))
-    rollouts = sample(loaded, requests_of([3, 5]), PLAIN)
+    rollouts = sample(loaded, requests_of([3, 5]), replace(PLAIN, engine="transformers"))
     handle.remove()
     assert [len(r.completion_ids) for r in rollouts] == [1, 1]
     assert len(steps) == 1
 
 
-def test_unusable_logits_name_the_problem():
+@both_engines
+def test_unusable_logits_name_the_problem(engine):
     loaded = tiny_model()
     with torch.no_grad():
         loaded.model.model.embed_tokens.weight[20] = float("nan")
     # The vocabulary is tied, so a NaN row spoils every logit vector of every row.
     with pytest.raises(TrainingError, match=r"not finite while it completes p1"):
-        sample(loaded, requests_of([3, 5])[1:], PLAIN)
+        sample(loaded, requests_of([3, 5])[1:], replace(PLAIN, engine=engine))
 
 
-def test_too_few_uniforms_and_empty_prompts_are_refused():
+@both_engines
+def test_too_few_uniforms_and_empty_prompts_are_refused(engine):
     loaded, request = tiny_model(), requests_of([3], steps=5)[0]
     with pytest.raises(ValueError, match="5 uniforms, 12 steps"):
-        sample(loaded, [request], PLAIN)
+        sample(loaded, [request], replace(PLAIN, engine=engine))
     with pytest.raises(ValueError, match="prompt of p0 is empty"):
-        sample(loaded, [replace(request, prompt_ids=())], PLAIN)
-    assert sample(loaded, [], PLAIN) == []
-    assert len(sample(loaded, [request], GREEDY)) == 1
+        sample(loaded, [replace(request, prompt_ids=())], replace(PLAIN, engine=engine))
+    assert sample(loaded, [], replace(PLAIN, engine=engine)) == []
+    assert len(sample(loaded, [request], replace(GREEDY, engine=engine))) == 1
 
 
-def test_sampling_leaves_the_model_trainable_and_the_global_generator_alone():
+@both_engines
+def test_sampling_leaves_the_model_trainable_and_the_global_generator_alone(engine):
     loaded = tiny_model()
     before = torch.random.get_rng_state()
-    rollout = sample(loaded, requests_of([4]), PLAIN)[0]
+    rollout = sample(loaded, requests_of([4]), replace(PLAIN, engine=engine))[0]
     assert torch.equal(before, torch.random.get_rng_state())
     loaded.model(input_ids=torch.tensor([rollout.completion_ids])).logits.sum().backward()
     assert all(p.grad is not None for p in loaded.model.parameters())
@@ -247,9 +260,10 @@ def test_the_roomy_cache_holds_what_the_plain_one_holds_across_blocks_and_droppe
             layer.batch_select_indices(torch.arange(rows) + 1)
 
 
-def test_completions_longer_than_a_block_of_the_cache_equal_generate():
+@both_engines
+def test_completions_longer_than_a_block_of_the_cache_equal_generate(engine):
     loaded, request = replace(tiny_model(), end_ids=frozenset()), requests_of([6])[0]
-    rollout = sample(loaded, [request], replace(GREEDY, completion_tokens=270))[0]
+    rollout = sample(loaded, [request], replace(GREEDY, completion_tokens=270, engine=engine))[0]
     prompt = torch.tensor([request.prompt_ids])
     output = loaded.model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=270, eos_token_id=[]

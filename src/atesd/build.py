@@ -29,7 +29,7 @@ from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import load_model
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import ALONE, Ranks, joined
-from atesd.models.sample import Sampler
+from atesd.models.sample import Sampler, engine_of
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem, Split, Verdict
@@ -179,6 +179,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         torch.set_num_threads(config.train.threads)
     problems = problems or load_problems(config.data)
     loaded = replace(load_model(config.model, config.train.seed), ranks=ranks)
+    engine_of(loaded, config.sampling.engine)  # one that cannot decode this model is refused before anything is run
     encoder = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids)
     renderer = make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
@@ -268,8 +269,8 @@ def make_renderer(config: Config) -> Renderer:
 
 def evaluation_sampler(config: Config) -> Sampler:
     """How completions are drawn in evaluation."""
-    e = config.evaluation
-    return Sampler(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens, config.sampling.batch_size)
+    e, s = config.evaluation, config.sampling
+    return Sampler(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens, s.batch_size, s.engine)
 
 
 def replayed_ratios(config: Config) -> list[float]:

@@ -304,6 +304,9 @@ class SamplingConfig(Component):
     min_p: float = Field(0.0, ge=0, lt=1, description="0: off")
     completion_tokens: int = Field(1024, ge=1, description="longest completion; OPSD: 1024")
     batch_size: int = Field(64, ge=1, description="rows decoded together; does not change the draws")
+    engine: Literal["auto", "builtin", "transformers"] = Field(
+        "auto", description="what runs the network; auto: builtin for Llama, Qwen2 and Qwen3, else transformers"
+    )
 
 
 class TrainConfig(Component):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atesd.errors import NonFiniteError
+from atesd.errors import ModelError, NonFiniteError
 from atesd.models.cache import roomy_cache
+from atesd.models.decode import Decoder
+from atesd.models.layers import Network, read_network, unsupported
 from atesd.models.load import LoadedModel, without_checkpointing
 from atesd.models.ranks import ALONE
 from atesd.records import Rollout
@@ -43,6 +45,7 @@ class Sampler:
     """How tokens are drawn: temperature (0: greedy), then top-k (0: off), then top-p, then min-p.
 
     `completion_tokens` is the longest completion. `batch_size` rows are decoded together; it does not change the draws.
+    Nor does `engine`, up to rounding: it says whose code runs the network (`engine_of`).
     """
 
     temperature: float
@@ -51,6 +54,18 @@ class Sampler:
     min_p: float
     completion_tokens: int
     batch_size: int
+    engine: Literal["auto", "builtin", "transformers"] = "auto"
+
+
+def engine_of(loaded: LoadedModel, engine: str) -> Literal["builtin", "transformers"]:
+    """The engine that decodes this model; `auto` is builtin where the architecture allows it.
+
+    Raises `ModelError` if `builtin` is asked for and does not.
+    """
+    why_not = None if engine == "transformers" else unsupported(loaded.model)
+    if engine == "builtin" and why_not is not None:
+        raise ModelError(f"sampling.engine: builtin cannot decode this model ({why_not}); set sampling.engine: auto")
+    return "builtin" if engine != "transformers" and why_not is None else "transformers"
 
 
 def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> list[Rollout]:
@@ -72,11 +87,14 @@ def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -
         return [_from_json(rollout) for rollout in told]
     by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
     rollouts: dict[int, Rollout] = {}
-    for start in range(0, len(requests), sampler.batch_size):
-        rows = by_length[start : start + sampler.batch_size]
-        with torch.no_grad(), without_checkpointing(loaded.model):
-            completed = _Batch(loaded, [requests[i] for i in rows], sampler).complete()
-        rollouts.update(zip(rows, completed, strict=True))
+    with torch.no_grad(), without_checkpointing(loaded.model):
+        builtin = engine_of(loaded, sampler.engine) == "builtin"
+        rows_together = min(len(requests), sampler.batch_size)
+        network = read_network(loaded.model, rows_together) if builtin and requests else None
+        for start in range(0, len(requests), sampler.batch_size):
+            rows = by_length[start : start + sampler.batch_size]
+            completed = _Batch(loaded, network, [requests[i] for i in rows], sampler).complete()
+            rollouts.update(zip(rows, completed, strict=True))
     return [rollouts[i] for i in range(len(requests))]
 
 
@@ -140,25 +158,65 @@ def _nucleus(scaled: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, 
     return best.masked_fill(mass_before >= top_p, -math.inf), ids
 
 
+class _Reader(Protocol):
+    """What runs the network for a batch of left-padded rows."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Read the next tokens, [B, T]; give the logits of those after them, [B, V] in float32."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        ...
+
+
+class _TransformersReader:
+    """The model's own forward, for any architecture."""
+
+    def __init__(self, loaded: LoadedModel, lengths: Sequence[int], steps: int) -> None:
+        self._model, self._length = loaded.model, 0
+        places = torch.arange(max(lengths) + steps) - (max(lengths) - torch.tensor(lengths))[:, None]
+        self._mask = (places >= 0).long().to(loaded.device)
+        self._positions = places.clamp(min=0).to(loaded.device)
+        self._cache = roomy_cache(loaded.model.config)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        start, self._length = self._length, self._length + ids.shape[1]
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask[:, : self._length],
+            position_ids=self._positions[:, start : self._length],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask, self._positions = self._mask[rows], self._positions[rows]
+
+
 class _Batch:
     """Rows that are decoded together; rows that have ended leave once they are the majority."""
 
-    def __init__(self, loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> None:
+    def __init__(
+        self, loaded: LoadedModel, network: Network | None, requests: Sequence[Request], sampler: Sampler
+    ) -> None:
         self._loaded, self._requests, self._sampler = loaded, requests, sampler
         device, steps = loaded.device, sampler.completion_tokens
-        lengths = torch.tensor([len(request.prompt_ids) for request in requests])
-        self._width = int(lengths.max())
-        padded = [(loaded.pad_id,) * (self._width - len(r.prompt_ids)) + r.prompt_ids for r in requests]
-        places = torch.arange(self._width + steps) - (self._width - lengths)[:, None]
+        lengths = [len(request.prompt_ids) for request in requests]
+        self._reader: _Reader = (
+            _TransformersReader(loaded, lengths, steps) if network is None else Decoder(network, lengths, steps)
+        )
+        padded = [(loaded.pad_id,) * (max(lengths) - len(r.prompt_ids)) + r.prompt_ids for r in requests]
         self._ids = torch.tensor(padded, device=device)
-        self._mask = (places >= 0).long().to(device)
-        self._positions = places.clamp(min=0).to(device)
         if sampler.temperature > 0:
             drawn = np.stack([request.uniforms[:steps] for request in requests])
         else:
             drawn = np.zeros((len(requests), steps))
         self._uniforms = torch.from_numpy(drawn).to(device)
-        self._cache = roomy_cache(loaded.model.config)
         self._ends = torch.tensor(sorted(loaded.end_ids), device=device)
         self._rows = torch.arange(len(requests), device=device)
         self._finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
@@ -184,16 +242,7 @@ class _Batch:
 
     def _step(self, step: int) -> None:
         """Read the newest tokens, draw the next ones."""
-        end = self._width + step
-        output = self._loaded.model(
-            input_ids=self._ids,
-            attention_mask=self._mask[:, :end],
-            position_ids=self._positions[:, end - self._ids.shape[1] : end],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token, logprob = draw(output.logits[:, -1].float(), self._uniforms[:, step], self._sampler)
+        token, logprob = draw(self._reader.logits(self._ids), self._uniforms[:, step], self._sampler)
         self._tokens[self._rows, step] = token
         self._logprobs[self._rows, step] = logprob
         self._usable &= self._finished | logprob.isfinite()
@@ -209,9 +258,8 @@ class _Batch:
 
     def _drop_finished(self) -> None:
         kept = (~self._finished).nonzero().squeeze(-1)
-        self._cache.batch_select_indices(kept)
-        self._ids, self._mask, self._positions = self._ids[kept], self._mask[kept], self._positions[kept]
-        self._uniforms, self._rows = self._uniforms[kept], self._rows[kept]
+        self._reader.keep(kept)
+        self._ids, self._uniforms, self._rows = self._ids[kept], self._uniforms[kept], self._rows[kept]
         self._finished, self._usable = self._finished[kept], self._usable[kept]
 
     def _rollout(self, request: Request, tokens: list[int], logprobs: list[float]) -> Rollout:

@@ -155,4 +155,4 @@ def group_advantages(verdicts: Sequence[Verdict | None], group_size: int) -> lis
 def rollout_sampler(config: Config) -> Sampler:
     """How rollouts are drawn in training."""
     s = config.sampling
-    return Sampler(s.temperature, s.top_p, s.top_k, s.min_p, s.completion_tokens, s.batch_size)
+    return Sampler(s.temperature, s.top_p, s.top_k, s.min_p, s.completion_tokens, s.batch_size, s.engine)

@@ -1,0 +1,236 @@
+"""The builtin decoder against `generate` and against the transformers engine, family by family and layout by layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from atesd.config import TeacherConfig
+from atesd.errors import ModelError
+from atesd.maths.keyed import uniforms
+from atesd.models import layers
+from atesd.models.decode import Decoder
+from atesd.models.load import LoadedModel
+from atesd.models.quiet import quiet
+from atesd.models.sample import Request, Sampler, engine_of, sample
+from atesd.models.teacher import Teacher
+from tiny import tiny_model
+
+KEYED = Sampler(1.0, 0.95, 20, 0.0, completion_tokens=8, batch_size=8, engine="builtin")
+GREEDY = replace(KEYED, temperature=0.0, top_p=1.0, top_k=0)
+SIZES: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama, one group": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama, llama3 rotary": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"rope_parameters": YARN}),
+    "qwen2, tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "attention_bias": True}),
+    "qwen3, tied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 6, "tie_word_embeddings": True}),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, lora: bool = False, **changes: Any) -> LoadedModel:
+    """A random model none of whose tensors is 0 or 1 throughout, as fresh biases, norms and adapters would be."""
+    kind, config, own = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(config(**{**SIZES, **own, **changes}))
+        if lora:
+            model = adapted(model)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return replace(tiny_model(), model=model.to(dtype).eval(), end_ids=frozenset({1}))
+
+
+def adapted(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """The model with LoRA adapters."""
+    with quiet():
+        wrapped: PreTrainedModel = get_peft_model(
+            model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **changes})
+        )
+    return wrapped
+
+
+def requests_of(lengths: list[int], steps: int = 10, vocab: int = 53) -> list[Request]:
+    ids = np.random.default_rng(5).integers(2, vocab, size=(len(lengths), max(lengths)))
+    return [
+        Request(f"p{i}", i, tuple(ids[i, :length].tolist()), uniforms(steps, 0, "test", i))
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(params=["as they are", "joined", "packed"])
+def layout(request, monkeypatch):
+    """The three ways in which weights are read."""
+    monkeypatch.setattr(layers, "_COPY_LIMIT", 0 if request.param == "as they are" else 2**30)
+    monkeypatch.setattr(layers, "_PACKED_WORK", 0 if request.param == "packed" else 2**60)
+    return request.param
+
+
+def assert_engines_agree(loaded: LoadedModel, requests: list[Request], sampler: Sampler, tolerance: float = 1e-5):
+    ours = sample(loaded, requests, sampler)
+    theirs = sample(loaded, requests, replace(sampler, engine="transformers"))
+    assert [r.completion_ids for r in ours] == [r.completion_ids for r in theirs]
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.logprobs == pytest.approx(other.logprobs, abs=tolerance)
+
+
+@every_model
+def test_greedy_completions_equal_generate(name):
+    loaded, requests = make(name), requests_of([3, 9, 1])
+    for request, rollout in zip(requests, sample(loaded, requests, GREEDY), strict=True):
+        prompt = torch.tensor([request.prompt_ids])
+        output = loaded.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8
+        )
+        assert rollout.completion_ids == tuple(output[0, len(request.prompt_ids) :].tolist())
+
+
+@every_model
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.usefixtures("layout")
+def test_keyed_draws_and_logprobs_equal_those_of_transformers(name, lora):
+    loaded = make(name, lora=lora)
+    assert_engines_agree(loaded, requests_of([6, 6, 6]), KEYED)
+    assert_engines_agree(loaded, requests_of([3, 17, 8, 1, 30]), KEYED)
+
+
+@pytest.mark.usefixtures("layout")
+def test_an_adapter_that_is_off_is_left_out():
+    loaded, requests = make("qwen3", lora=True), requests_of([4, 6])
+    with_adapter = sample(loaded, requests, KEYED)
+    with loaded.model.disable_adapter():
+        assert_engines_agree(loaded, requests, KEYED)
+        assert sample(loaded, requests, KEYED) != with_adapter
+
+
+def test_an_adapter_stays_in_float32_beside_bfloat16_weights():
+    loaded = make("llama", torch.bfloat16, lora=True)
+    for name, parameter in loaded.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    attention = loaded.model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        qkv = layers.read_network(loaded.model, 4).layers[0].qkv
+        peft = torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+    torch.testing.assert_close(qkv(x), peft, atol=0, rtol=2**-7)  # PEFT too adds in float32 and rounds once
+    assert qkv.up is not None
+    assert qkv.up.dtype == torch.float32
+    assert torch.equal(qkv.parts[0][0][:32], attention.q_proj.base_layer.weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bfloat16_logits_are_those_of_transformers_up_to_rounding(name):
+    loaded = make(name, torch.bfloat16)
+    ids = torch.tensor([[5, 9, 3, 12, 30, 7]])
+    with torch.no_grad():
+        decoder = Decoder(layers.read_network(loaded.model, 1), [5], steps=2)
+        ours = torch.cat([decoder.logits(ids[:, :5]), decoder.logits(ids[:, 5:])])
+        theirs = loaded.model(input_ids=ids).logits[0, -2:].float()
+    # A bfloat16 product is off by up to 2^-9 of itself; a dozen of them follow one another.
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+@pytest.mark.usefixtures("layout")
+def test_weights_are_read_anew_by_every_call():
+    loaded, requests = make("qwen3, tied"), requests_of([4, 7])
+    before = sample(loaded, requests, KEYED)
+    saved = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.1)  # as an optimiser does, in place
+    assert_engines_agree(loaded, requests, KEYED)
+    assert sample(loaded, requests, KEYED) != before
+    loaded.model.load_state_dict(saved)
+    assert sample(loaded, requests, KEYED) == before
+
+
+@pytest.mark.usefixtures("layout")
+def test_inside_the_teachers_weights_the_teacher_is_sampled():
+    loaded, requests = make("llama"), requests_of([4, 7])
+    teacher, before = Teacher(loaded.model, TeacherConfig(weights="frozen")), sample(make("llama"), requests, KEYED)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.neg_()
+    assert sample(loaded, requests, KEYED) != before
+    with teacher.weights():
+        assert sample(loaded, requests, KEYED) == before
+    assert_engines_agree(loaded, requests, KEYED)
+
+
+def test_room_for_more_than_one_block_is_made_as_it_is_needed():
+    loaded = replace(make("qwen3"), end_ids=frozenset())
+    assert_engines_agree(loaded, requests_of([250, 3], steps=20), replace(KEYED, completion_tokens=20))
+
+
+UNSUPPORTED = {
+    "sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "rotary type dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}),
+    "activation gelu": ("llama", {"hidden_act": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_what_is_not_exactly_supported_goes_to_transformers(reason):
+    name, changes = UNSUPPORTED[reason]
+    loaded = make(name, **changes)
+    assert reason in (layers.unsupported(loaded.model) or "")
+    assert engine_of(loaded, "auto") == "transformers"
+
+
+def test_another_architecture_or_an_unusual_module_is_refused_by_name():
+    absolute = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2))
+    loaded = replace(tiny_model(), model=absolute.eval())
+    with pytest.raises(ModelError, match=r"builtin.*GPT2LMHeadModel.*set sampling.engine: auto"):
+        sample(loaded, requests_of([3], vocab=30), KEYED)
+    hooked = make("qwen3")
+    hooked.model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert layers.unsupported(hooked.model) == "hooks on its modules"
+    dora = adapted(make("qwen3").model, use_dora=True)
+    assert layers.unsupported(dora.eval()) == "an adapter that is not plain LoRA"
+
+
+def test_every_family_is_decoded_by_the_builtin_engine():
+    assert {name: layers.unsupported(make(name, lora=lora).model) for name in MODELS for lora in (False, True)} == (
+        dict.fromkeys(MODELS)
+    )
