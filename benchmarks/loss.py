@@ -7,7 +7,7 @@ the dense loss and gradient, so that nothing is timed that computes something el
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atesd.maths.divergence import Objective, chunked_loss
+from atesd.maths.fused import fused_divergence
+from atesd.maths.head import Head
 from benchmarks.children import peak_here, peak_of
 from benchmarks.harness import Case, Goal, Result, Round, Settings, Work, in_turns, ratio, single
 from benchmarks.peers import peer
@@ -27,11 +29,12 @@ SMALL_CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Hidden states [N, H] of both sides, the head [V, H] that they share, and the sampled tokens [N]."""
+    """Hidden states [N, H] of both sides, their head [V, H], a copy of it elsewhere in memory, and the tokens [N]."""
 
     student: Tensor
     teacher: Tensor
     head: Tensor
+    head_copy: Tensor
     tokens: Tensor
 
     @property
@@ -41,7 +44,12 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another format."""
-        return Inputs(self.student.to(dtype), self.teacher.to(dtype), self.head.to(dtype), self.tokens)
+        head = self.head.to(dtype)
+        return Inputs(self.student.to(dtype), self.teacher.to(dtype), head, head.clone(), self.tokens)
+
+    def first(self, tokens: int) -> Inputs:
+        """The same heads, fewer tokens."""
+        return replace(self, student=self.student[:tokens], teacher=self.teacher[:tokens], tokens=self.tokens[:tokens])
 
 
 LossAndGrad = tuple[Tensor, Tensor]
@@ -72,7 +80,7 @@ def make_inputs(shape: Shape, kl: float = 0.1, device: str = "cpu", dtype: torch
     noise = torch.randn(shape.tokens, shape.hidden, generator=source, device=device)
     student = teacher + noise * ((2 * kl) ** 0.5 / spread)
     tokens = torch.randint(shape.vocabulary, (shape.tokens,), generator=source, device=device)
-    return Inputs(student.to(dtype), teacher.to(dtype), head.to(dtype), tokens)
+    return Inputs(student, teacher, head, head, tokens).to(dtype)
 
 
 def dense(x: Inputs, divergence: Divergence) -> LossAndGrad:
@@ -131,6 +139,31 @@ def plain_chunks(x: Inputs, divergence: Divergence, chunk_tokens: int = 256) -> 
     return _backward(chunked_loss(block_loss, student, x.weights, chunk_tokens=chunk_tokens)[0], student)
 
 
+def fused(x: Inputs, divergence: Divergence, chunk_tokens: int | None = None) -> LossAndGrad:
+    """Ours, teacher and student with one head, as with LoRA or a live teacher."""
+    return _fused(x, Head(x.head), divergence, chunk_tokens)
+
+
+def two_heads(x: Inputs, divergence: Divergence, chunk_tokens: int | None = None) -> LossAndGrad:
+    """Ours when the teacher's head is another tensor, as in full training against a frozen copy."""
+    return _fused(x, Head(x.head_copy), divergence, chunk_tokens)
+
+
+def head_trained(x: Inputs, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+    """Ours with a gradient for the head too."""
+    weight = x.head.detach().requires_grad_()
+    loss, grad = _fused(replace(x, head=weight), Head(x.head_copy), divergence, None)
+    assert weight.grad is not None
+    return loss, grad, weight.grad
+
+
+def _fused(x: Inputs, teacher_head: Head, divergence: Divergence, chunk_tokens: int | None) -> LossAndGrad:
+    student = x.student.detach().requires_grad_()
+    given = (student, Head(x.head), x.teacher, teacher_head, x.tokens, x.weights)
+    loss, _ = fused_divergence(Objective(divergence), *given, chunk_tokens=chunk_tokens)
+    return _backward(loss, student)
+
+
 def _backward(loss: Tensor, student: Tensor) -> LossAndGrad:
     loss.backward()  # type: ignore[no-untyped-call]
     assert student.grad is not None
@@ -144,8 +177,11 @@ VARIANTS: dict[str, Variant] = {
     "TRL GKD": trl_gkd,
     "Liger chunked": liger_chunked,
     "ours, plain": plain_chunks,
+    OURS: fused,
+    "ours, two heads": two_heads,
 }
 AT_FULL_SIZE = ("dense", "TRL chunked", "Liger chunked", OURS)
+IN_MEMORY = (*AT_FULL_SIZE, "ours, two heads")
 
 
 def gemm_floor(x: Inputs) -> Work:
@@ -193,8 +229,7 @@ def time_case(shape: Shape, divergence: Divergence, names: tuple[str, ...] | Non
     """Interleaved times at a shape; the first variant, `floor`, is the calibration unit."""
     variants, absent = usable(names)
     x = make_inputs(shape, device=settings.device)
-    small = Inputs(x.student[:32], x.teacher[:32], x.head, x.tokens[:32])
-    require_same(variants, small, divergence)
+    require_same(variants, x.first(32), divergence)
     work: dict[str, Work] = {"floor": gemm_floor(x)}
     work |= {name: partial(variant, x, divergence) for name, variant in variants.items()}
     rounds = in_turns(work, settings.rounds, settings.device)
@@ -214,7 +249,7 @@ def measure_peak(
 
 def memory_case(shape: Shape, divergence: Divergence, settings: Settings) -> Case:
     """Peak memory beyond the inputs, a fresh process for each variant."""
-    variants, absent = usable(AT_FULL_SIZE)
+    variants, absent = usable(IN_MEMORY)
     at: dict[str, str | int] = {"divergence": divergence, "tokens": shape.tokens, "hidden": shape.hidden}
     at["vocabulary"] = shape.vocabulary
     found = {name: peak_of(measure_peak, settings, variant=name, **at) for name in variants}
@@ -233,7 +268,7 @@ REGIMES: dict[str, tuple[float, torch.dtype]] = {
 
 def accuracy_case(shape: Shape, divergence: Divergence, settings: Settings) -> Case:
     """Errors against the dense form in float64 on the same inputs, whatever their format."""
-    variants, absent = usable(AT_FULL_SIZE)
+    variants, absent = usable(IN_MEMORY)
     figures: dict[str, dict[str, float]] = {}
     for regime, (kl, dtype) in REGIMES.items():
         x = make_inputs(shape, kl, settings.device, dtype)

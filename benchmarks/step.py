@@ -63,7 +63,7 @@ class Work:
         )
 
 
-def config_of(work: Work, folder: Path) -> Config:
+def config_of(folder: Path, rows: int, completion_tokens: int) -> Config:
     """Full exposure with TRL's wording, everything else by default."""
     return Config(
         model=ModelConfig(path=str(folder), device="cpu"),
@@ -73,15 +73,15 @@ def config_of(work: Work, folder: Path) -> Config:
         ),
         exposure=ExposureConfig(kind="full"),
         loss=LossConfig(clip="none"),
-        sampling=SamplingConfig(completion_tokens=work.completion_tokens),
-        train=TrainConfig(batch_size=work.rows, max_grad_norm=1.0, threads=1, evaluate_every=0),
+        sampling=SamplingConfig(completion_tokens=completion_tokens),
+        train=TrainConfig(batch_size=rows, max_grad_norm=1.0, threads=1, evaluate_every=0),
     )
 
 
 def our_trainer(work: Work, folder: Path) -> Trainer:
     """Our trainer on the model in `folder`; its completions never end before their limit."""
     problems = work.problems
-    parts = build(config_of(work, folder), ProblemSets(problems, (), problems[:1], ()))
+    parts = build(config_of(folder, work.rows, work.completion_tokens), ProblemSets(problems, (), problems[:1], ()))
     endless = replace(parts.loaded, end_ids=frozenset({work.model.vocabulary}))
     return Trainer(replace(parts, loaded=endless), RunFolder(folder / "run", "benchmark"), Silent())
 
@@ -91,7 +91,7 @@ def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback) -
     from datasets import Dataset
 
     sdft = peer("trl.experimental.sdft")
-    views = config_of(work, folder).views
+    views = config_of(folder, work.rows, work.completion_tokens).views
     rows = [
         {
             "prompt": [{"role": "user", "content": TextRenderer(views).student(problem)}],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import control, demo, loss, step
+from benchmarks import control, demo, gpu, loss, prefix, rollout, step
 from benchmarks.children import in_child, peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, in_turns, ratio, seconds_of, single
 from benchmarks.record import ROOT, provenance, read, write
@@ -157,6 +157,26 @@ def test_loss_runs_end_to_end() -> None:
     found = loss.run(SMALL)
     assert {case.name.split(",")[0] for case in found.cases} == {"loss", "loss memory", "loss accuracy"}
     assert all(case.rounds[0]["dense"] > 0 for case in found.cases if case.rounds)
+
+
+def test_rollout_runs_end_to_end() -> None:
+    found = rollout.run(SMALL)
+    assert set(found.cases[0].rounds[0]) == {"generate", "ours, builtin", "ours, through transformers"}
+
+
+def test_prefix_runs_end_to_end_and_changes_nothing() -> None:
+    assert prefix.run(SMALL).goals[1].is_met
+
+
+@pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "gpu-loss"])
+def test_each_part_for_a_gpu_runs_on_a_cpu_at_toy_shapes(part: str) -> None:
+    assert gpu.PARTS[part](SMALL).cases
+
+
+def test_the_loss_for_a_gpu_is_as_exact_in_bfloat16_as_asked() -> None:
+    goals = [goal for goal in gpu.time_loss(SMALL).goals if "relative error" in goal.what]
+    assert len(goals) == 8
+    assert all(goal.is_met for goal in goals)
 
 
 def test_step_runs_end_to_end() -> None:

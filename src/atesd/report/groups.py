@@ -156,16 +156,16 @@ def _best_common(groups: Sequence[RunGroup], updates: Sequence[int]) -> Scores:
     best = updates[int(by_group.mean(axis=(1, 2)).argmax())]
     if all(_row(run, "test", best) is not None for group in groups for run in group.runs):
         held_out = _tables(groups, "test", {group.name: best for group in groups})
-        rule = f"one for all runs: update {best}, chosen on validation, scored on test"
+        rule = f"best common checkpoint: update {best}, chosen on validation, scored on test"
         samples = _samples(groups, "test", {group.name: [best] for group in groups})
         return Scores(rule, f"best common @{best} (test)", "test", True, held_out, samples)
     halves = halves_of(by_group.shape[2])
     _, chosen = cross_fitted(by_group, halves)
     parts = {name: np.where(halves == 0, table[chosen[0]], table[chosen[1]]) for name, table in tables.items()}
     at = "/".join(str(updates[index]) for index in chosen)
-    rule = f"one for all runs: update {at}, chosen on one half of validation, scored on the other"
+    rule = f"best common checkpoint: update {at}, chosen on one half of validation, scored on the other"
     samples = _samples(groups, "validation", {group.name: updates for group in groups})
-    return Scores(rule, f"best common @{at} (halves)", "validation", True, parts, samples)
+    return Scores(rule, f"best common @{at} (validation halves)", "validation", True, parts, samples)
 
 
 def _peaks(groups: Sequence[RunGroup], updates: Sequence[int]) -> list[Scores]:
@@ -176,11 +176,11 @@ def _peaks(groups: Sequence[RunGroup], updates: Sequence[int]) -> list[Scores]:
         fair[name] = np.concatenate([cross_fitted(table[:, [run]], halves)[0] for run in runs])
         peak[name] = np.stack([table[table[:, run].mean(axis=1).argmax(), run] for run in runs])
     samples = _samples(groups, "validation", {group.name: updates for group in groups})
-    rule = "each run its own: chosen on one half of validation, scored on the other"
-    biased = "each run its own: chosen and scored on the same validation problems, so too high"
+    rule = "peak of each run: chosen on one half of validation, scored on the other"
+    biased = "peak of each run: chosen and scored on the same validation problems, so too high"
     return [
-        Scores(rule, "peak (halves)", "validation", True, fair, samples),
-        Scores(biased, "peak (too high)", "validation", False, peak, samples),
+        Scores(rule, "peak (validation halves)", "validation", True, fair, samples),
+        Scores(biased, "peak (validation, too high)", "validation", False, peak, samples),
     ]
 
 

@@ -115,7 +115,7 @@ def comparison_table(report: Report) -> Table:
         "verdict",
     )
     title = f"Average@k in %: {report.candidate} against {report.baseline}"
-    verdicts = [f"{_capital(one.short)}: {one.verdict}" for one in report.comparisons if one.honest]
+    verdicts = [f"{_capital(one.rule)}: {one.verdict}" for one in report.comparisons if one.honest]
     return Table(title, columns, rows, (*verdicts, *report.notes))
 
 
@@ -131,17 +131,29 @@ def results_table(
         raise RunError(f"baseline {baseline!r} is none of the arms: {', '.join(groups)}")
     read = {name: group_of(name, [folder.path for folder in folders]) for name, folders in groups.items()}
     found = selections(list(read.values()))
-    rows = [_arm_row(name, read[baseline], group, found, paper) for name, group in read.items()]
+    fair = [scores for scores in found if scores.honest]
+    rows = []
+    for name, group in read.items():
+        cells = [name, *([(paper or {}).get(name, MISSING)] if paper is not None else []), str(len(group.seeds))]
+        cells += [percent(float(scores.shares[name].mean())) for scores in reversed(found)]
+        against = [] if name == baseline else _against(fair, read[baseline], group)
+        cells += [points_interval(one.difference, *one.interval) for one in reversed(against)] or [MISSING] * len(fair)
+        cells += [_noise(against[0]), _short_verdict(against[0])] if against else [MISSING, MISSING]
+        rows.append(tuple(cells))
     columns = ["arm", *(["paper"] if paper is not None else []), "seeds", *(one.short for one in reversed(found))]
-    columns += ["sampling noise of last, points", "verdict at last", "1 point takes"]
-    pairings = [
+    columns += [f"{one.short} - {baseline}, points" for one in reversed(fair)]
+    columns += ["sampling noise of the last difference, points", "verdict at the last"]
+    notes = [
         _pairing_note((read[baseline], group), are_paired(read[baseline], group))
         for name, group in read.items()
         if name != baseline
     ]
-    notes = [f"Behind a mean: its difference from {baseline} in points.", *dict.fromkeys(pairings)]
-    title = f"Average@k in %, against {baseline}"
-    return Table(title, tuple(columns), tuple(rows), (*notes, *_notes(list(read.values()), found)))
+    return Table(
+        f"Average@k in %, against {baseline}",
+        tuple(columns),
+        tuple(rows),
+        (*dict.fromkeys(notes), *_notes(list(read.values()), found)),
+    )
 
 
 def markdown(table: Table) -> str:
@@ -151,21 +163,8 @@ def markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *body, "", *(f"- {note}" for note in table.notes)]) + "\n"
 
 
-def _arm_row(
-    name: str, baseline: RunGroup, group: RunGroup, found: Sequence[Scores], paper: Mapping[str, str] | None
-) -> tuple[str, ...]:
-    """The row of an arm: a mean for each rule, the most flattering first, with the difference where it is honest."""
-    cells = [name, *([paper.get(name, MISSING)] if paper is not None else []), str(len(group.seeds))]
-    means = {scores.rule: percent(float(scores.shares[name].mean())) for scores in found}
-    if group is baseline:
-        return (*cells, *(means[scores.rule] for scores in reversed(found)), MISSING, MISSING, MISSING)
-    paired = are_paired(baseline, group)
-    against = {scores.rule: _compare(scores, baseline, group, paired) for scores in found if scores.honest}
-    for scores in reversed(found):
-        one = against.get(scores.rule)
-        cells.append(means[scores.rule] + (f"  {points_interval(one.difference, *one.interval)}" if one else ""))
-    last = against[found[0].rule]
-    return (*cells, _noise(last), _short_verdict(last), _settled(last))
+def _against(fair: Sequence[Scores], baseline: RunGroup, group: RunGroup) -> list[Comparison]:
+    return [_compare(scores, baseline, group, are_paired(baseline, group)) for scores in fair]
 
 
 def _compare(scores: Scores, baseline: RunGroup, candidate: RunGroup, paired: bool) -> Comparison:
@@ -232,15 +231,6 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _settled(one: Comparison) -> str:
-    """What would settle one point, where this did not: seeds on the same problems, or problems with the same seeds."""
-    if one.distinguishable:
-        return MISSING
-    seeds, problems = one.settles_point.seeds, one.settles_point.problems
-    ways = [f"{number} {unit}" for number, unit in ((seeds, "seeds"), (problems, "problems")) if number is not None]
-    return " or ".join(ways) or "more of both"
-
-
 def _short_verdict(one: Comparison) -> str:
     if not one.honest:
         return "none: selected on itself"
@@ -279,7 +269,6 @@ def _notes(groups: Sequence[RunGroup], found: Sequence[Scores]) -> list[str]:
     ]
     counts = [len(group.runs) for group in groups]
     notes = [
-        *(f"{_capital(scores.short)}: {scores.rule}." for scores in found[1:]),
         f"Problems x samples: {', '.join(protocol)}.",
         "Brackets: 95 % interval over problems and seeds (Student's t on the crossed mean squares)."
         if min(counts) > 1

@@ -1,0 +1,116 @@
+"""Sampling completions with the filters of real runs: the builtin engine beside transformers' `generate`.
+
+Equal prompts, top-k 20 and top-p 0.95, every completion of full length. Before anything is timed the builtin engine has
+to write, greedily, what `generate` writes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from atesd.maths.keyed import uniforms
+from atesd.models.load import LoadedModel
+from atesd.models.sample import Request, Sampler, sample
+from benchmarks.harness import Case, Goal, Result, Settings, Work, in_turns, spread
+from benchmarks.models import SPECIAL, TOY, ModelShape, about_12m, random_model
+
+GENERATE = "generate"
+OURS = "ours, builtin"
+FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "top_p": 0.95}
+
+
+def random_prompts(rows: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
+    """Prompts of random tokens between three quarters of `tokens` and `tokens` long."""
+    draws = np.random.default_rng(0)
+    lengths = draws.integers(max(1, tokens * 3 // 4), tokens + 1, rows)
+    return [tuple(draws.integers(len(SPECIAL), vocabulary, n).tolist()) for n in lengths]
+
+
+def generate(loaded: LoadedModel, prompts: list[tuple[int, ...]], tokens: int, **filters: Any) -> list[tuple[int, ...]]:
+    """What `generate` writes after each prompt, left-padded; without filters the most likely tokens."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([(loaded.pad_id,) * (width - len(prompt)) + prompt for prompt in prompts], device=loaded.device)
+    mask = torch.tensor([(0,) * (width - len(prompt)) + (1,) * len(prompt) for prompt in prompts], device=loaded.device)
+    drawing: dict[str, Any] = {"do_sample": True, **filters} if filters else {"do_sample": False}
+    model: Any = loaded.model
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(loaded.end_ids),
+            pad_token_id=loaded.pad_id,
+            **drawing,
+        )
+    return [tuple(row) for row in written[:, width:].tolist()]
+
+
+def ours(
+    loaded: LoadedModel, requests: list[Request], engine: Any, tokens: int, **filters: Any
+) -> list[tuple[int, ...]]:
+    """What an engine of ours writes; without filters the most likely tokens."""
+    drawing = filters or {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    sampler = Sampler(**drawing, min_p=0.0, completion_tokens=tokens, batch_size=len(requests), engine=engine)
+    return [rollout.completion_ids for rollout in sample(loaded, requests, sampler)]
+
+
+def requests_for(prompts: list[tuple[int, ...]], tokens: int) -> list[Request]:
+    """The prompts with their uniforms."""
+    return [Request(f"p{i}", 0, ids, uniforms(tokens, 0, "benchmark", i)) for i, ids in enumerate(prompts)]
+
+
+def agreement(loaded: LoadedModel, prompts: list[tuple[int, ...]], tokens: int) -> float:
+    """Share of greedy completions that both write token for token alike."""
+    theirs, mine = generate(loaded, prompts, tokens), ours(loaded, requests_for(prompts, tokens), "builtin", tokens)
+    return sum(a == b for a, b in zip(theirs, mine, strict=True)) / len(prompts)
+
+
+def require_agreement(loaded: LoadedModel, prompt_tokens: int, tokens: int) -> None:
+    """Raise `ValueError` unless the builtin engine writes greedily what `generate` writes."""
+    prompts = random_prompts(4, prompt_tokens, int(loaded.model.config.vocab_size))
+    same = agreement(loaded, prompts, tokens)
+    if same < 1:
+        raise ValueError(f"builtin and generate differ in {1 - same:.0%} of greedy completions")
+
+
+def run_case(
+    loaded: LoadedModel,
+    rows: int,
+    prompt_tokens: int,
+    tokens: int,
+    settings: Settings,
+    limit: float = 1.5,
+    rounds: int | None = None,
+) -> tuple[Case, Goal]:
+    """One batch size."""
+    vocabulary = int(loaded.model.config.vocab_size)
+    prompts = random_prompts(rows, prompt_tokens, vocabulary)
+    requests = requests_for(prompts, tokens)
+    work: dict[str, Work] = {GENERATE: partial(generate, loaded, prompts, tokens, **FILTERS)}
+    for name, engine in ((OURS, "builtin"), ("ours, through transformers", "transformers")):
+        work[name] = partial(ours, loaded, requests, engine, tokens, **FILTERS)
+    taken = in_turns(work, rounds or settings.rounds, settings.device)
+    rates = {name: {"tokens per second": rows * tokens / spread([row[name] for row in taken]).median} for name in work}
+    name = f"rollout, vocabulary {vocabulary:,}, batch {rows}, {tokens} tokens, top-k 20, top-p 0.95"
+    faster = spread([row[GENERATE] / row[OURS] for row in taken])
+    return Case(name, taken, figures=rates), Goal(f"{name}: speed over generate", "at least", limit, faster)
+
+
+def run(settings: Settings) -> Result:
+    """Batches of 16 and 64."""
+    shape, batches, prompt_tokens, tokens = shapes(settings)
+    loaded = random_model(shape)
+    require_agreement(loaded, prompt_tokens, min(tokens, 32))
+    found = [run_case(loaded, rows, prompt_tokens, tokens, settings) for rows in batches]
+    return Result("rollout", [case for case, _ in found], [goal for _, goal in found])
+
+
+def shapes(settings: Settings) -> tuple[ModelShape, tuple[int, ...], int, int]:
+    """Model, batch sizes, prompt and completion tokens."""
+    if settings.size == "small":
+        return TOY, (3,), 6, 5
+    return about_12m(4096), ((16, 64) if settings.size == "full" else (16,)), 64, 128
