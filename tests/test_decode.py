@@ -25,10 +25,11 @@ from atesd.config import TeacherConfig
 from atesd.errors import ModelError
 from atesd.maths.keyed import uniforms
 from atesd.models import layers
+from atesd.models.captured import StaticSteps
 from atesd.models.decode import Decoder
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
-from atesd.models.sample import Request, Sampler, engine_of, sample
+from atesd.models.sample import Request, Sampler, draw, engine_of, sample
 from atesd.models.teacher import Teacher
 from tiny import tiny_model
 
@@ -234,3 +235,25 @@ def test_every_family_is_decoded_by_the_builtin_engine():
     assert {name: layers.unsupported(make(name, lora=lora).model) for name in MODELS for lora in (False, True)} == (
         dict.fromkeys(MODELS)
     )
+
+
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [3, 17, 8, 1, 250]])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_steps_of_static_shape_draw_the_same_tokens(name, lengths):
+    # What a CUDA graph captures, without the graph; with the longest prompt the cache grows on the way.
+    loaded, requests = replace(make(name), end_ids=frozenset()), requests_of(lengths)
+    expected = sample(loaded, requests, KEYED)
+    padded = torch.tensor([(0,) * (max(lengths) - len(r.prompt_ids)) + r.prompt_ids for r in requests])
+    drawn = torch.from_numpy(np.stack([request.uniforms for request in requests]))
+
+    def choose(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return draw(logits, u, KEYED)
+
+    with torch.no_grad():
+        decoder = Decoder(layers.read_network(loaded.model, len(requests)), lengths, steps=8)
+        first, _ = choose(decoder.logits(padded), drawn[:, 0])
+        static = StaticSteps(decoder, choose, first[:, None], drawn[:, 1:8].contiguous())
+        tokens, logprobs = (torch.cat(parts, 1) for parts in zip(static.advance(3), static.advance(4), strict=True))
+    assert tokens.tolist() == [list(r.completion_ids[1:]) for r in expected]
+    for row, rollout in zip(logprobs.tolist(), expected, strict=True):
+        assert row == pytest.approx(rollout.logprobs[1:], abs=1e-5)

@@ -34,21 +34,32 @@ class Decoder:
 
     def __init__(self, network: Network, lengths: Sequence[int], steps: int) -> None:
         self._network = network
-        self._width, self._length = max(lengths), 0
-        self._limit = self._width + steps
+        self._limit = max(lengths) + steps
         self._cache: list[tuple[Tensor, Tensor]] = []
-        padding = torch.tensor([self._width - length for length in lengths], device=network.device)
+        padding = torch.tensor([max(lengths) - length for length in lengths], device=network.device)
         self._padding = padding if bool(padding.any()) else None
         self._cos, self._sin = rotary_tables(network, self._limit)
         self._hidden = None if self._padding is None else hidden_columns(padding, self._limit, network.dtype)
+        self.length = 0  # columns of the cache that are written
 
     def logits(self, ids: Tensor) -> Tensor:
         """Read the next tokens, [B, T]: the prompts, then one at a time. Of what follows, [B, V] in float32."""
-        start, end = self._length, self._length + ids.shape[1]
-        self._make_room(len(ids), end)
+        start, end = self.length, self.length + ids.shape[1]
+        self.make_room(len(ids), end)
         hidden = forward(self._network, ids, self._place(start, end), self._cache)
-        self._length = end
+        self.length = end
         return self._network.head(hidden[:, -1]).float()
+
+    def static_logits(self, ids: Tensor, column: Tensor, room: int) -> Tensor:
+        """Of one token each, [B, 1], at the `column` [1] that a tensor holds; no shape depends on its value."""
+        later = torch.arange(room, device=column.device) > column
+        mask = later.to(self._network.dtype)[None, None, None] * torch.finfo(self._network.dtype).min
+        positions = column[:, None]
+        if self._padding is not None and self._hidden is not None:
+            positions = (column - self._padding)[:, None]
+            mask = torch.minimum(mask, self._hidden[:, None, None, :room])
+        place = Place(self._cos[positions], self._sin[positions], column, room, mask)
+        return self._network.head(forward(self._network, ids, place, self._cache)[:, -1]).float()
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
@@ -66,19 +77,22 @@ class Decoder:
             mask = mask + causal_mask(columns, end, mask.dtype)
         return Place(self._cos[positions], self._sin[positions], slice(start, end), end, mask)
 
-    def _make_room(self, rows: int, end: int) -> None:
+    def make_room(self, rows: int, end: int) -> int:
+        """Buffers of at least `end` columns, with what was written; how many columns they have."""
         network, held = self._network, self._cache[0][0].shape[2] if self._cache else 0
         if end <= held:
-            return
+            return held
         room = min(-(-end // _BLOCK) * _BLOCK, self._limit)
         shape = (rows, network.kv_heads, room, network.head_dim)
         for layer in range(len(network.layers)):
-            keys, values = (network.embedding.new_empty(shape) for _ in range(2))
+            # Zeros, since a masked column may be multiplied by a weight of 0, and 0 times NaN is NaN.
+            keys, values = (network.embedding.new_zeros(shape) for _ in range(2))
             if held:
                 keys[:, :, :held], values[:, :, :held] = self._cache[layer]
                 self._cache[layer] = keys, values
             else:
                 self._cache.append((keys, values))
+        return room
 
 
 def forward(network: Network, ids: Tensor, place: Place, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

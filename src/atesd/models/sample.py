@@ -18,6 +18,7 @@ from torch import Tensor
 
 from atesd.errors import ModelError, NonFiniteError
 from atesd.models.cache import roomy_cache
+from atesd.models.captured import StaticSteps
 from atesd.models.decode import Decoder
 from atesd.models.layers import Network, read_network, unsupported
 from atesd.models.load import LoadedModel, without_checkpointing
@@ -145,14 +146,14 @@ def _kept(scaled: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
 def _nucleus(scaled: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
     """The smallest set of most probable tokens whose mass reaches `top_p`; `ids` given: `scaled` already descends."""
     normaliser = scaled.logsumexp(-1, keepdim=True)
-    if ids is None:
-        guess = min(_NUCLEUS_GUESS, scaled.shape[-1])
-        best, ids = scaled.topk(guess, dim=-1)
-        mass = (best - normaliser).exp().sum(-1)
-        if guess < scaled.shape[-1] and not bool((mass >= top_p).all()):
-            best, ids = scaled.sort(-1, descending=True)
-    else:
+    if ids is not None:
         best = scaled
+    elif scaled.is_cuda or scaled.shape[-1] <= _NUCLEUS_GUESS:  # a CUDA graph cannot ask whether the guess sufficed
+        best, ids = scaled.sort(-1, descending=True)
+    else:
+        best, ids = scaled.topk(_NUCLEUS_GUESS, dim=-1)
+        if not bool(((best - normaliser).exp().sum(-1) >= top_p).all()):
+            best, ids = scaled.sort(-1, descending=True)
     probability = (best - normaliser).exp().double()
     mass_before = probability.cumsum(-1) - probability
     return best.masked_fill(mass_before >= top_p, -math.inf), ids
@@ -220,51 +221,58 @@ class _Batch:
         self._ends = torch.tensor(sorted(loaded.end_ids), device=device)
         self._rows = torch.arange(len(requests), device=device)
         self._finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        self._usable = torch.ones(len(requests), dtype=torch.bool, device=device)
         self._tokens = torch.full((len(requests), steps), loaded.pad_id, device=device)
         self._logprobs = torch.zeros((len(requests), steps), device=device)
+        self._static: StaticSteps | None = None
 
     def complete(self) -> list[Rollout]:
         """Decode until every row has ended or reached the limit."""
-        steps = self._sampler.completion_tokens
+        steps, step = self._sampler.completion_tokens, 0
         interval = 1 if self._loaded.device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_GPU
-        for step in range(steps):
-            self._step(step)
-            if (step + 1) % interval == 0 or step + 1 == steps:
-                self._refuse_unusable()
-                left = int((~self._finished).sum())
-                if left == 0:
-                    break
-                if 2 * left < len(self._rows):
-                    self._drop_finished()
+        while step < steps:
+            count = 1 if step == 0 else min(interval, steps - step)
+            self._advance(step, count)
+            step += count
+            ended = int(self._finished.sum())
+            if ended == len(self._rows):
+                break
+            if 2 * ended > len(self._rows):
+                self._drop_finished()
         tokens, logprobs = self._tokens.tolist(), self._logprobs.tolist()
         return [self._rollout(r, t, p) for r, t, p in zip(self._requests, tokens, logprobs, strict=True)]
 
-    def _step(self, step: int) -> None:
-        """Read the newest tokens, draw the next ones."""
-        token, logprob = draw(self._reader.logits(self._ids), self._uniforms[:, step], self._sampler)
-        self._tokens[self._rows, step] = token
-        self._logprobs[self._rows, step] = logprob
-        self._usable &= self._finished | logprob.isfinite()
-        self._finished |= torch.isin(token, self._ends)
-        self._ids = token[:, None]
+    def _advance(self, step: int, count: int) -> None:
+        """Draw the next `count` tokens of every row."""
+        if isinstance(self._reader, Decoder) and self._ids.is_cuda and step > 0:
+            if self._static is None:
+                self._static = StaticSteps(self._reader, self._choose, self._ids, self._uniforms[:, step:].contiguous())
+            tokens, logprobs = self._static.advance(count)
+        else:
+            drawn = []
+            for place in range(step, step + count):
+                drawn.append(self._choose(self._reader.logits(self._ids), self._uniforms[:, place]))
+                self._ids = drawn[-1][0][:, None]
+            tokens, logprobs = (torch.stack(some, 1) for some in zip(*drawn, strict=True))
+        self._ids = tokens[:, -1:]
+        rows = slice(None) if len(self._rows) == len(self._tokens) else self._rows
+        self._tokens[rows, step : step + count] = tokens
+        self._logprobs[rows, step : step + count] = logprobs
+        self._finished |= (tokens[..., None] == self._ends).flatten(1).any(1)
 
-    def _refuse_unusable(self) -> None:
-        if not bool(self._usable.all()):
-            row = int(self._rows[~self._usable][0])
-            raise NonFiniteError(
-                f"the model's logits are not finite while it completes {self._requests[row].problem_id}"
-            )
+    def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        return draw(logits, uniforms, self._sampler)
 
     def _drop_finished(self) -> None:
         kept = (~self._finished).nonzero().squeeze(-1)
         self._reader.keep(kept)
         self._ids, self._uniforms, self._rows = self._ids[kept], self._uniforms[kept], self._rows[kept]
-        self._finished, self._usable = self._finished[kept], self._usable[kept]
+        self._finished, self._static = self._finished[kept], None
 
     def _rollout(self, request: Request, tokens: list[int], logprobs: list[float]) -> Rollout:
         end = next((i for i, token in enumerate(tokens) if token in self._loaded.end_ids), None)
         length = len(tokens) if end is None else end + 1
+        if not all(map(math.isfinite, logprobs[:length])):
+            raise NonFiniteError(f"the model's logits are not finite while it completes {request.problem_id}")
         return Rollout(
             problem_id=request.problem_id,
             sample=request.sample,
