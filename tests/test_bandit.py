@@ -13,10 +13,9 @@ from atesd.maths.keyed import generator
 from atesd.records import Decision, FinishedDecision, UpdateStats
 
 
-def rewarded(ratio: float, reward: float) -> FinishedDecision:
-    return FinishedDecision(
-        Decision(0, (), None, None, {"": ratio}), ratio, ratio, (0, 1), (), (), (), reward, 0.0, reward
-    )
+def rewarded(ratio: float, reward: float, standing: float = 0.0) -> FinishedDecision:
+    decision = Decision(0, (), None, None, {"": ratio})
+    return FinishedDecision(decision, ratio, ratio, (0, 1), (standing, None), (), (), reward, 0.0, reward)
 
 
 def exposure(seed: int = 0, config: BanditConfig | None = None, **credit) -> ControlledExposure:
@@ -42,18 +41,31 @@ def test_a_belief_without_rewards_is_the_prior():
 
 
 def test_the_belief_is_gaussian_regression_on_every_single_reward():
-    # By another route: the full Gaussian-process formula with one row per reward, noise 1, no sums.
-    config = BanditConfig(discount=1.0)
-    bandit, rng = Bandit(config), np.random.default_rng(0)
-    played, rewards = rng.integers(5, size=12), rng.normal(3.0, 2.0, size=12)
-    for arm, reward in zip(played, rewards, strict=True):
-        bandit.learn(rewarded(bandit.ratios[arm], float(reward)))
-    kernel = 0.25 * np.exp(-((bandit.ratios[:, None] - bandit.ratios[None, :]) ** 2) / (2 * 0.35**2))
-    across = kernel[:, played]
-    inverse = np.linalg.inv(kernel[np.ix_(played, played)] + np.eye(12))
+    # By another route: the full Gaussian-process formula with one row per reward, no sums, and the noise by its rule.
+    bandit, rng = Bandit(BanditConfig(discount=1.0)), np.random.default_rng(0)
+    played, rewards, standings = rng.integers(5, size=12), rng.normal(3.0, 2.0, size=12), rng.normal(9.0, 0.3, size=12)
+    for arm, reward, standing in zip(played, rewards, standings, strict=True):
+        bandit.learn(rewarded(bandit.ratios[arm], float(reward), float(standing)))
+    y, z = ((values - values.mean()) / values.std() for values in (rewards, standings))
+    kernel = np.exp(-((bandit.ratios[:, None] - bandit.ratios[None, :]) ** 2) / (2 * 0.35**2))
+    across, rest, noise = kernel[:, played], np.outer(z, z) + 1.0, 1.0
+    for _ in range(3):
+        signal = kernel[np.ix_(played, played)] + rest
+        inverse = np.linalg.inv(signal + noise * np.eye(12))
+        expected = across @ inverse @ y, kernel - across @ inverse @ across.T
+        noise = (np.square(y - signal @ inverse @ y).sum() + 1.0) / 13.0
     mean, covariance = bandit.belief()
-    assert mean == pytest.approx(across @ inverse @ ((rewards - rewards.mean()) / rewards.std()))
-    assert covariance == pytest.approx(kernel - across @ inverse @ across.T)
+    assert mean == pytest.approx(expected[0])
+    assert covariance == pytest.approx(expected[1])
+
+
+def test_a_low_standing_is_not_credited_to_the_ratio_that_followed_it():
+    # The reward is minus twice the standing, whatever the ratio; arm 0 happened to be played at low standings.
+    bandit, rng = Bandit(BanditConfig(discount=1.0)), np.random.default_rng(0)
+    for _ in range(40):
+        standing = float(rng.normal())
+        bandit.learn(rewarded(0.0 if standing < 0 else 1.0, -2 * standing, standing))
+    assert bandit.belief()[0] == pytest.approx([0.0] * 5, abs=0.2)
 
 
 def test_the_scale_and_the_zero_of_the_reward_do_not_matter():
@@ -67,7 +79,7 @@ def test_the_scale_and_the_zero_of_the_reward_do_not_matter():
 
 
 def test_what_was_learned_long_ago_is_forgotten():
-    bandit = Bandit(BanditConfig(discount=0.5, smoothness=0.01))
+    bandit = Bandit(BanditConfig(discount=0.5, smoothness=0.01, prior_deviation=0.5))
     for reward in [5.0, *[0.0, 1.0] * 20]:
         bandit.learn(rewarded(0.0 if reward == 5.0 else 1.0, reward))
     mean, covariance = bandit.belief()

@@ -196,6 +196,9 @@ class CreditConfig(Component):
     preset: Literal["sound", "paper"] = Field("sound", description="ours: sound; the literal reading is not (docs)")
     hold_updates: int = Field(4, ge=1, description="paper H, student updates; value ours")
     lookahead_updates: int = Field(4, ge=1, description="paper L, student updates; value ours")
+    probe_every: int | None = Field(
+        None, ge=1, description="updates between the probes of a window; None: where one starts or closes; ours"
+    )
     discount: float = Field(0.9, gt=0, le=1, description="paper gamma, per student update; value ours")
     window_start: Literal["decision", "hold_end"] = Field("decision", description="the formula; hold_end: the prose")
     progress_signal: ProgressSignal = Field("probe_success", description="what should fall; set by preset")
@@ -232,7 +235,7 @@ class BanditConfig(Component):
 
     arms: int = Field(5, ge=2, description="ratios, evenly spaced from ratio_min to ratio_max; ours")
     prior_deviation: float = Field(
-        0.5, gt=0, description="of an arm's mean reward before any, in deviations of the reward; ours"
+        1.0, gt=0, description="of an arm's mean reward before any, in deviations of the reward; ours"
     )
     smoothness: float = Field(0.35, gt=0, description="ratio over which mean rewards are alike; small: unrelated; ours")
     discount: float = Field(

@@ -11,38 +11,47 @@ from atesd.config import BanditConfig
 from atesd.maths.credit import SAME_REWARD
 from atesd.records import FinishedDecision, UpdateStats
 
+NOISE_ROUNDS = 3  # of the fixed point between belief and noise; it hardly moves after two
+
 
 @final
 class Bandit:
     """Plays the arm whose mean reward is highest in one draw from its belief.
 
-    Rewards are standardised by their own discounted mean and deviation, so no scale has to be known. In these units the
-    belief before any reward is N(0, prior_deviation^2 K), K_ab = exp(-(ratio_a - ratio_b)^2 / (2 smoothness^2)), and a
-    reward tells its arm's mean with noise of deviation 1. Each new reward makes all earlier ones count `discount` times
-    as much: the belief follows an optimum that moves, and an arm that was not played for long becomes unknown again.
+    Bayesian regression of the standardised rewards on three things: the arm, with prior covariance prior_deviation^2
+    exp(-(ratio_a - ratio_b)^2 / (2 smoothness^2)); where the progress signal stood when the decision was taken, with a
+    N(0, 1) slope, since a student who stands low gains from anything; and a N(0, 1) constant. The variance of the noise
+    is what the regression leaves, counted with one more residual of 1. Each new reward makes all earlier ones count
+    `discount` times as much: the belief follows an optimum that moves, and an arm that was not played for long becomes
+    unknown again.
     """
 
     def __init__(self, config: BanditConfig, ratio_min: float = 0.0, ratio_max: float = 1.0) -> None:
         self.ratios = np.linspace(ratio_min, ratio_max, config.arms)
         self._discount = config.discount
         apart = (self.ratios[:, None] - self.ratios[None, :]) / config.smoothness
-        self._prior: NDArray[np.float64] = config.prior_deviation**2 * np.exp(-0.5 * apart**2)
-        self._counts = np.zeros(config.arms)
-        self._sums = np.zeros(config.arms)
-        self._squares = np.zeros(config.arms)
+        self._prior = np.eye(config.arms + 2)
+        self._prior[:-2, :-2] = config.prior_deviation**2 * np.exp(-0.5 * apart**2)
+        # Discounted sums of row x row^T, over rows (1 for the arm played, 0 for others; the standing; 1; the reward).
+        self._sums = np.zeros((config.arms + 3, config.arms + 3))
 
     def belief(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean [arms] and covariance [arms, arms] of the arms' mean rewards, in deviations of the reward."""
-        root = np.sqrt(self._counts)
-        total = self._counts.sum()
-        mean = self._sums.sum() / total if total else 0.0
-        deviation = np.sqrt(max(self._squares.sum() / total - mean**2, 0.0)) if total else 0.0
-        if deviation < SAME_REWARD:  # nothing has been told apart
-            return np.zeros_like(self.ratios), self._prior
-        # With W = diag(counts) and z the sum of standardised rewards: covariance (K^-1 + W)^-1, mean covariance z.
-        within = np.eye(len(root)) + root[:, None] * self._prior * root[None, :]
-        covariance = self._prior - self._prior @ (root[:, None] * np.linalg.solve(within, root[:, None] * self._prior))
-        return covariance @ ((self._sums - self._counts * mean) / deviation), (covariance + covariance.T) / 2
+        """Mean [arms] and covariance [arms, arms] of what each arm adds, in deviations of the reward."""
+        arms, count = len(self.ratios), self._sums[-2, -2]
+        scales = self._standardise() if count else None
+        if scales is None:
+            return np.zeros(arms), self._prior[:arms, :arms]
+        sums = scales @ self._sums @ scales.T
+        gram, with_reward, of_reward = sums[:-1, :-1], sums[:-1, -1], sums[-1, -1]
+        noise = 1.0
+        for _ in range(NOISE_ROUNDS):
+            # (prior^-1 + gram / noise)^-1 without inverting the prior, which is nearly singular for smooth arms.
+            covariance = np.linalg.solve(np.eye(arms + 2) + self._prior @ gram / noise, self._prior)
+            mean = covariance @ with_reward / noise
+            left = of_reward - 2 * mean @ with_reward + mean @ gram @ mean
+            noise = (max(left, 0.0) + 1.0) / (count + 1.0)
+        covariance = (covariance + covariance.T) / 2
+        return mean[:arms], covariance[:arms, :arms]
 
     def features(self) -> tuple[float, ...]:
         """The belief's mean for each arm, lowest ratio first."""
@@ -61,16 +70,31 @@ class Bandit:
     def learn(self, finished: FinishedDecision) -> None:
         """Take in the reward of the arm that was played."""
         (ratio,) = finished.decision.samples.values()
-        arm = int(np.argmin(np.abs(self.ratios - ratio)))
-        for sums, value in ((self._counts, 1.0), (self._sums, finished.reward), (self._squares, finished.reward**2)):
-            sums *= self._discount
-            sums[arm] += value
+        row = np.zeros(len(self._sums))
+        row[int(np.argmin(np.abs(self.ratios - ratio)))] = 1.0
+        standing = next((value for value in finished.progress_signal if value is not None), 0.0)
+        row[-3:] = standing, 1.0, finished.reward
+        self._sums = self._discount * self._sums + np.outer(row, row)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        sums = {"counts": self._counts, "sums": self._sums, "squares": self._squares}
-        return {name: values.tolist() for name, values in sums.items()}
+        return {"sums": self._sums.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._counts, self._sums, self._squares = (np.array(state[name]) for name in ("counts", "sums", "squares"))
+        self._sums = np.array(state["sums"])
+
+    def _standardise(self) -> NDArray[np.float64] | None:
+        """The matrix that standardises standing and reward in a row; None if the rewards were all the same."""
+        count, matrix = self._sums[-2, -2], np.eye(len(self._sums))
+        for place in (-3, -1):
+            mean = self._sums[place, -2] / count
+            variance = self._sums[place, place] / count - mean**2
+            deviation = np.sqrt(max(variance, 0.0))
+            if deviation < SAME_REWARD * max(1.0, abs(mean)):
+                if place == -1:
+                    return None
+                matrix[place, place] = 0.0  # a standing that never moved explains nothing
+                continue
+            matrix[place, [place, -2]] = 1.0 / deviation, -mean / deviation
+        return matrix

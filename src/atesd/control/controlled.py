@@ -87,7 +87,7 @@ class ControlledExposure:
         return dict(self._ledger.dropped)
 
     def measurements(self, update: int) -> frozenset[Measurement]:
-        """What the reward needs, at the updates where a window starts or closes."""
+        """What the reward needs."""
         return self._ledger.measurements(update)
 
     def reveal_ratio(self, update: int, group: str = "") -> float:

@@ -69,7 +69,7 @@ class LearnedExposure:
         return dict(self._training_state.ignored)
 
     def measurements(self, update: int) -> frozenset[Measurement]:
-        """What to measure before the step of this update: probes only where a window starts or closes."""
+        """What to measure before the step of this update."""
         wanted = self._ledger.measurements(update)
         starts_hold = update % self._credit.hold_updates == 0
         return wanted | {"probe_nll"} if starts_hold else wanted  # a state feature, whatever the progress signal is

@@ -49,19 +49,23 @@ class DecisionLedger:
         start = decision_update + (self._config.hold_updates if self._config.window_start == "hold_end" else 0)
         return start, start + self._config.lookahead_updates
 
-    def starts_or_closes_window(self, update: int) -> bool:
-        """Whether a window starts or closes at this update, so that a probe is due. With H = L: once per decision."""
-        first_start, first_close = self.window(0)
-        hold = self._config.hold_updates
-        return any(update >= first and (update - first) % hold == 0 for first in (first_start, first_close))
+    def probe_is_due(self, update: int) -> bool:
+        """Whether a window starts or closes at this update, or `probe_every` updates of one have passed.
+
+        With H = L and no `probe_every`: once per decision.
+        """
+        hold, every = self._config.hold_updates, self._config.probe_every
+        start, close = self.window(0)
+        offsets = {0, close - start} | (set(range(0, close - start, every)) if every else set())
+        return any(update >= start + offset and (update - start - offset) % hold == 0 for offset in offsets)
 
     def measurements(self, update: int) -> frozenset[Measurement]:
-        """What the reward needs before the step of this update: probes only where a window starts or closes."""
+        """What the reward needs before the step of this update."""
         signal = self._config.progress_signal
         wanted: set[Measurement] = set()
         if signal == "train_success":
             wanted.add("train_success")
-        elif signal != "train_kl" and self.starts_or_closes_window(update):
+        elif signal != "train_kl" and self.probe_is_due(update):
             wanted.add(signal)
         if self._config.grounding_weight > 0:
             wanted.add("grounding")
