@@ -29,7 +29,7 @@ from atesd.models.captured import StaticSteps
 from atesd.models.decode import Decoder
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
-from atesd.models.sample import Request, Sampler, draw, engine_of, sample
+from atesd.models.sample import Request, Sampler, draw, engine_note, engine_of, sample
 from atesd.models.teacher import Teacher
 from tiny import tiny_model
 
@@ -217,6 +217,8 @@ def test_what_is_not_exactly_supported_goes_to_transformers(reason):
     loaded = make(name, **changes)
     assert reason in (layers.unsupported(loaded.model) or "")
     assert engine_of(loaded, "auto") == "transformers"
+    assert reason in (engine_note(loaded, "auto") or "")
+    assert engine_note(loaded, "transformers") is None
 
 
 def test_another_architecture_or_an_unusual_module_is_refused_by_name():

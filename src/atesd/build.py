@@ -29,7 +29,7 @@ from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import load_model
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import ALONE, Ranks, joined
-from atesd.models.sample import Sampler, engine_of
+from atesd.models.sample import Sampler, engine_note, engine_of
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem, Split, Verdict
@@ -120,6 +120,9 @@ def _run_id(parts: Parts, out: Path, known: bool, command: Sequence[str]) -> str
 def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listener) -> Outcome:
     run, config, ranks = trainer.run, trainer.parts.config, trainer.parts.loaded.ranks
     done = trainer.resume()
+    choice = engine_note(trainer.parts.loaded, config.sampling.engine)
+    if choice is not None:
+        listener.message(choice)
     if known:
         threads = torch.get_num_threads()
         notes = ranks.from_first(

@@ -69,6 +69,12 @@ def engine_of(loaded: LoadedModel, engine: str) -> Literal["builtin", "transform
     return "builtin" if engine != "transformers" and why_not is None else "transformers"
 
 
+def engine_note(loaded: LoadedModel, engine: str) -> str | None:
+    """What to tell the user of the choice that `auto` made; None: nothing."""
+    why_not = unsupported(loaded.model) if engine == "auto" else None
+    return None if why_not is None else f"sampling goes through transformers, which is slower: {why_not}"
+
+
 def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -> list[Rollout]:
     """Complete every request, shared between the ranks of the model; the rollouts are in the order of the requests.
 
@@ -110,7 +116,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampler: Sampler) -> tuple[Tensor, Te
     The log-probability is that of the temperature-scaled distribution before any filter (temperature 0: of the
     unscaled one). It is NaN or infinite exactly where the logits are not usable.
     """
-    scaled = logits / sampler.temperature if sampler.temperature > 0 else logits
+    scaled = logits / sampler.temperature if sampler.temperature not in (0, 1) else logits
     token = _invert(scaled, uniforms, sampler) if sampler.temperature > 0 else logits.argmax(-1)
     logprob = scaled.gather(-1, token[:, None]).squeeze(-1) - scaled.logsumexp(-1)
     return token, logprob
