@@ -189,6 +189,10 @@ def test_overrides_of_the_command_line_reach_every_cell_and_replace_what_the_pla
             {"axes": {"arm": {x: {"exposure.replay_run": {"cell": {"arm": y}}} for x, y in ("ab", "ba")}}},
             "these cells wait for each other: a-seed-0, b-seed-0",
         ),
+        (
+            {"axes": {"arm": {**ARMS, "sound": {"train.num_updates": 5}}}},
+            "cell replay-seed-0: train.num_updates: 100 is more than the 5 of the cell that it reads, sound-seed-0",
+        ),
     ],
 )
 def test_a_mistake_in_a_plan_is_named_with_what_is_allowed(changes: dict[str, Any], message: str):
@@ -403,6 +407,14 @@ def test_a_folder_with_other_settings_is_refused_before_anything_begins(tmp_path
     assert pretender.given == []
 
 
+def test_a_run_that_was_evaluated_otherwise_is_refused_and_not_taken_for_finished(tmp_path: Path):
+    cell = fake_cells(tmp_path, "a")[0]
+    finish(cell)
+    other = Job(cell.job.recipe, (*cell.job.overrides, "evaluation.samples=12"), cell.job.folder)
+    with pytest.raises(RunError, match=r"evaluated with other settings:\n  evaluation.samples: 2 -> 12"):
+        other.is_finished()
+
+
 def test_a_finished_run_that_shall_be_longer_goes_on(tmp_path: Path):
     cell = fake_cells(tmp_path, "a")[0]
     finish(cell)
@@ -437,7 +449,7 @@ def test_the_time_left_is_the_wall_time_per_update_times_the_updates_to_come(tmp
     found = fake_cells(tmp_path, "a", "b", "c")
     progress = SweepProgress(found, processes=2)
     board = [Entry(found[0].job, "waiting"), Entry(found[1].job, "waiting"), Entry(found[2].job, "waiting")]
-    progress.board = board
+    progress.begin(board)
     assert progress.seconds_left is None
     progress.began(board[0])
     board[0].status, board[0].seconds = "finished", 16.0  # 8 updates: 2 s each
@@ -448,7 +460,7 @@ def test_the_time_left_is_the_wall_time_per_update_times_the_updates_to_come(tmp
 def test_a_running_cell_shows_its_update_ratio_and_accuracy(tmp_path: Path):
     cell = fake_cells(tmp_path, "a")[0]
     progress, entry = SweepProgress([cell], 1), Entry(cell.job, "running")
-    progress.board = [entry]
+    progress.begin([entry])
     progress.began(entry)
     assert progress.cell_figures(entry) == ["a-seed-0: update 0/8"]
     begin_run(cell.job.folder, cell.job.config).append(
@@ -473,6 +485,19 @@ def test_without_a_terminal_each_event_is_a_line_with_nothing_hidden(tmp_path: P
     assert file.getvalue() == (
         "1 cells, 0 of them finished\n[0/1 cells, 1 failed, left –] a-seed-0 ended with exit code 1: ⟦U+001B⟧[2J\n"
     )
+
+
+def test_updates_that_an_earlier_sweep_made_are_not_to_come(tmp_path: Path):
+    found = fake_cells(tmp_path, "a", "b")
+    run = begin_run(found[1].job.folder, found[1].job.config)
+    for update in range(6):
+        run.append("metrics", metric_row(update, 0.5, np.random.default_rng(0)))
+    board = [Entry(cell.job, "waiting") for cell in found]
+    progress = SweepProgress(found, processes=1)
+    progress.begin(board)
+    progress.began(board[0])
+    board[0].status, board[0].seconds = "finished", 8.0  # 8 updates: 1 s each
+    assert progress.seconds_left == pytest.approx(2.0)  # two of eight
 
 
 def test_scores_are_the_last_the_best_and_the_late_ratio(tmp_path: Path):

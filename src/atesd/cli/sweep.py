@@ -58,6 +58,12 @@ class SweepProgress:
         self._looked = 0.0
         self.board: Sequence[Entry] = ()
 
+    def begin(self, board: Sequence[Entry]) -> None:
+        """Know the cells, and what was done of them before."""
+        self.board = board
+        for entry in board:
+            self._done[entry.job.folder] = _updates_done(entry)
+
     def look(self) -> None:
         """Read the newest rows of the running cells, at most once a second."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
@@ -71,8 +77,7 @@ class SweepProgress:
 
     def began(self, entry: Entry) -> None:
         """A cell starts, perhaps from a checkpoint."""
-        row = _last_row(entry.job.folder)
-        self._done_before[entry.job.folder] = int(str(row["update"])) + 1 if row else 0
+        self._done[entry.job.folder] = self._done_before[entry.job.folder] = _updates_done(entry)
 
     def with_status(self, *wanted: str) -> list[Entry]:
         """The cells that stand so."""
@@ -126,6 +131,11 @@ class SweepProgress:
         return f"[{', '.join(self.figures())}] {head}"
 
 
+def _updates_done(entry: Entry) -> int:
+    row = _last_row(entry.job.folder)
+    return int(str(row["update"])) + 1 if row else 0
+
+
 def _last_row(folder: Path) -> dict[str, object] | None:
     return RunFolder.open(folder).last_row("metrics") if RunFolder.exists(folder) else None
 
@@ -141,7 +151,7 @@ class PlainSweep:
 
     def begin(self, board: Sequence[Entry]) -> None:
         """One line."""
-        self._progress.board = board
+        self._progress.begin(board)
         self._say(f"{len(board)} cells, {len(self._progress.with_status('finished'))} of them finished")
 
     def changed(self, entry: Entry) -> None:
@@ -172,7 +182,7 @@ class LiveSweep:
 
     def begin(self, board: Sequence[Entry]) -> None:
         """Know the cells."""
-        self._progress.board = board
+        self._progress.begin(board)
 
     def changed(self, entry: Entry) -> None:
         """One line above the bar for what has ended."""

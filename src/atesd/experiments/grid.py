@@ -23,11 +23,14 @@ NOTES = (
 
 
 def write_index(cells: Sequence[Cell], out: Path) -> None:
-    """cells.json: what each folder of a sweep is, for whatever reads the sweep."""
+    """cells.json: what each folder of a sweep is, for whatever reads the sweep. `RunError` if `out` cannot be made."""
     rows = [
         {"folder": cell.job.name, "group": cell.group, "points": dict(cell.points), "seed": cell.seed} for cell in cells
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out}: cannot make the folder: {error.strerror}; choose another --out") from None
     write_atomic(out / "cells.json", json.dumps(rows, indent=1).encode() + b"\n")
 
 

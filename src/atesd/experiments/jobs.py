@@ -70,12 +70,18 @@ class Job:
     def is_finished(self) -> bool:
         """Whether the run is there and finished with these settings. Raises `RunError` for a run with others.
 
-        A finished run that shall now be longer is not finished.
+        A finished run that shall now be longer is not finished. One that was evaluated with other settings is refused:
+        going on would not evaluate it again.
         """
         if not RunFolder.exists(self.folder):
             return False
         run, config = RunFolder.open(self.folder), self.config
-        run.check_config(config)
+        changes = [change for change in run.check_config(config) if change.startswith("evaluation.")]
+        if changes:
+            raise RunError(
+                f"{self.folder} was evaluated with other settings:\n  " + "\n  ".join(changes) + "\n"
+                "Take these changes back, choose another --out, or use `atesd evaluate` for more evaluations of a run."
+            )
         return bool(run.manifest["status"] == "finished" and run.config.train.num_updates == config.train.num_updates)
 
     @contextmanager

@@ -320,11 +320,17 @@ def portable(folder: Path) -> str:
 def _require_configs(cells: Sequence[Cell], name: str) -> None:
     """Every cell's config holds; each complaint is made once, with the first cell that has it."""
     found: dict[str, str] = {}
+    updates: dict[Path, int] = {}
     for cell in cells:
         try:
-            _ = cell.job.config
+            updates[cell.job.folder] = cell.job.config.train.num_updates
         except ConfigError as error:
             found.setdefault(str(error), cell.job.name)
+    for cell in [] if found else cells:
+        for needed in cell.job.needs:
+            if updates[needed] < updates[cell.job.folder]:
+                short = f"train.num_updates: {updates[cell.job.folder]} is more than the {updates[needed]} of the cell"
+                found.setdefault(f"{short} that it reads, {needed.name}", cell.job.name)
     if found:
         lines = [f"cell {cell}: {message}" for message, cell in found.items()]
         raise ConfigError(f"{name}: " + "\n  ".join(lines))
