@@ -428,6 +428,34 @@ def test_two_jobs_in_one_folder_are_refused_even_if_only_case_tells_them_apart()
         run_all([Job("micro", (), Path("A")), Job("micro", (), Path("a"))], slots(1), Notes())
 
 
+def test_a_second_interrupt_kills_what_the_first_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    happened: list[str] = []
+
+    class Slow(Pretender):
+        endings: ClassVar[dict[str, Ending]] = {}
+        given: ClassVar[list[str]] = []
+
+        def terminate(self) -> None:
+            happened.append("asked")
+
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+        def kill(self) -> None:
+            happened.append("killed")
+            super().close()
+
+    class Impatient(Notes):
+        def changed(self, _: Entry) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "Worker", Slow)
+    with pytest.raises(SystemExit) as end:
+        run_all([cell.job for cell in fake_cells(tmp_path, "a")], slots(1), Impatient())
+    assert end.value.code == 130
+    assert happened == ["asked", "killed"]
+
+
 def test_processes_are_one_thread_each_or_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch):
     assert slots(2) == [{"OMP_NUM_THREADS": "1"}] * 2
     assert len(slots()) == workers.cores()
@@ -485,6 +513,25 @@ def test_without_a_terminal_each_event_is_a_line_with_nothing_hidden(tmp_path: P
     assert file.getvalue() == (
         "1 cells, 0 of them finished\n[0/1 cells, 1 failed, left –] a-seed-0 ended with exit code 1: ⟦U+001B⟧[2J\n"
     )
+
+
+def test_before_a_cell_has_finished_the_pace_is_that_of_the_running_one_since_its_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [100.0]
+    monkeypatch.setattr("atesd.cli.sweep.time.monotonic", lambda: clock[0])
+    found = fake_cells(tmp_path, "a", "b")
+    board = [Entry(cell.job, "waiting") for cell in found]
+    progress = SweepProgress(found, processes=1)
+    progress.begin(board)
+    board[0].status, board[0].began = "running", clock[0]
+    progress.began(board[0])
+    run = begin_run(found[0].job.folder, found[0].job.config)
+    for now, update in ((130.0, 0), (140.0, 1)):  # half a minute of preparation, then 10 s for an update
+        clock[0] = now
+        run.append("metrics", metric_row(update, 0.5, np.random.default_rng(0)))
+        progress.look()
+    assert progress.seconds_left == pytest.approx(10.0 * (6 + 8))
 
 
 def test_updates_that_an_earlier_sweep_made_are_not_to_come(tmp_path: Path):

@@ -55,6 +55,7 @@ class SweepProgress:
         self._done: dict[Path, int] = {}
         self._done_before: dict[Path, int] = {}
         self._rows: dict[Path, dict[str, object]] = {}
+        self._first: dict[Path, tuple[float, int]] = {}
         self._looked = 0.0
         self.board: Sequence[Entry] = ()
 
@@ -74,6 +75,8 @@ class SweepProgress:
             if row is not None:
                 self._rows[entry.job.folder] = row
                 self._done[entry.job.folder] = int(str(row["update"])) + 1
+                if self._done[entry.job.folder] > self._done_before.get(entry.job.folder, 0):
+                    self._first.setdefault(entry.job.folder, (self._looked, self._done[entry.job.folder]))
 
     def began(self, entry: Entry) -> None:
         """A cell starts, perhaps from a checkpoint."""
@@ -85,26 +88,25 @@ class SweepProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the mean wall time per update of this session's cells, start-up and evaluations included.
+        """What is left to do at the pace so far, in so many processes at a time; None before there is a pace."""
+        unfinished = self.with_status("waiting", "running", "held")
+        left = sum(self._updates[entry.job.folder] - self._done[entry.job.folder] for entry in unfinished)
+        pace = self._seconds_per_update()
+        return None if pace is None else pace * left / max(1, min(self._processes, len(unfinished)))
 
-        None before there is anything to go by.
+    def _seconds_per_update(self) -> float | None:
+        """Wall time over this session's finished cells, start-up and evaluations included.
+
+        Before one has finished: over the running ones, since their first update.
         """
-        spent, made = 0.0, 0
-        for entry in self.board:
-            folder = entry.job.folder
-            if folder not in self._done_before:
-                continue
-            done = self._updates[folder] if entry.status == "finished" else self._done.get(folder, 0)
-            made += max(0, done - self._done_before[folder])
-            spent += entry.seconds or time.monotonic() - entry.began
-        if not made:
-            return None
-        left = sum(
-            self._updates[entry.job.folder] - min(self._done.get(entry.job.folder, 0), self._updates[entry.job.folder])
-            for entry in self.with_status("waiting", "running", "held")
-        )
-        unfinished = len(self.with_status("waiting", "running", "held"))
-        return spent / made * left / max(1, min(self._processes, unfinished))
+        now = time.monotonic()
+        spans = [
+            (entry.seconds, self._updates[entry.job.folder] - self._done_before[entry.job.folder])
+            for entry in self.with_status("finished")
+            if entry.job.folder in self._done_before
+        ] or [(now - began, self._done[folder] - first) for folder, (began, first) in self._first.items()]
+        made = sum(updates for _, updates in spans)
+        return sum(seconds for seconds, _ in spans) / made if made > 0 else None
 
     def figures(self) -> list[str]:
         """The whole sweep, the most important first."""

@@ -27,6 +27,7 @@ from atesd.runs import RunFolder
 Status = Literal["waiting", "running", "held", "finished", "failed", "blocked"]
 """held: another process trains it; blocked: a run that it needs has failed."""
 
+INTERRUPTED = 130  # exit code after a second interrupt
 LOG_LINES = 5
 POLL_SECONDS = 0.2
 HELD_SECONDS = 2.0  # between two looks at a run that another process trains
@@ -260,10 +261,18 @@ class _Crew:
             worker.close()
         self._workers.clear()
 
+    def kill(self) -> None:
+        """End all processes at once."""
+        for worker in self._workers.values():
+            worker.kill()
+
 
 @contextmanager
 def _stopping(crew: _Crew) -> Iterator[_Crew]:
-    """Whatever ends us, an interrupt, SIGTERM or an error, first ends the workers, each run with its checkpoint."""
+    """Whatever ends us, an interrupt, SIGTERM or an error, first ends the workers, each run with its checkpoint.
+
+    An interrupt while we wait for that ends them, and us, at once.
+    """
 
     def interrupt(*_: int | FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -272,8 +281,13 @@ def _stopping(crew: _Crew) -> Iterator[_Crew]:
     try:
         yield crew
     finally:
-        crew.stop()
-        signal.signal(signal.SIGTERM, before)
+        try:
+            crew.stop()
+        except KeyboardInterrupt:
+            crew.kill()
+            raise SystemExit(INTERRUPTED) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _require_distinct(jobs: Sequence[Job]) -> None:

@@ -68,6 +68,10 @@ class Worker:
         """Ask the run for a checkpoint and an end."""
         self._process.terminate()
 
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
     def close(self) -> None:
         """Let it end after the run that it has, and wait for that."""
         assert self._process.stdin is not None
