@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from atesd.cli.sweep import LiveSweep, PlainSweep, SweepProgress
 from atesd.config import load_config
 from atesd.errors import ConfigError, RunError
 from atesd.experiments import jobs, workers
-from atesd.experiments.grid import command_lines, scores
+from atesd.experiments.grid import command_lines, scores, write_shared
 from atesd.experiments.jobs import Entry, Job, run_all
 from atesd.experiments.plan import Cell, Plan, cells_of, load_plan, plan_from_mapping, plan_names, stages
 from atesd.experiments.workers import Ending, slots, visible_gpus
@@ -454,6 +455,18 @@ def test_a_second_interrupt_kills_what_the_first_asked_to_stop(tmp_path: Path, m
         run_all([cell.job for cell in fake_cells(tmp_path, "a")], slots(1), Impatient())
     assert end.value.code == 130
     assert happened == ["asked", "killed"]
+
+
+def test_two_sweeps_may_write_the_files_of_one_folder_at_the_same_time(tmp_path: Path):
+    texts = ["a" * 50_000, "b" * 50_000]
+
+    def write(text: str) -> None:
+        for _ in range(40):
+            write_shared(tmp_path / "table.txt", text)
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(write, texts))  # without a lock one finds its temporary file gone
+    assert (tmp_path / "table.txt").read_text() in texts
 
 
 def test_processes_are_one_thread_each_or_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch):

@@ -16,12 +16,12 @@ from rich.segment import Segment
 from rich.text import Text
 
 from atesd.cli.display import fitting
-from atesd.experiments.grid import sweep_tables, write_index
+from atesd.experiments.grid import sweep_tables, write_index, write_shared
 from atesd.experiments.jobs import Entry, Watcher, run_all
 from atesd.experiments.plan import Cell
 from atesd.experiments.workers import slots, visible_gpus
 from atesd.report.text import duration, percent, visible
-from atesd.runs import RunFolder, write_atomic
+from atesd.runs import RunFolder
 
 LOOK_SECONDS = 1.0  # between two looks at the rows of the running cells
 LINE_SECONDS = 60.0  # between two lines about them where there is no terminal
@@ -37,7 +37,7 @@ def run_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> tuple[
         board = run_all([cell.job for cell in cells], environments, view)
     unfinished = [entry for entry in board if entry.status != "finished"]
     text = sweep_tables(cells)
-    write_atomic(out / "table.txt", text.encode())
+    write_shared(out / "table.txt", text)
     lines = [text, *(entry.reason for entry in unfinished)]
     if unfinished:
         lines.append(f"{len(unfinished)} of {len(board)} cells are not finished; the same command tries them again")

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from filelock import FileLock
+
 from atesd.errors import RunError
 from atesd.experiments.plan import Cell, stages
 from atesd.report.honest import results_table
@@ -31,7 +33,13 @@ def write_index(cells: Sequence[Cell], out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out}: cannot make the folder: {error.strerror}; choose another --out") from None
-    write_atomic(out / "cells.json", json.dumps(rows, indent=1).encode() + b"\n")
+    write_shared(out / "cells.json", json.dumps(rows, indent=1) + "\n")
+
+
+def write_shared(path: Path, text: str) -> None:
+    """Write a file that several sweeps of one folder may write at the same time."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        write_atomic(path, text.encode())
 
 
 def command_lines(cells: Sequence[Cell]) -> Iterator[str]:
