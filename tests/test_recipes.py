@@ -4,7 +4,7 @@ import pytest
 
 from atesd.config import Config, config_from_mapping, load_config, parse_yaml, recipe_names, recipe_text
 
-MICRO = ("micro", "micro-opsd", "micro-steps", "micro-paper")
+MICRO = ("micro", "micro-opsd", "micro-steps", "micro-paper", "micro-bandit")
 # arXiv 2601.18734 (third version) and its repository's README
 OPSD = {
     "exposure of the baseline": "full",
