@@ -28,11 +28,24 @@ from atesd.models.load import LoadedModel, _with_adapter
 from atesd.models.score import Pair, Scorer
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
-from atesd.models.token_tree import batch_states, common_prefix, row_states, token_tree
-from test_score import SIZES
+from atesd.models.token_tree import common_prefix, token_tree
 from tiny import tiny_model
 
 Groups = Sequence[Sequence[Pair]]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 
 VIEW = (7, 8, 9, 10, 11, 12, 13, 14)
 GROUPS: dict[str, Groups] = {
@@ -45,13 +58,11 @@ GROUPS: dict[str, Groups] = {
     "a context that ends inside another's completion": [[((7, 8), (9, 10, 11, 12)), ((7, 8, 9, 10), (11, 3))]],
     "uneven groups, one empty": [[(VIEW, (15, 16)), (VIEW[:3], (4,))], [], [((5,), (6,))], [(VIEW * 3, (1, 2))] * 2],
 }
-FORMS = {"dense mask": 10**6, "branch by branch": 0}
 
 
-@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both forms, whatever the lengths, and however little is shared."""
-    monkeypatch.setattr(shared_prefix, "LONGEST_DENSE", request.param)
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees also where little or nothing is shared."""
     monkeypatch.setattr(shared_prefix, "LEAST_SAVING", -1.0)
 
 
@@ -85,7 +96,7 @@ MODELS = {
 }
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_shared_states_are_those_of_separate_passes(make: Any, groups: Groups) -> None:
@@ -94,14 +105,14 @@ def test_shared_states_are_those_of_separate_passes(make: Any, groups: Groups) -
     assert_equal(shared_hidden(scorer, groups), separately(scorer, groups))
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("budget", [1, 14, 40])
 def test_the_tokens_per_pass_change_nothing(budget: int) -> None:
     scorer, groups = Scorer(tiny_model()), [group for groups in GROUPS.values() for group in groups]
     assert_equal(shared_hidden(scorer, groups, tokens_per_pass=budget), separately(scorer, groups))
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("always")
 def test_with_an_adapter_the_teacher_is_the_teacher() -> None:
     loaded = tiny_model()
     model = _with_adapter(loaded.model, LoraConfig(rank=2), seed=0).eval()
@@ -120,7 +131,7 @@ def test_with_an_adapter_the_teacher_is_the_teacher() -> None:
     assert_equal(frozen, separately(Scorer(tiny_model()), groups))
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("always")
 def test_a_corrupted_prefix_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     # One token of the shared beginning differs from what the pairs say: the comparison with separate passes must fail.
     def corrupted(sequences: Sequence[Sequence[int]]) -> Any:
@@ -211,9 +222,23 @@ def test_common_prefix_counts_tokens_until_the_first_difference(one: list[int], 
 
 
 @torch.no_grad()
-def test_both_forms_agree_on_a_bfloat16_model() -> None:
+@pytest.mark.usefixtures("always")
+def test_a_bfloat16_model_is_followed_to_its_rounding() -> None:
     scorer = Scorer(dataclasses.replace(tiny_model(), model=tiny_model().model.bfloat16()))
     assert scorer.follows_trees
-    trees = [token_tree([(1, 2, 3, 4), (1, 2, 9), (5, 6)]), token_tree([(8,), (8, 9)])]
-    for a, b in zip(batch_states(scorer.backbone, trees, 0), row_states(scorer.backbone, trees), strict=True):
-        torch.testing.assert_close(a, b, atol=0.1, rtol=0.05)
+    for groups in GROUPS.values():
+        for found, expected in zip(shared_hidden(scorer, groups), separately(scorer, groups), strict=True):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, atol=0.1, rtol=0.05)
+
+
+def test_separate_passes_are_taken_where_little_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 20 tokens in all; a shared beginning of one token saves 1 of 20, of ten tokens 10 of 20.
+    taken: list[int] = []
+    usual = shared_prefix.tree_states
+    monkeypatch.setattr(shared_prefix, "tree_states", lambda b, trees: taken.append(len(trees)) or usual(b, trees))
+    scorer = Scorer(tiny_model())
+    shared_hidden(scorer, [[((3, *[4] * 9), (1,)), ((3, *[5] * 9), (1,))]])
+    assert taken == []
+    shared_hidden(scorer, [[((4,) * 10, (1,)), ((4,) * 10, (2,))]])
+    assert taken == [1]

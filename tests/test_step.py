@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -102,6 +103,32 @@ def test_per_token_meters_come_back_row_by_row(size: int) -> None:
     assert meters.loss == pytest.approx(mean, rel=1e-5)
     confidence = sum(sum(map(math.exp, row)) / len(row) for row in meters.tokens["logprob"]) / len(ROWS)
     assert meters.means["confidence"] == pytest.approx(confidence, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(size: int) -> None:
+    answers = [(12,), (3, 4), (5,), (), (6, 7, 8)]
+    asked = [dataclasses.replace(row, answer=answer) for row, answer in zip(ROWS, answers, strict=True)]
+    plain, measured = tiny_model(), tiny_model()
+    without = distilled(plain, size)
+    teacher, objective = Teacher(measured.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
+    how = {"reduction": "sequence", "micro_batch_size": size, "chunk_tokens": 4}
+    meters = distill(Scorer(measured), teacher, asked, objective, **how)  # type: ignore[arg-type]
+    means = []
+    for row, found in zip(asked, meters.answers, strict=True):
+        assert len(found) == len(row.answer)
+        if row.answer:
+            n, ids = len(row.answer), torch.tensor([[*row.teacher_context, *row.answer]])
+            with torch.no_grad():
+                log_p = tiny_model().model(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1)
+            own = log_p.gather(-1, torch.tensor(row.answer)[:, None]).squeeze(-1)
+            assert found == pytest.approx(own.tolist(), rel=1e-4)
+            means.append(own.mean().item())
+    assert meters.grounding == pytest.approx(sum(means) / 4, rel=1e-4)
+    assert without.grounding is None
+    assert meters.loss == pytest.approx(without.loss, rel=1e-5)
+    for a, b in zip(gradients(plain), gradients(measured), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:

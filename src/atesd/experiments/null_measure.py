@@ -9,7 +9,6 @@ from statistics import fmean
 import torch
 
 from atesd.experiments.null_test import MeasuredBatch, MeasuredRatio
-from atesd.models.score import completion_logprobs
 from atesd.records import Problem
 from atesd.train.batches import Batch, draw_batch, teacher_view
 from atesd.train.loop import objective
@@ -32,7 +31,9 @@ def measure(parts: Parts, batches: int, ratios: Sequence[float] = GRID) -> list[
 def _at_ratio(parts: Parts, batch: Batch, reveal_ratio: float) -> MeasuredBatch:
     config = parts.config
     contexts = [_context(parts, problem, reveal_ratio) for problem in batch.problems]
-    rows = [replace(row, teacher_context=context) for row, context in zip(batch.rows, contexts, strict=True)]
+    answers = [parts.encoder.completion(f"\\boxed{{{problem.answer}}}")[:-1] for problem in batch.problems]
+    seen = zip(batch.rows, contexts, answers, strict=True)
+    rows = [replace(row, teacher_context=context, answer=answer) for row, context, answer in seen]
     meters = distill(
         parts.scorer,
         parts.teacher,
@@ -40,21 +41,15 @@ def _at_ratio(parts: Parts, batch: Batch, reveal_ratio: float) -> MeasuredBatch:
         objective(config),
         reduction=config.loss.reduction,
         micro_batch_size=config.train.micro_batch_size,
+        micro_batch_tokens=config.train.micro_batch_tokens,
         chunk_tokens=config.loss.chunk_tokens,
     )
-    answers = [parts.encoder.completion(f"\\boxed{{{problem.answer}}}")[:-1] for problem in batch.problems]
-    with parts.teacher.weights():
-        logprobs = completion_logprobs(
-            parts.scorer,
-            list(zip(contexts, answers, strict=True)),
-            micro_batch_size=config.train.micro_batch_size,
-        )
     graded = zip(batch.problems, batch.verdicts, strict=True)
     return MeasuredBatch(
         loss=meters.loss,
         kl=meters.means["kl"],
         top1_disagreement=meters.means["top1_disagreement"],
-        grounding=fmean(float(row.mean()) for row in logprobs),
+        grounding=fmean(fmean(answer) for answer in meters.answers),
         student_confidence=meters.means["confidence"],
         train_success=tuple((p.difficulty, float(v == "correct")) for p, v in graded if v is not None),
     )

@@ -58,15 +58,10 @@ class Scorer:
         """The model without its head."""
         return self._backbone
 
-    @property
-    def pad_id(self) -> int:
-        """The id that fills rows up; what it is makes no difference."""
-        return self._loaded.pad_id
-
     @cached_property
     def follows_trees(self) -> bool:
         """Whether a pass over a tree of tokens gives the hidden states of separate passes (tried once)."""
-        return self.takes_head_apart and follows_trees(self._backbone, self.pad_id)
+        return self.takes_head_apart and follows_trees(self._backbone)
 
     def head(self) -> Head:
         """The head as it stands now; its tensors are those of the model at this moment.
@@ -174,16 +169,29 @@ def completion_logprobs(
         for indices in micro_batches([pair_length(pair) for pair in some], micro_batch_size, micro_batch_tokens):
             batch = [some[i] for i in indices]
             hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
-            ones = torch.ones(len(tokens), device=hidden.device)
-            _, meters = fused_likelihood(hidden, head, tokens, ones, temperature=temperature, chunk_tokens=chunk_tokens)
-            rows = torch.split(meters["logprob"], [len(completion) for _, completion in batch])
-            found.update(zip(indices, rows, strict=True))
+            own = hidden_logprobs(head, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens)
+            found.update(zip(indices, torch.split(own, [len(completion) for _, completion in batch]), strict=True))
         return [found[i] for i in range(len(some))]
 
     if scorer.ranks.size == 1:
         return score(pairs)
     told = scorer.ranks.spread(pairs, lambda mine: [row.tolist() for row in score(mine)])
     return [torch.tensor(row, device=scorer.device) for row in told]
+
+
+def hidden_logprobs(
+    head: Head,
+    hidden: Float[Tensor, "N F"],
+    tokens: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, " N"]:
+    """Log-probability in nats of each token, given the hidden state that predicts it; logits of a chunk at a time."""
+    ones = torch.ones(len(tokens), device=hidden.device)
+    return fused_likelihood(hidden, head, tokens, ones, temperature=temperature, chunk_tokens=chunk_tokens)[1][
+        "logprob"
+    ]
 
 
 def completion_tokens(pairs: Sequence[Pair], device: torch.device) -> Int[Tensor, " N"]:

@@ -14,10 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atesd.models.score import Pair, Scorer, micro_batches, pair_length
-from atesd.models.token_tree import TokenTree, batch_states, row_states, takes_masks, token_tree
-
-LONGEST_DENSE = 128
-"""Tokens up to which a tree is scored under a dense mask: one kernel for all trees, but it visits every pair."""
+from atesd.models.token_tree import TokenTree, token_tree, tree_states
 
 LEAST_SAVING = 0.1
 """Share of the tokens that has to be saved; below it nothing is gained over separate passes."""
@@ -30,7 +27,7 @@ def shared_hidden(
     """What `Scorer.hidden` gives for each pair, without gradient: [completion length, F] by group and pair.
 
     The pairs of a group may share prefixes; groups share nothing with each other. Whole groups go through the model
-    together, up to `tokens_per_pass` tokens, padding included. Falls back on separate passes where little is shared, or
+    together, up to `tokens_per_pass` tokens. Falls back on separate passes where little is shared, or
     where the model does not give a tree the hidden states of separate passes (`Scorer.follows_trees`).
 
     Raises `ValueError` for an empty context or completion.
@@ -43,7 +40,7 @@ def shared_hidden(
     apart = sum(pair_length(pair) for group in groups for pair in group)
     if sum(len(tree.ids) for tree in trees) > (1 - LEAST_SAVING) * apart:
         return _separate(scorer, groups, tokens_per_pass)
-    states = iter(_states(scorer, trees, tokens_per_pass))
+    states = _states(scorer, trees, tokens_per_pass)
     grown = iter(trees)
     return [_at_completions(group, next(grown), next(states)) if group else [] for group in groups]
 
@@ -54,35 +51,23 @@ def _at_completions(group: Sequence[Pair], tree: TokenTree, states: Tensor) -> l
     return list(torch.split(states[list(chain(*places))], [len(completion) for _, completion in group]))
 
 
-def _states(scorer: Scorer, trees: Sequence[TokenTree], budget: int) -> list[Tensor]:
-    """The states of each tree: short ones padded to a batch, long ones laid end to end."""
-    lengths = [len(tree.ids) for tree in trees]
-    by_length = sorted(range(len(trees)), key=lambda i: lengths[i])
-    dense = [i for i in by_length if lengths[i] <= LONGEST_DENSE and takes_masks(scorer.backbone.config)]
-    rows = by_length[len(dense) :]
-    found: dict[int, Tensor] = {}
-    for batch in micro_batches([lengths[i] for i in dense], len(dense), budget):
-        taken = [dense[i] for i in batch]
-        states = batch_states(scorer.backbone, [trees[i] for i in taken], scorer.pad_id)
-        found.update(zip(taken, states, strict=True))
-    for row in _filled([lengths[i] for i in rows], budget):
-        taken = [rows[i] for i in row]
-        found.update(zip(taken, row_states(scorer.backbone, [trees[i] for i in taken]), strict=True))
-    return [found[i] for i in range(len(trees))]
+def _states(scorer: Scorer, trees: Sequence[TokenTree], budget: int) -> Iterator[Tensor]:
+    """The states of each tree, as many trees at a time as fit."""
+    for some in _filled(trees, budget):
+        yield from tree_states(scorer.backbone, some)
 
 
-def _filled(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Consecutive indices whose lengths sum up to at most `budget`, at least one."""
-    batch: list[int] = []
+def _filled(trees: Sequence[TokenTree], budget: int) -> Iterator[list[TokenTree]]:
+    """Consecutive trees whose tokens add up to at most `budget`, at least one."""
+    some: list[TokenTree] = []
     room = budget
-    for i, length in enumerate(lengths):
-        if batch and length > room:
-            yield batch
-            batch, room = [], budget
-        batch.append(i)
-        room -= length
-    if batch:
-        yield batch
+    for tree in trees:
+        if some and len(tree.ids) > room:
+            yield some
+            some, room = [], budget
+        some.append(tree)
+        room -= len(tree.ids)
+    yield some
 
 
 def _separate(scorer: Scorer, groups: Sequence[Sequence[Pair]], budget: int) -> list[list[Tensor]]:

@@ -1,9 +1,9 @@
 """Sequences that begin alike as a tree of token ids, and a causal model's forward over it: every token computed once.
 
 A token attends to its ancestors and to itself, at the position that it has in its own sequence, so that its hidden
-state is the one of a pass over that sequence alone. Two forms give the same numbers: a batch of trees under a dense
-mask, for short ones, and trees laid end to end with the attention worked out branch by branch, which never visits what
-a token cannot see.
+state is the one of a pass over that sequence alone. Trees lie end to end in one row, without padding; what treats each
+token by itself treats them together, and attention is worked out branch by branch, so that nothing is visited that a
+token cannot see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -80,38 +81,14 @@ def common_prefix(one: Sequence[int] | np.ndarray[Any, Any], other: Sequence[int
     return int(differ.argmax()) if differ.any() else length
 
 
-def batch_states(backbone: Any, trees: Sequence[TokenTree], pad_id: int) -> list[Float[Tensor, "N F"]]:
-    """The last hidden state at every place of each tree: one row per tree, under a mask of [longest, longest]."""
-    device, longest = backbone.device, max(len(tree.ids) for tree in trees)
-    ids = torch.full((len(trees), longest), pad_id)
-    positions = torch.zeros(len(trees), longest, dtype=torch.long)
-    seen = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself: no row may be empty
-    for row, tree in enumerate(trees):
-        ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
-        positions[row, : len(tree.ids)] = torch.tensor(tree.positions)
-        for *above, (start, stop) in tree.branches:
-            seen[row, start:stop, start:stop] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
-            for first, end in above:
-                seen[row, start:stop, first:end] = True
-    mask = torch.zeros(seen.shape, dtype=backbone.dtype).masked_fill(~seen, torch.finfo(backbone.dtype).min)
-    states: Tensor = backbone(
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        attention_mask=mask[:, None].to(device),
-        use_cache=False,
-    ).last_hidden_state
-    return [state[: len(tree.ids)] for state, tree in zip(states, trees, strict=True)]
-
-
-def row_states(backbone: Any, trees: Sequence[TokenTree]) -> list[Float[Tensor, "N F"]]:
-    """The last hidden state at every place of each tree: all trees in one row without padding, branch by branch."""
+def tree_states(backbone: Any, trees: Sequence[TokenTree]) -> list[Float[Tensor, "N F"]]:
+    """The last hidden state at every place of each tree, all trees in one row."""
     device = backbone.device
     starts = np.cumsum([0, *(len(tree.ids) for tree in trees)]).tolist()
     branches = [
-        _Branch(_joined([(start + offset, stop + offset) for start, stop in runs[:-1]]), shifted, device)
+        _Branch([(start + offset, stop + offset) for start, stop in runs])
         for tree, offset in zip(trees, starts, strict=False)
         for runs in tree.branches
-        for shifted in [(runs[-1][0] + offset, runs[-1][1] + offset)]
     ]
     with _attention(backbone.config, branches):
         states: Tensor = backbone(
@@ -123,13 +100,8 @@ def row_states(backbone: Any, trees: Sequence[TokenTree]) -> list[Float[Tensor, 
     return [states[start:stop] for start, stop in pairwise(starts)]
 
 
-def takes_masks(config: PreTrainedConfig) -> bool:
-    """Whether the model's own attention reads a mask of four dimensions, which `batch_states` needs."""
-    return config._attn_implementation in ("sdpa", "eager")
-
-
 @torch.no_grad()
-def follows_trees(backbone: Any, pad_id: int) -> bool:
+def follows_trees(backbone: Any) -> bool:
     """Whether passes over a tree give this model's own hidden states, as a few tokens show.
 
     False without trying where a few tokens cannot show it: windows, recurrent layers, frequencies that depend on the
@@ -145,26 +117,23 @@ def follows_trees(backbone: Any, pad_id: int) -> bool:
     other[6:] = [(token + 3) % config.vocab_size for token in other[6:9]]
     tree = token_tree([one, other, third, one[:4]])
     try:
-        tried = [row_states(backbone, [tree])[0]]
-        if takes_masks(config):
-            tried += batch_states(backbone, [tree], pad_id)
-    except (ValueError, TypeError, RuntimeError):  # an attention of its own, which takes neither
+        states = tree_states(backbone, [tree])[0]
+    except (ValueError, TypeError, RuntimeError):  # an attention of its own
         return False
     places = [place for sequence in range(3) for place in tree.places(sequence)]
     alone = [torch.tensor([sequence], device=backbone.device) for sequence in (one, other, third)]
     own = torch.cat([backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in alone])
     near = 1e-4 if torch.finfo(own.dtype).eps < 1e-5 else 2e-2
-    return all(bool((states[places] - own).norm() <= near * own.norm()) for states in tried)
+    return bool((states[places] - own).norm() <= near * own.norm())
 
 
 class _Branch:
-    """A run of queries, what lies before it, and the mask over both (None: nothing lies before, plainly causal)."""
+    """A run of queries, and the runs that they see, the last of which is their own."""
 
-    def __init__(self, above: Sequence[Run], own: Run, device: torch.device) -> None:
-        self.own, self.seen = own, _joined([*above, own])
-        queries, keys = own[1] - own[0], sum(stop - start for start, stop in self.seen)
-        causal = queries == keys
-        self.mask = None if causal else torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.own, self.seen = slice(*runs[-1]), _joined(runs)
+        queries, keys = runs[-1][1] - runs[-1][0], sum(stop - start for start, stop in runs)
+        self.mask = None if queries == keys else causal_lower_right(queries, keys)
 
 
 _branches: ContextVar[Sequence[_Branch]] = ContextVar("branches of the pass that is running")
@@ -200,7 +169,7 @@ def _attend(
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     out = [
         F.scaled_dot_product_attention(
-            query[:, :, slice(*branch.own)],
+            query[:, :, branch.own],
             _gather(key, branch.seen),
             _gather(value, branch.seen),
             attn_mask=branch.mask,

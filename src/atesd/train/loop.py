@@ -6,9 +6,9 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any, Literal, final
 
@@ -18,8 +18,7 @@ from atesd.config import Config
 from atesd.errors import ModelError, NonFiniteError, TrainingError
 from atesd.maths.divergence import Objective
 from atesd.models.load import save_model, trainable_parameters
-from atesd.models.score import completion_logprobs
-from atesd.records import Split, UpdateStats
+from atesd.records import Problem, Split, UpdateStats, View
 from atesd.runs import RowKind, RunFolder
 from atesd.train.batches import Batch, batch_at, draw_batch, group_of
 from atesd.train.card import write_model_card
@@ -27,7 +26,7 @@ from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_ch
 from atesd.train.optimiser import Optimiser, learning_rate
 from atesd.train.parts import Listener, Parts
 from atesd.train.rows import decision_row, finite_or_none, metrics_row, sample_rows, skipped_row
-from atesd.train.step import StepMeters, distill, maximise_likelihood
+from atesd.train.step import Row, StepMeters, distill, maximise_likelihood
 
 SKIPS_BEFORE_STOPPING = 3
 
@@ -97,10 +96,13 @@ class Trainer:
         batch = draw_batch(parts, update)
         self._require_one_controller(update, batch)
         watch.lap("sample")
+        rows = batch.rows
         if "grounding" in wanted:
-            probed["grounding"] = self._grounding(batch)
-            watch.lap("control")
-        meters = self._backward(batch)
+            shown = zip(batch.rows, batch.problems, batch.views, strict=True)
+            rows = [self._with_answer(*row) for row in shown]
+        watch.lap("control")
+        meters = self._backward(rows)
+        probed["grounding"] = meters.grounding
         self._ranks.sum_gradients(self._parameters.values())
         watch.lap("step")
         grad_norm, taken = self._optimiser.step(update, meters.loss)
@@ -186,7 +188,7 @@ class Trainer:
         """A hash of the sum of every trained tensor: cheap, and it differs as soon as the ranks' weights do."""
         return digest([parameter.detach().sum(dtype=torch.float64) for parameter in self._parameters.values()])
 
-    def _backward(self, batch: Batch) -> StepMeters:
+    def _backward(self, rows: Sequence[Row]) -> StepMeters:
         parts, config = self.parts, self.parts.config
         cut: dict[str, Any] = {
             "reduction": config.loss.reduction,
@@ -195,27 +197,15 @@ class Trainer:
             "chunk_tokens": config.loss.chunk_tokens,
         }
         if config.train.method == "distill":
-            return distill(parts.scorer, parts.teacher, batch.rows, objective(config), **cut)
+            return distill(parts.scorer, parts.teacher, rows, objective(config), **cut)
         temperature = 1.0 if config.train.method == "sft" else config.loss_temperature
-        return maximise_likelihood(parts.scorer, batch.rows, temperature=temperature, **cut)
+        return maximise_likelihood(parts.scorer, rows, temperature=temperature, **cut)
 
-    def _grounding(self, batch: Batch) -> float:
-        """g_t: mean log-probability per token, under the teacher's view, of the answer (paper) or the withheld part."""
-        parts = self.parts
-        pairs = []
-        for problem, view, row in zip(batch.problems, batch.views, batch.rows, strict=True):
-            withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
-            answer = f"\\boxed{{{problem.answer}}}"
-            text = answer if parts.config.credit.grounding == "answer" else withheld
-            pairs.append((row.teacher_context, parts.encoder.completion(text)[:-1]))  # the end token is no answer
-        with parts.teacher.weights():
-            logprobs = completion_logprobs(
-                parts.scorer,
-                pairs,
-                micro_batch_size=parts.config.train.micro_batch_size,
-                micro_batch_tokens=parts.config.train.micro_batch_tokens,
-            )
-        return statistics.fmean(float(row.mean()) for row in logprobs)
+    def _with_answer(self, row: Row, problem: Problem, view: View) -> Row:
+        """The row with what g_t is measured on, under the teacher's view: the answer (paper) or the withheld part."""
+        withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
+        text = f"\\boxed{{{problem.answer}}}" if self.parts.config.credit.grounding == "answer" else withheld
+        return replace(row, answer=self.parts.encoder.completion(text)[:-1])  # the end token is no answer
 
     def _guard(self, update: int, batch: Batch | None, meters: StepMeters | None, row: dict[str, Any]) -> None:
         """Count and keep a skipped update; stop after three in a row."""

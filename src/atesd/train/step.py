@@ -8,6 +8,7 @@ nor the number of ranks: each backpropagates its share of the rows, and the call
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import fused_divergence, fused_likelihood
+from atesd.maths.head import Head
 from atesd.models.ranks import in_order
-from atesd.models.score import Pair, Scorer, completion_tokens, micro_batches, pair_length
+from atesd.models.score import Pair, Scorer, completion_tokens, hidden_logprobs, micro_batches, pair_length
+from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 
 
@@ -26,13 +29,15 @@ from atesd.models.teacher import Teacher
 class Row:
     """One row of an optimiser step: a completion under the student's context and, to distil, under the teacher's.
 
-    `scale` multiplies the row's weight: the advantage in GRPO, else 1.
+    `scale` multiplies the row's weight: the advantage in GRPO, else 1. `answer` is a second completion, only measured:
+    the teacher reads it in the pass in which it reads the first, after the context that both share.
     """
 
     context: tuple[int, ...]
     completion: tuple[int, ...]
     teacher_context: tuple[int, ...] = ()
     scale: float = 1.0
+    answer: tuple[int, ...] = ()
 
     @property
     def student_pair(self) -> Pair:
@@ -54,13 +59,21 @@ class Row:
 class StepMeters:
     """What one step measured, on all ranks. `means` are weighted as the loss is, `tokens` is per meter, row and token.
 
-    `seconds` are those of this rank alone.
+    `answers` is the log-probability under the teacher, in nats, of each token of each row's answer (a row
+    without one: empty). `seconds` are those of this rank alone.
     """
 
     loss: float
     means: dict[str, float]
     tokens: dict[str, list[list[float]]]
+    answers: list[list[float]]
     seconds: dict[str, float] = field(compare=False)
+
+    @property
+    def grounding(self) -> float | None:
+        """g_t: each answer's mean log-probability per token, over the rows that have one; None if none has, nats."""
+        means = [statistics.fmean(answer) for answer in self.answers if answer]
+        return statistics.fmean(means) if means else None
 
 
 def token_weights(rows: Sequence[Row], reduction: str) -> list[float]:
@@ -87,20 +100,36 @@ def distill(
     loss = mean over rollouts of 1/|y| sum_n D(teacher(. | view, y_<n) || student(. | x, y_<n)) (ATESD, OPSD).
     """
 
-    def loss_of(batch: Sequence[Row], tokens: Tensor) -> tuple[WeightedLoss, float]:
+    def loss_of(batch: Sequence[Row], tokens: Tensor) -> Prepared:
         started = clock(scorer.device)
         with teacher.weights():
-            hidden, head = scorer.hidden([row.teacher_pair for row in batch]), scorer.head()
+            head = scorer.head()
+            hidden, answers = _read(scorer, head, batch)
         seconds = clock(scorer.device) - started
 
         def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             sides = student, scorer.head(), hidden, head
             return fused_divergence(objective, *sides, tokens, weights, chunk_tokens=chunk_tokens)
 
-        return weighted_loss, seconds
+        return Prepared(weighted_loss, seconds, answers)
 
     cut = _by_length(micro_batch_size, micro_batch_tokens)
     return _accumulate(scorer, rows, loss_of, reduction, cut)
+
+
+def _read(scorer: Scorer, head: Head, rows: Sequence[Row]) -> tuple[Tensor, list[list[float]]]:
+    """The hidden states that predict the completions under the teacher's context, and the answers' log-probabilities.
+
+    A row with an answer is a tree, whose context is computed once for both.
+    """
+    answers = [[(row.teacher_context, row.answer)] if row.answer else [] for row in rows]
+    if not any(answers):
+        return scorer.hidden([row.teacher_pair for row in rows]), [[] for _ in rows]
+    states = shared_hidden(scorer, [[row.teacher_pair, *more] for row, more in zip(rows, answers, strict=True)])
+    tokens = completion_tokens([pair for more in answers for pair in more], scorer.device)
+    logprobs = hidden_logprobs(head, torch.cat([state for _, *more in states for state in more]), tokens)
+    split = torch.split(logprobs, [len(row.answer) for row in rows])
+    return torch.cat([completion for completion, *_ in states]), [own.tolist() for own in split]
 
 
 def maximise_likelihood(
@@ -119,13 +148,13 @@ def maximise_likelihood(
     so that this is its exact gradient, without the KL term.
     """
 
-    def loss_of(_: Sequence[Row], tokens: Tensor) -> tuple[WeightedLoss, float]:
+    def loss_of(batch: Sequence[Row], tokens: Tensor) -> Prepared:
         def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused_likelihood(
                 student, scorer.head(), tokens, weights, temperature=temperature, chunk_tokens=chunk_tokens
             )
 
-        return weighted_loss, 0.0
+        return Prepared(weighted_loss, 0.0, [[] for _ in batch])
 
     cut = _by_length(micro_batch_size, micro_batch_tokens)
     return _accumulate(scorer, rows, loss_of, reduction, cut)
@@ -134,9 +163,18 @@ def maximise_likelihood(
 WeightedLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(student's hidden states, weight of each token) to the loss and its meters per token."""
 
-LossOf = Callable[[Sequence[Row], Tensor], tuple[WeightedLoss, float]]
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The loss of a micro-batch, the seconds its teacher took, and what the teacher thinks of the rows' answers."""
+
+    loss: WeightedLoss
+    seconds: float
+    answers: list[list[float]]
 
 
+LossOf = Callable[[Sequence[Row], Tensor], Prepared]
+_ANSWER = "answer_logprob"
 Cut = Callable[[Sequence[Row]], list[list[int]]]
 """Rows to the places of those that go through the model together."""
 
@@ -156,9 +194,10 @@ def _accumulate(scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction:
 
     losses, tokens = zip(*scorer.ranks.gather(own_share), strict=True)
     tokens_of = {name: in_order([part.get(name, []) for part in tokens]) for name in tokens[0]}
+    answers = tokens_of.pop(_ANSWER, [])
     means = {name: _weighted_mean(values, weights) for name, values in tokens_of.items()}
     means["confidence"] = _weighted_mean([torch.tensor(row).exp().tolist() for row in tokens_of["logprob"]], weights)
-    return StepMeters(sum(losses), means, tokens_of, seconds)
+    return StepMeters(sum(losses), means, tokens_of, answers, seconds)
 
 
 def _backpropagate(
@@ -169,13 +208,16 @@ def _backpropagate(
     cut: Cut,
     seconds: dict[str, float],
 ) -> tuple[float, dict[str, list[list[float]]]]:
-    """Accumulate the gradient of these rows. Returns their part of the loss, and each meter per row and token."""
+    """Accumulate the gradient of these rows. Returns their part of the loss, and each meter per row and token.
+
+    Among the meters are the log-probabilities of the answers, whose tokens are not those of the completions.
+    """
     loss = torch.zeros((), dtype=torch.float64, device=scorer.device)
     tokens_of: dict[str, dict[int, list[float]]] = {}
     for indices in cut(rows):
         batch = [rows[i] for i in indices]
         tokens = completion_tokens([row.student_pair for row in batch], scorer.device)
-        weighted_loss, teacher_seconds = loss_of(batch, tokens)
+        prepared = loss_of(batch, tokens)
         begun = clock(scorer.device)
         hidden = scorer.hidden([row.student_pair for row in batch])
         scored = clock(scorer.device)
@@ -184,14 +226,15 @@ def _backpropagate(
         per_token = torch.tensor(
             [s for s, n in zip(scales, lengths, strict=True) for _ in range(n)], device=hidden.device
         )
-        part, meters = weighted_loss(hidden, per_token)
+        part, meters = prepared.loss(hidden, per_token)
         if part.requires_grad:
             part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
         for name, values in meters.items():
             split = [row.tolist() for row in torch.split(values.float(), lengths)]
             tokens_of.setdefault(name, {}).update(zip(indices, split, strict=True))
-        seconds["teacher"] += teacher_seconds
+        tokens_of.setdefault(_ANSWER, {}).update(zip(indices, prepared.answers, strict=True))
+        seconds["teacher"] += prepared.seconds
         seconds["student"] += scored - begun
         seconds["loss_backward"] += clock(scorer.device) - scored
     return float(loss), {name: [found[i] for i in range(len(rows))] for name, found in tokens_of.items()}
