@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -254,6 +256,39 @@ def test_bfloat16_inputs_keep_a_small_divergence(divergence: str, other_memory: 
 def test_chunks_fit_the_byte_budget_but_are_not_too_small_for_a_matrix_product() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert chunk_size(151_936, cpu) == 256
-    assert chunk_size(32_768, cpu) == 512  # 64 MiB / (4 B x 32,768)
+    assert chunk_size(4096, cpu) == 1792  # 28 MiB / (4 B x 4,096)
     assert chunk_size(151_936, cuda) == 640  # 384 MiB / (4 B x 151,936) = 662, down to a multiple of 64
     assert chunk_size(40, cpu, 7) == 7
+
+
+COMPILED = """
+import torch
+from atesd.maths.closed_forms import divergence_rows, likelihood_rows
+from atesd.maths.divergence import Objective
+from atesd.maths.fused import _compiled
+from atesd.maths.head import Head
+
+def both(function, *arguments):
+    for n in (6, 9):
+        matrices = [torch.randn(n, 513) for _ in range(1 + (function is divergence_rows))]
+        found = []
+        for this in (function, _compiled(function)):
+            copies = [m.clone() for m in matrices]
+            meters = this(*arguments, *copies, torch.arange(n), torch.linspace(0.1, 1, n))
+            found.append((copies[0], meters))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+torch.manual_seed(0)
+with torch.no_grad():
+    capped, plain = Head(None, torch.randn(513), 0.7, 3.0), Head(None)
+    both(divergence_rows, Objective("forward_kl", "per_token", 0.3, 0.7), plain, plain, True)
+    both(divergence_rows, Objective("jensen_shannon", "per_entry", 0.02, 1.0, 0.3), capped, plain, False)
+    both(likelihood_rows, capped, 0.7)
+"""
+
+
+@pytest.mark.slow
+def test_the_compiled_rows_equal_the_plain_ones() -> None:
+    # As on CUDA; in a process of its own, without the shape checks that the tests put on every function.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -40,7 +40,8 @@ def divergence_rows(
     """The meters of `Objective` and `loss`, for some rows; with weights, their slope is written over `student`.
 
     `student` and `teacher` hold projections, before bias, scale, soft cap and temperature; in the gap form `teacher` is
-    the teacher's less the student's. The slope is that of weights[n] D_n in the student's projection.
+    the teacher's less the student's, and is overwritten. The slope is that of weights[n] D_n in the student's
+    projection.
     """
     u_q = _logits(student, student_head, objective.temperature)
     if gap_form:
@@ -56,23 +57,24 @@ def divergence_rows(
     meters = {
         "logprob": (log_q.gather(-1, tokens[:, None]) - norm_q).squeeze(-1),
         "top1_disagreement": 1 - agree.to(u_q.dtype),
-        "teacher_entropy": norm_p.squeeze(-1) - (p * log_p).sum(-1),
-        "student_entropy": norm_q.squeeze(-1) - (q * log_q).sum(-1),
+        "teacher_entropy": norm_p.squeeze(-1) - log_p.mul_(p).sum(-1),
+        "student_entropy": norm_q.squeeze(-1) - log_q.mul_(q).sum(-1),
     }
-    ratio = gap - ((top_p - top_q) + (norm_p - norm_q))
+    ratio = gap.sub_((top_p - top_q) + (norm_p - norm_q))
     decay = ratio.abs().neg_().expm1_()
     sign = ratio.sign()
     larger = torch.maximum(p, q)
-    excess = larger * decay * sign
-    q = larger + excess.clamp(max=0)  # p and q anew, from one of them and their ratio: their own roundings differ
+    excess = (larger * decay).mul_(sign)
+    q = larger.add_(excess.clamp(max=0))  # p and q anew, from one of them and their ratio: their own roundings differ
     p = q - excess
     kl = torch.addcmul(excess, p, ratio).sum(-1)
-    raw, entries, pull, slope = _terms(objective, p, q, ratio, sign, decay, excess, kl)
+    raw, slope, terms = _terms(objective, p, q, ratio, sign, decay, excess, kl)
     loss, factor, reversed_mass = raw, weights, torch.zeros_like(raw)
     if objective.clip == "per_token":
         keep = objective.threshold / raw.clamp(min=objective.threshold)
         loss, factor = raw * keep, None if weights is None else weights * keep
-    elif objective.clip == "per_entry":
+    elif terms is not None:
+        entries, pull = terms
         over = entries > objective.threshold
         cut = pull * over
         clipped_slope = slope - torch.addcmul(cut, q, cut.sum(-1, keepdim=True), value=-1)
@@ -95,25 +97,28 @@ def _terms(
     decay: Tensor,
     excess: Tensor,
     kl: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(divergence [n], its entries, d entry_v / d log q_v, d divergence / d logits): the rest [n, V].
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Divergence [n], its slope in the logits [n, V] and, where entries are clipped, (entries, their pulls), [n, V].
 
-    An entry depends on the logits through its own log q_v alone, so that d/du = pull - q sum(pull).
+    An entry depends on the logits through its own log q_v alone; with pull_v its derivative the slope is pull - q
+    sum(pull).
     """
+    by_entry = objective.clip == "per_entry"
     if objective.divergence == "forward_kl":
         centred = torch.addcmul(excess, p, excess.sum(-1, keepdim=True), value=-1)
-        return kl, p * ratio, -p, centred
+        return kl, centred, (p * ratio, -p) if by_entry else None
     if objective.divergence == "reverse_kl":
         entries = -q * ratio
         slope = torch.addcmul(entries, q, entries.sum(-1, keepdim=True), value=-1)
-        return (entries - excess).sum(-1), entries, entries + q, slope
+        return (entries - excess).sum(-1), slope, (entries, entries + q) if by_entry else None
     # log max(p, q)/m = -log(1 + c (exp(-|r|) - 1)), c the other one's share of m; log q/m from it, never overflowing
     w = objective.jsd_weight
     share = 0.5 if w == 0.5 else 0.5 - (w - 0.5) * sign
-    log_q_to_mixture = -(decay * share).log1p_() - ratio.clamp(min=0)
-    entries = torch.addcmul(w * p * ratio, torch.add(q, excess, alpha=-w), log_q_to_mixture)
-    pull = (1 - w) * q * log_q_to_mixture
-    return entries.sum(-1), entries, pull, torch.addcmul(pull, q, pull.sum(-1, keepdim=True), value=-1)
+    log_q_to_mixture = (decay * share).log1p_().add_(ratio.clamp(min=0)).neg_()
+    entries = (w * p).mul_(ratio).addcmul_(torch.add(q, excess, alpha=-w), log_q_to_mixture)
+    pull = log_q_to_mixture.mul_(q).mul_(1 - w)
+    slope = torch.addcmul(pull, q, pull.sum(-1, keepdim=True), value=-1)
+    return entries.sum(-1), slope, (entries, pull) if by_entry else None
 
 
 def _reversed_share(clipped: Tensor, unclipped: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ def likelihood_rows(head: Head, temperature: float, student: Tensor, tokens: Ten
 
 
 def _logits(projection: Tensor, head: Head, temperature: float) -> Tensor:
-    """Bias, scale, soft cap and temperature on hidden W^T."""
+    """Bias, scale, soft cap and temperature on hidden W^T; may be the very tensor."""
     biased = projection if head.bias is None else projection + head.bias.to(projection.dtype)
     if head.soft_cap is not None:
         return (biased * (head.scale / head.soft_cap)).tanh_() * (head.soft_cap / temperature)
