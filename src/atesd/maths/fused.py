@@ -316,10 +316,15 @@ def _a_few_rows_at_a_time(rows: Rows, matrices: list[Tensor], tokens: Tensor, we
     _keep_freed_memory()
     if count <= size:
         return rows(*matrices, tokens, weights)
-    blocks = [slice(start, start + size) for start in range(0, count, size)]
-    return _joined(
-        [rows(*(m[b] for m in matrices), tokens[b], None if weights is None else weights[b]) for b in blocks]
-    )
+    found: Meters = {}
+    for start in range(0, count, size):
+        block = slice(start, start + size)
+        meters = rows(*(m[block] for m in matrices), tokens[block], None if weights is None else weights[block])
+        # Copied: kept as they are, such small tensors would stop the memory around them from being used again.
+        found = found or {name: values.new_empty(count) for name, values in meters.items()}
+        for name, values in meters.items():
+            found[name][block] = values
+    return found
 
 
 @lru_cache(maxsize=1)
