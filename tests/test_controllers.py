@@ -199,6 +199,12 @@ def test_a_controller_has_a_name_in_every_table(exposure, name):
     assert method_name(config_from_mapping({"exposure": exposure})) == name
 
 
+def test_a_signal_that_is_not_the_presets_own_is_named():
+    assert (
+        method_name(config("learned", credit={"progress_signal": "probe_gain"})) == "ATESD (sound credit, probe_gain)"
+    )
+
+
 @pytest.mark.parametrize("kind", ["bandit", "per_problem"])
 def test_a_run_cut_after_an_update_goes_on_to_the_same_end(kind, tmp_path: Path):
     settings = quick(f"exposure.kind={kind}", "credit.progress_signal=probe_gain")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atesd.config import Config
+from atesd.config import CREDIT_PRESETS, Config
 
 
 def method_name(config: Config) -> str:
@@ -16,8 +16,8 @@ def method_name(config: Config) -> str:
         "random": "random ratio",
         "schedule": f"{exposure.schedule} schedule {exposure.schedule_start:g} to {exposure.schedule_end:g}",
         "replay": f"replay ({exposure.replay_order})",
-        "learned": f"ATESD ({config.credit.preset} credit)",
-        "bandit": f"bandit over {config.bandit.arms} ratios ({config.credit.preset} credit)",
+        "learned": f"ATESD ({_credit(config)})",
+        "bandit": f"bandit over {config.bandit.arms} ratios ({_credit(config)})",
         "setpoint": f"set-point on KL ({_target(config)})",
         "per_problem": "search " + exposure.granularity.replace("_", " "),
         "custom": f"custom ({exposure.factory})",
@@ -25,6 +25,13 @@ def method_name(config: Config) -> str:
     extras = [f"control: {exposure.control}"] if exposure.control != "off" else []
     extras += ["shuffled rewards"] if exposure.decides and config.credit.shuffle_rewards else []
     return ", ".join([words[exposure.kind], *extras])
+
+
+def _credit(config: Config) -> str:
+    """The preset of the reward, with the progress signal where it is not the preset's own."""
+    preset, signal = config.credit.preset, config.credit.progress_signal
+    own = signal == CREDIT_PRESETS[preset]["progress_signal"]
+    return f"{preset} credit" if own else f"{preset} credit, {signal}"
 
 
 def _target(config: Config) -> str:
