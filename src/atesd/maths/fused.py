@@ -35,7 +35,7 @@ Rows = Callable[..., Meters]
 
 CPU_LOGIT_BYTES = 28 << 20
 CUDA_LOGIT_BYTES = 3 << 27
-CPU_ROW_BYTES = 3 << 19
+CPU_ROW_BYTES = 1 << 20
 CUDA_ROW_BYTES = 1 << 26
 TILE_ENTRIES = 8192
 
