@@ -7,7 +7,6 @@ above what was resident before it. `python -m benchmarks.children MODULE:FUNCTIO
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -62,7 +61,6 @@ class Mark:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        gc.collect()
         if device == "cuda":
             import torch
 

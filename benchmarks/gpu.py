@@ -143,7 +143,6 @@ def _loss_case(shape: loss.Shape, divergence: loss.Divergence, settings: Setting
         except torch.OutOfMemoryError:
             absent[name] = "out of memory"
             del work[name]
-        gc.collect()
     rounds = in_turns(work, settings.rounds, device)
     return Case(f"loss, {loss.TITLES[divergence]}, {shape}, bfloat16", rounds, memory, peers_absent=absent)
 

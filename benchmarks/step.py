@@ -8,6 +8,7 @@ gradient from the same completions is what tests/test_peer_trl.py shows.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -180,6 +181,7 @@ class PeakOfSecondStep(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin to watch."""
+        gc.collect()
         self._mark = Mark("cpu")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -198,6 +200,7 @@ def measure_peak(device: str, variant: str, folder: str, work: dict[str, Any]) -
         return callback.found
     trainer = our_trainer(asked, Path(folder))
     trainer.update(0)
+    gc.collect()
     mark = Mark("cpu")
     trainer.update(1)
     return mark.rise()
