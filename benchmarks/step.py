@@ -64,7 +64,7 @@ class Work:
         )
 
 
-def config_of(folder: Path, rows: int, completion_tokens: int) -> Config:
+def config_of(folder: Path, rows: int, completion_tokens: int, rows_at_a_time: int = 8) -> Config:
     """Full exposure with TRL's wording, everything else by default."""
     return Config(
         model=ModelConfig(path=str(folder), device="cpu"),
@@ -75,19 +75,24 @@ def config_of(folder: Path, rows: int, completion_tokens: int) -> Config:
         exposure=ExposureConfig(kind="full"),
         loss=LossConfig(clip="none"),
         sampling=SamplingConfig(completion_tokens=completion_tokens),
-        train=TrainConfig(batch_size=rows, max_grad_norm=1.0, threads=1, evaluate_every=0),
+        train=TrainConfig(
+            batch_size=rows, micro_batch_size=rows_at_a_time, max_grad_norm=1.0, threads=1, evaluate_every=0
+        ),
     )
 
 
-def our_trainer(work: Work, folder: Path) -> Trainer:
+def our_trainer(work: Work, folder: Path, rows_at_a_time: int = 8) -> Trainer:
     """Our trainer on the model in `folder`; its completions never end before their limit."""
     problems = work.problems
-    parts = build(config_of(folder, work.rows, work.completion_tokens), ProblemSets(problems, (), problems[:1], ()))
+    parts = build(
+        config_of(folder, work.rows, work.completion_tokens, rows_at_a_time),
+        ProblemSets(problems, (), problems[:1], ()),
+    )
     endless = replace(parts.loaded, end_ids=frozenset({work.model.vocabulary}))
     return Trainer(replace(parts, loaded=endless), RunFolder(folder / "run", "benchmark"), Silent())
 
 
-def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback) -> None:
+def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback, rows_at_a_time: int) -> None:
     """TRL's trainer on the model in `folder`, with the same work."""
     from datasets import Dataset
 
@@ -111,8 +116,8 @@ def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback) -
             generation_kwargs={"min_new_tokens": work.completion_tokens},
             num_generations=1,
             shuffle_dataset=False,
-            per_device_train_batch_size=work.rows,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=rows_at_a_time,
+            gradient_accumulation_steps=work.rows // rows_at_a_time,
             gradient_checkpointing=False,
             max_steps=steps,
             learning_rate=5e-6,
@@ -190,20 +195,27 @@ class PeakOfSecondStep(TrainerCallback):
             self.found = self._mark.rise()
 
 
-def measure_peak(device: str, variant: str, folder: str, work: dict[str, Any]) -> int:
+def measure_peak(device: str, variant: str, rows_at_a_time: int, folder: str, work: dict[str, Any]) -> int:
     """Bytes by which the second step of a trainer rises above what was resident before it."""
     assert device == "cpu"
     asked = Work(**{**work, "model": ModelShape(**work["model"])})
     if variant == PEER:
         callback = PeakOfSecondStep()
-        train_trl(asked, Path(folder), 2, callback)
+        train_trl(asked, Path(folder), 2, callback, rows_at_a_time)
         return callback.found
-    trainer = our_trainer(asked, Path(folder))
+    trainer = our_trainer(asked, Path(folder), rows_at_a_time)
     trainer.update(0)
     gc.collect()
     mark = Mark("cpu")
     trainer.update(1)
     return mark.rise()
+
+
+def memory_variants(work: Work) -> list[tuple[str, str, int]]:
+    """Who, a name's end, and how many rows are backpropagated at a time: the timed ones, then both with fewer."""
+    few = max(1, work.rows // 8)
+    named = [(who, f", {few} rows at a time", few) for who in (PEER, OURS)]
+    return [(PEER, "", work.rows), (OURS, "", 8), *named]
 
 
 def run_case(work: Work, settings: Settings) -> tuple[Case, list[Goal]]:
@@ -212,9 +224,12 @@ def run_case(work: Work, settings: Settings) -> tuple[Case, list[Goal]]:
         folder = save_random(work.model, Path(name))
         trainer = our_trainer(work, folder)
         turns = Turns(lambda update: trainer.update(update)[2])
-        train_trl(work, folder, settings.rounds + 1, turns)
+        train_trl(work, folder, settings.rounds + 1, turns, work.rows)
         asked = {"folder": name, "work": asdict(work)}
-        memory = {variant: peak_of(measure_peak, settings, variant=variant, **asked) for variant in (PEER, OURS)}
+        memory = {
+            f"{variant}{words}": peak_of(measure_peak, settings, variant=variant, rows_at_a_time=rows, **asked)
+            for variant, words, rows in memory_variants(work)
+        }
     rounds = turns.rounds[1:]
     case = Case(f"step, {work}", rounds, memory, {"first loss": {k: v[0] for k, v in turns.losses.items()}})
     goals = [

@@ -89,7 +89,9 @@ def quantity(value: float) -> str:
 
 def cell(value: Any) -> str:
     """A figure of any kind."""
-    return "" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def update_docs(results: Path, docs: Path = DOCS) -> list[str]:
