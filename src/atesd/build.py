@@ -26,7 +26,7 @@ from atesd.data.world import WorldRenderer
 from atesd.errors import ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import evaluate_problems, is_looping
 from atesd.evaluate.probe_set import ProbeSet
-from atesd.models.load import load_model
+from atesd.models.load import LoadedModel, load_model, trainable_parameters
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import ALONE, Ranks, joined
 from atesd.models.sample import Sampler, engine_note, engine_of
@@ -35,8 +35,12 @@ from atesd.models.teacher import Teacher
 from atesd.records import Problem, Split, Verdict
 from atesd.runs import RunFolder, new_manifest
 from atesd.train.batches import rollout_sampler, teacher_view
+from atesd.train.lookahead import Lookahead
 from atesd.train.loop import Trainer, objective
 from atesd.train.parts import Listener, Parts
+from atesd.train.step import Gate
+from atesd.train.success import SuccessDirection
+from atesd.train.token_gate import AlignedGate, RandomGate, RankedGate
 
 
 @final
@@ -207,6 +211,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
             update=update,
         )
 
+    lookahead = make_lookahead(config, loaded, scorer, teacher, encoder)
     return Parts(
         config=config,
         loaded=loaded,
@@ -235,6 +240,8 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         ),
         evaluate=evaluate_split,
         looping=is_looping,
+        lookahead=lookahead,
+        gate=make_gate(config, lookahead),
     )
 
 
@@ -274,6 +281,38 @@ def evaluation_sampler(config: Config) -> Sampler:
     """How completions are drawn in evaluation."""
     e, s = config.evaluation, config.sampling
     return Sampler(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens, s.batch_size, s.engine)
+
+
+def make_lookahead(
+    config: Config, loaded: LoadedModel, scorer: Scorer, teacher: Teacher, encoder: PromptEncoder
+) -> Lookahead | None:
+    """The first-order look-ahead, where the exposure or the token gate needs it."""
+    wanted = config.exposure.kind == "aligned" or config.loss.token_gate == "aligned"
+    if not wanted or config.train.method != "distill":
+        return None
+    return Lookahead(
+        SuccessDirection(trainable_parameters(loaded), scorer, encoder, config),
+        scorer,
+        teacher,
+        objective(config),
+        config.aligned.ratios,
+        micro_batch_size=config.train.micro_batch_size,
+        chunk_tokens=config.loss.chunk_tokens,
+    )
+
+
+def make_gate(config: Config, lookahead: Lookahead | None) -> Gate | None:
+    """Which tokens are distilled: `loss.token_gate`."""
+    loss = config.loss
+    match loss.token_gate:
+        case "aligned" if lookahead is not None:
+            return AlignedGate(lookahead)
+        case "random":
+            return RandomGate(loss.gate_share, config.train.seed)
+        case "disagreement" | "entropy":
+            return RankedGate(loss.token_gate, loss.gate_share, loss.gate_side, objective(config))
+        case _:
+            return None
 
 
 def replayed_ratios(config: Config) -> list[float]:

@@ -22,7 +22,17 @@ from atesd.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_gain", "probe_kl", "train_success"]
 ExposureKind = Literal[
-    "full", "fixed", "random", "schedule", "replay", "learned", "bandit", "setpoint", "per_problem", "custom"
+    "full",
+    "fixed",
+    "random",
+    "schedule",
+    "replay",
+    "learned",
+    "aligned",
+    "bandit",
+    "setpoint",
+    "per_problem",
+    "custom",
 ]
 
 
@@ -259,6 +269,30 @@ class SearchConfig(Component):
     start: Fraction = Field(0.5, description="the ratio of the first problems; ours")
 
 
+class AlignedConfig(Component):
+    """The first-order look-ahead: which ratio, and which tokens, would raise the student's verified success. Ours."""
+
+    ratios: Annotated[tuple[Fraction, ...], Strict(False), Field(min_length=2)] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0), description="the ratios among which `aligned` chooses"
+    )
+    success: Literal["correct", "centred", "references", "shuffled"] = Field(
+        "correct",
+        description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
+        "(a misleading control); correct ones of permuted verdicts (a null control)",
+    )
+    smoothing: float = Field(0.5, ge=0, lt=1, description="weight of past holds in the alignment per ratio; ours")
+    min_correct: int = Field(8, ge=1, description="correct rollouts that a hold must have to give a direction; ours")
+    fallback: Literal["full", "fixed", "random", "schedule"] = Field(
+        "full", description="the exposure that decides while there is no direction; its settings are exposure's"
+    )
+    logit_change: float = Field(
+        0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
+    )
+    metric: Literal["plain", "optimiser"] = Field(
+        "plain", description="in which the step is measured; optimiser: AdamW's second moments divide it"
+    )
+
+
 class LossConfig(Component):
     """The student's loss on its own tokens."""
 
@@ -273,6 +307,13 @@ class LossConfig(Component):
     )
     temperature: float | None = Field(None, gt=0, description="divides both logits; None: sampling.temperature (OPSD)")
     reduction: Literal["sequence", "token"] = Field("sequence", description="paper: sequence; OPSD's code: token")
+    token_gate: Literal["none", "aligned", "random", "disagreement", "entropy"] = Field(
+        "none",
+        description="which tokens are distilled (ours): aligned: those whose step would raise verified success; "
+        "random; the share gate_share by KL from the teacher, or by the student's entropy",
+    )
+    gate_share: Fraction = Field(0.5, description="share of tokens kept; read by random, disagreement and entropy")
+    gate_side: Literal["low", "high"] = Field("high", description="which of them; read by disagreement and entropy")
     chunk_tokens: int | None = Field(
         None, ge=1, description="tokens whose logits exist at one time; None: as many as fit a byte budget"
     )
@@ -365,6 +406,7 @@ class Config(Component):
     bandit: BanditConfig = BanditConfig()
     setpoint: SetpointConfig = SetpointConfig()
     search: SearchConfig = SearchConfig()
+    aligned: AlignedConfig = AlignedConfig()
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -393,6 +435,10 @@ class Config(Component):
                 )
             if self.exposure.kind == "per_problem":
                 raise ValueError("exposure.kind: per_problem searches by verified rollouts; set data.checker: math")
+            if self.exposure.kind == "aligned" or self.loss.token_gate == "aligned":
+                raise ValueError(
+                    "exposure.kind: aligned and loss.token_gate: aligned need verified rollouts; set data.checker"
+                )
             if self.train.method == "grpo":
                 raise ValueError("train.method: grpo needs verified rewards; set data.checker: math")
         if self.data.source != "world" and self.model.path.startswith("world:"):

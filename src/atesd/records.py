@@ -85,6 +85,20 @@ class UpdateStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Alignment:
+    """What one small step on each ratio's loss would do to the student's success, for one group of rollouts.
+
+    `values` and their standard errors over rollouts belong to `ratios`, in the same order: change of success per unit
+    of learning rate and of the length of the success gradient (`atesd.maths.alignment`).
+    """
+
+    ratios: tuple[float, ...]
+    values: tuple[float, ...]
+    errors: tuple[float, ...]
+    rollouts: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """One exposure decision: what the controller knew, and what it chose, before student update `update`.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from atesd.records import FinishedDecision, UpdateStats
 
-Measurement = Literal["probe_nll", "probe_success", "probe_gain", "probe_kl", "grounding", "train_success"]
+Measurement = Literal["probe_nll", "probe_success", "probe_gain", "probe_kl", "grounding", "train_success", "alignment"]
 
 
 class Exposure(Protocol):

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 
 from atesd.config import Config
+from atesd.control.aligned import AlignedExposure
 from atesd.control.bandit import Bandit
 from atesd.control.controlled import ControlledExposure, Controller
 from atesd.control.fixed import FixedExposure, ramp, random_ratios, replayed
@@ -43,6 +44,15 @@ def make_exposure(config: Config, num_updates: int, seed: int, replay: Sequence[
             return FixedExposure(ramp(settings.schedule, start, end, num_updates))
         case "replay":
             return FixedExposure(replayed(replay, settings.replay_order, num_updates, seed))
+        case "aligned":
+            settings = settings.model_copy(update={"kind": config.aligned.fallback})
+            fallback = make_exposure(config.model_copy(update={"exposure": settings}), num_updates, seed)
+            return AlignedExposure(
+                config.aligned,
+                hold_updates=config.credit.hold_updates,
+                granularity=settings.granularity,
+                fallback=fallback,
+            )
         case "learned":
             return LearnedExposure(
                 num_updates=num_updates,

@@ -17,12 +17,15 @@ def method_name(config: Config) -> str:
         "schedule": f"{exposure.schedule} schedule {exposure.schedule_start:g} to {exposure.schedule_end:g}",
         "replay": f"replay ({exposure.replay_order})",
         "learned": f"ATESD ({_credit(config)})",
+        "aligned": "aligned ratio per " + exposure.granularity.removeprefix("per_"),
         "bandit": f"bandit over {config.bandit.arms} ratios ({_credit(config)})",
         "setpoint": f"set-point on KL ({_target(config)})",
         "per_problem": "search " + exposure.granularity.replace("_", " "),
         "custom": f"custom ({exposure.factory})",
     }
     extras = [f"control: {exposure.control}"] if exposure.control != "off" else []
+    if config.loss.token_gate != "none":
+        extras.append(_gate(config))
     extras += ["shuffled rewards"] if exposure.decides and config.credit.shuffle_rewards else []
     return ", ".join([words[exposure.kind], *extras])
 
@@ -32,6 +35,21 @@ def _credit(config: Config) -> str:
     preset, signal = config.credit.preset, config.credit.progress_signal
     own = signal == CREDIT_PRESETS[preset]["progress_signal"]
     return f"{preset} credit" if own else f"{preset} credit, {signal}"
+
+
+def _gate(config: Config) -> str:
+    loss = config.loss
+    words = {
+        "aligned": f"aligned tokens ({config.aligned.success})",
+        "random": f"{loss.gate_share:.0%} of the tokens, at random",
+        "disagreement": f"the {loss.gate_share:.0%} of the tokens with the {_most(config)} KL",
+        "entropy": f"the {loss.gate_share:.0%} of the tokens with the {_most(config)} entropy",
+    }
+    return words[loss.token_gate]
+
+
+def _most(config: Config) -> str:
+    return {"high": "largest", "low": "smallest"}[config.loss.gate_side]
 
 
 def _target(config: Config) -> str:

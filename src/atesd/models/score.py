@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,23 @@ from atesd.models.token_tree import follows_trees
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Hidden states at some tokens, [N, F], and the head that reads them."""
+
+    hidden: Float[Tensor, "N F"]
+    head: Head
+
+    @property
+    def vocabulary(self) -> int:
+        """How many entries its logits have."""
+        return self.hidden.shape[-1] if self.head.weight is None else len(self.head.weight)
+
+    def logits(self, block: slice) -> Float[Tensor, "C V"]:
+        """The logits of a block of the tokens."""
+        return self.head.logits(self.hidden[block])
 
 
 class Scorer:
@@ -75,6 +92,10 @@ class Scorer:
         if torch.is_grad_enabled() or head.weight is None:
             return head
         return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+
+    def scored(self, pairs: Sequence[Pair]) -> Scored:
+        """`hidden` and `head` of this moment."""
+        return Scored(self.hidden(pairs), self.head())
 
     def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
         """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.

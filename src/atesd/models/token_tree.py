@@ -86,7 +86,7 @@ def tree_states(backbone: Any, trees: Sequence[TokenTree]) -> list[Float[Tensor,
     device = backbone.device
     starts = np.cumsum([0, *(len(tree.ids) for tree in trees)]).tolist()
     branches = [
-        _Branch([(start + offset, stop + offset) for start, stop in runs], device.type == "cuda")
+        _Branch([(start + offset, stop + offset) for start, stop in runs])
         for tree, offset in zip(trees, starts, strict=False)
         for runs in tree.branches
     ]
@@ -130,13 +130,10 @@ def follows_trees(backbone: Any) -> bool:
 class _Branch:
     """A run of queries, and the runs that they see, the last of which is their own."""
 
-    def __init__(self, runs: Sequence[Run], on_cuda: bool) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         self.own, self.seen = slice(*runs[-1]), _joined(runs)
         queries, keys = runs[-1][1] - runs[-1][0], sum(stop - start for start, stop in runs)
-        self.mask: Tensor | None = None  # nothing lies before: plainly causal
-        if queries < keys:  # without a tensor, CUDA has a faster kernel; elsewhere one would be made in every layer
-            plain = torch.ones(1, dtype=torch.bool).expand(queries, keys)
-            self.mask = causal_lower_right(queries, keys) if on_cuda else plain.tril(keys - queries)
+        self.mask = None if queries == keys else causal_lower_right(queries, keys)
 
 
 _branches: ContextVar[Sequence[_Branch]] = ContextVar("branches of the pass that is running")

@@ -12,14 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from atesd.config import Config
+from atesd.control.aligned import LooksAhead
 from atesd.data.controls import controlled
 from atesd.data.views import Renderer, make_view
 from atesd.maths.keyed import generator, uniforms
 from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Request, Sampler, sample
-from atesd.records import Problem, Rollout, Verdict, View
+from atesd.records import Alignment, Problem, Rollout, Verdict, View
+from atesd.train.lookahead import grouped
 from atesd.train.parts import Parts
-from atesd.train.step import Row
+from atesd.train.step import Row, clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Batch:
     views: list[View]
     verdicts: list[Verdict | None]
     rows: list[Row]
+    alignment: Alignment | None = None
+    lookahead_seconds: float = 0.0
 
 
 def draw_batch(parts: Parts, update: int) -> Batch:
@@ -44,6 +48,9 @@ def draw_batch(parts: Parts, update: int) -> Batch:
         requests = [request(problem, number, update, parts) for problem, number in zip(problems, numbers, strict=True)]
         rollouts = sample(parts.loaded, requests, rollout_sampler(config))
     verdicts = grade(problems, rollouts, parts)
+    begun = clock(parts.loaded.device)
+    alignment = look_ahead(problems, rollouts, update, parts)
+    lookahead_seconds = clock(parts.loaded.device) - begun
     ratios = [parts.exposure.reveal_ratio(update, group_of(problem, config)) for problem in problems]
     seen = [
         teacher_view(problem, ratio, config, parts.encoder, parts.renderer, parts.problems.train)
@@ -52,10 +59,39 @@ def draw_batch(parts: Parts, update: int) -> Batch:
     grpo = config.train.method == "grpo"
     scales = group_advantages(verdicts, config.train.group_size) if grpo else [1.0] * len(problems)
     rows = [
-        Row(rollout.prompt_ids, rollout.completion_ids, context, scale)
+        Row(
+            rollout.prompt_ids,
+            rollout.completion_ids,
+            context,
+            scale,
+            key=(update, rollout.problem_id, rollout.sample),
+        )
         for rollout, (_, context), scale in zip(rollouts, seen, scales, strict=True)
     ]
-    return Batch(problems, rollouts, ratios, [view for view, _ in seen], verdicts, rows)
+    views = [view for view, _ in seen]
+    return Batch(problems, rollouts, ratios, views, verdicts, rows, alignment, lookahead_seconds)
+
+
+def look_ahead(problems: Sequence[Problem], rollouts: Sequence[Rollout], update: int, parts: Parts) -> Alignment | None:
+    """Tell an exposure that asks for it what every ratio would do; returns the alignment of all rollouts together.
+
+    None where it was not asked for, or where success has no direction yet, which the exposure is told by no groups.
+    """
+    exposure, lookahead = parts.exposure, parts.lookahead
+    if lookahead is None or not isinstance(exposure, LooksAhead) or "alignment" not in exposure.measurements(update):
+        return None
+    if not lookahead.direction.known:
+        exposure.look_ahead(update, {})
+        return None
+
+    def see(ratio: float) -> list[tuple[int, ...]]:
+        given = parts.config, parts.encoder, parts.renderer, parts.problems.train
+        return [teacher_view(problem, ratio, *given)[1] for problem in problems]
+
+    pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
+    rows = lookahead.by_ratio(pairs, see)
+    exposure.look_ahead(update, grouped(lookahead.ratios, rows, [group_of(p, parts.config) for p in problems]))
+    return grouped(lookahead.ratios, rows, [""] * len(rows))[""]
 
 
 def request(problem: Problem, number: int, update: int, parts: Parts) -> Request:

@@ -6,7 +6,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
@@ -46,6 +46,8 @@ class Trainer:
                 "nothing to train; set model.lora for a new adapter, or model.dtype: float32"
             )
         self._optimiser = Optimiser(self._parameters.values(), parts.config.train)
+        if parts.lookahead:
+            parts.lookahead.direction.step_metric = self._as_steps
         self._ranks = parts.loaded.ranks
         self._skipped_in_a_row = 0
         self._stop = threading.Event()
@@ -92,10 +94,14 @@ class Trainer:
         watch = Stopwatch(parts.loaded.device)
         wanted = parts.exposure.measurements(update)
         probed: dict[str, float | None] = {**parts.probes.measure(wanted)}
+        direction = parts.lookahead.direction if parts.lookahead else None
+        if direction and update % parts.config.credit.hold_updates == 0:
+            direction.renew(update)
         watch.lap("control")
         batch = draw_batch(parts, update)
         self._require_one_controller(update, batch)
         watch.lap("sample")
+        watch.move("sample", "control", batch.lookahead_seconds)
         rows = batch.rows
         if "grounding" in wanted:
             shown = zip(batch.rows, batch.problems, batch.views, strict=True)
@@ -107,6 +113,8 @@ class Trainer:
         watch.lap("step")
         grad_norm, taken = self._optimiser.step(update, meters.loss)
         parts.teacher.after_update(update + 1)
+        if direction:
+            direction.remember(batch.problems, batch.rollouts, batch.verdicts)
         watch.lap("loss_backward")
         stats = update_stats(batch, meters, parts.config, probed)
         for finished in parts.exposure.observe(update, stats):
@@ -143,6 +151,7 @@ class Trainer:
             "teacher": self.parts.teacher.state_dict(),
             "exposure": self.parts.exposure.state_dict(),
             "probes": self.parts.probes.state_dict(),
+            "success": self.parts.lookahead.direction.state_dict() if self.parts.lookahead else {},
             "skipped_in_a_row": self._skipped_in_a_row,
         }
 
@@ -155,6 +164,8 @@ class Trainer:
         self.parts.teacher.load_state_dict(state["teacher"])
         self.parts.exposure.load_state_dict(state["exposure"])
         self.parts.probes.load_state_dict(state["probes"])
+        if self.parts.lookahead:
+            self.parts.lookahead.direction.load_state_dict(state["success"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
 
     def _load_newest(self) -> tuple[int, str | None]:
@@ -184,6 +195,11 @@ class Trainer:
             lambda: [batch.reveal_ratios, digest(exposure.state_dict())], f"the exposure before update {update}"
         )
 
+    def _as_steps(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gradients by name, in the optimiser's metric."""
+        steps = self._optimiser.preconditioned({self._parameters[name]: g for name, g in gradients.items()})
+        return {name: steps[self._parameters[name]] for name in gradients}
+
     def _weight_sums(self) -> str:
         """A hash of the sum of every trained tensor: cheap, and it differs as soon as the ranks' weights do."""
         return digest([parameter.detach().sum(dtype=torch.float64) for parameter in self._parameters.values()])
@@ -197,7 +213,7 @@ class Trainer:
             "chunk_tokens": config.loss.chunk_tokens,
         }
         if config.train.method == "distill":
-            return distill(parts.scorer, parts.teacher, rows, objective(config), **cut)
+            return distill(parts.scorer, parts.teacher, rows, objective(config), gate=parts.gate, **cut)
         temperature = 1.0 if config.train.method == "sft" else config.loss_temperature
         return maximise_likelihood(parts.scorer, rows, temperature=temperature, **cut)
 
@@ -295,11 +311,17 @@ class Stopwatch:
         self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
         self._last = now
 
+    def move(self, phase: str, other: str, seconds: float) -> None:
+        """Book seconds of one phase under another."""
+        self._laps[phase] -= seconds
+        self._laps[other] = self._laps.get(other, 0.0) + seconds
+
     def seconds(self, of_step: dict[str, float]) -> dict[str, float]:
         """Seconds by phase, with the lap `step` split as the step itself measured it."""
         rest = self._laps["step"] - sum(of_step.values())
         laps = {phase: time for phase, time in self._laps.items() if phase != "step"}
-        return {**of_step, **laps, "loss_backward": laps["loss_backward"] + of_step["loss_backward"] + rest}
+        laps["loss_backward"] += rest
+        return {phase: laps.get(phase, 0.0) + of_step.get(phase, 0.0) for phase in {**of_step, **laps}}
 
     def _now(self) -> float:
         if self._device.type == "cuda":

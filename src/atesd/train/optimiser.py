@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atesd.config import TrainConfig
 
@@ -45,6 +45,19 @@ class Optimiser:
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return norm, finite
+
+    def preconditioned(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Each gradient over the root of its second moments, as AdamW would step on it; unchanged before any step."""
+        found = {}
+        beta2, epsilon = self._adam.defaults["betas"][1], self._adam.defaults["eps"]
+        for parameter, gradient in gradients.items():
+            state = self._adam.state.get(parameter)
+            if not state:
+                found[parameter] = gradient
+                continue
+            moments = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
+            found[parameter] = gradient / (moments.sqrt() + epsilon)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts."""

@@ -16,6 +16,8 @@ from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Split
+from atesd.train.lookahead import Lookahead
+from atesd.train.step import Gate
 
 
 class Probes(Protocol):
@@ -66,3 +68,5 @@ class Parts:
     probes: Probes
     evaluate: Callable[[Split, int], dict[str, Any]]
     looping: Callable[[Sequence[int]], bool]
+    lookahead: Lookahead | None = None
+    gate: Gate | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from atesd.records import FinishedDecision, UpdateStats
@@ -33,6 +34,9 @@ METRICS = (
     "probe_gain",
     "probe_kl",
     "grounding",
+    "alignment",
+    "kept_share",
+    "curvature",
     "grad_norm",
     "learning_rate",
     "skipped",
@@ -69,8 +73,11 @@ def metrics_row(
         "probe_gain": stats.probe_gain,
         "probe_kl": stats.probe_kl,
         "grounding": stats.grounding,
+        "kept_share": means.get("kept"),
+        "curvature": means.get("curvature"),
     }
-    return {name: finite_or_none(value) for name, value in row.items()}
+    measured = {name: finite_or_none(value) for name, value in row.items()}
+    return {**measured, "alignment": asdict(batch.alignment) if batch.alignment else None}
 
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> dict[str, Any]:
@@ -120,8 +127,14 @@ def sample_rows(update: int, batch: Batch, meters: StepMeters, parts: Parts) -> 
             "verdict": batch.verdicts[i],
             "truncated": rollout.truncated,
             "tokens": encoder.pieces(rollout.completion_ids),
-            "token_kl": [finite_or_none(kl) for kl in meters.tokens["kl"][i]] if "kl" in meters.tokens else [],
+            "token_kl": _of_tokens(meters, "kl", i),
+            "token_alignment": _of_tokens(meters, "alignment", i),
         }
+
+
+def _of_tokens(meters: StepMeters, name: str, row: int) -> list[float | None]:
+    """A meter of every token of a row; empty if it was not measured."""
+    return [finite_or_none(value) for value in meters.tokens[name][row]] if name in meters.tokens else []
 
 
 def _share(clipped: float, kept: float) -> float | None:

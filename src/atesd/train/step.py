@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from atesd.maths.divergence import Objective
 from atesd.maths.fused import fused_divergence, fused_likelihood
 from atesd.maths.head import Head
 from atesd.models.ranks import in_order
-from atesd.models.score import Pair, Scorer, completion_tokens, hidden_logprobs, micro_batches, pair_length
+from atesd.models.score import Pair, Scored, Scorer, completion_tokens, hidden_logprobs, micro_batches, pair_length
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 
@@ -30,7 +30,8 @@ class Row:
     """One row of an optimiser step: a completion under the student's context and, to distil, under the teacher's.
 
     `scale` multiplies the row's weight: the advantage in GRPO, else 1. `answer` is a second completion, only measured:
-    the teacher reads it in the pass in which it reads the first, after the context that both share.
+    the teacher reads it in the pass in which it reads the first, after the context that both share. `key` names the
+    rollout in keyed draws.
     """
 
     context: tuple[int, ...]
@@ -38,6 +39,7 @@ class Row:
     teacher_context: tuple[int, ...] = ()
     scale: float = 1.0
     answer: tuple[int, ...] = ()
+    key: tuple[int | str, ...] = ()
 
     @property
     def student_pair(self) -> Pair:
@@ -76,6 +78,10 @@ class StepMeters:
         return statistics.fmean(means) if means else None
 
 
+Gate = Callable[[Sequence[Row], Scored, Scored, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(rows, student, teacher, tokens) to a factor of every token's weight, [N], and meters of the same shape."""
+
+
 def token_weights(rows: Sequence[Row], reduction: str) -> list[float]:
     """Weight of every token of each row: 1 / (rows |y|) for `sequence` (the paper), 1 / tokens for `token`."""
     if reduction == "token":
@@ -94,27 +100,43 @@ def distill(
     micro_batch_size: int,
     micro_batch_tokens: int | None = None,
     chunk_tokens: int | None,
+    gate: Gate | None = None,
 ) -> StepMeters:
     """Accumulate the gradient of the mean divergence from teacher to student on the student's own tokens.
 
-    loss = mean over rollouts of 1/|y| sum_n D(teacher(. | view, y_<n) || student(. | x, y_<n)) (ATESD, OPSD).
+    loss = mean over rollouts of 1/|y| sum_n D(teacher(. | view, y_<n) || student(. | x, y_<n)) (ATESD, OPSD). A `gate`
+    multiplies the weights of single tokens, and adds its meters and `kept`, the factors, to those of the loss.
     """
+    gating = 0.0
 
     def loss_of(batch: Sequence[Row], tokens: Tensor) -> Prepared:
         started = clock(scorer.device)
         with teacher.weights():
             head = scorer.head()
             hidden, answers = _read(scorer, head, batch)
+            seen = Scored(hidden, head)
         seconds = clock(scorer.device) - started
 
         def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            sides = student, scorer.head(), hidden, head
-            return fused_divergence(objective, *sides, tokens, weights, chunk_tokens=chunk_tokens)
+            nonlocal gating
+            gate_meters: dict[str, Tensor] = {}
+            if gate is not None:
+                begun = clock(scorer.device)
+                with torch.no_grad():
+                    factors, gate_meters = gate(batch, Scored(student.detach(), scorer.head()), seen, tokens)
+                weights, gate_meters = weights * factors, {**gate_meters, "kept": factors}
+                gating += clock(scorer.device) - begun
+            sides = student, scorer.head(), seen.hidden, seen.head
+            loss, meters = fused_divergence(objective, *sides, tokens, weights, chunk_tokens=chunk_tokens)
+            return loss, meters | gate_meters
 
         return Prepared(weighted_loss, seconds, answers)
 
     cut = _by_length(micro_batch_size, micro_batch_tokens)
-    return _accumulate(scorer, rows, loss_of, reduction, cut)
+    meters = _accumulate(scorer, rows, loss_of, reduction, cut)
+    spent = meters.seconds
+    seconds = {**spent, "loss_backward": spent["loss_backward"] - gating, "control": gating}
+    return replace(meters, seconds=seconds)
 
 
 def _read(scorer: Scorer, head: Head, rows: Sequence[Row]) -> tuple[Tensor, list[list[float]]]:

@@ -1,0 +1,108 @@
+"""The first-order look-ahead on an update's rollouts: alignment per ratio, rollout and token, and the token gate.
+
+The rollouts that are scored are newer than those that gave the direction (`SuccessDirection`), so that a rollout never
+speaks for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import final
+
+import torch
+from torch import Tensor
+
+from atesd.maths.alignment import Displaced, alignments
+from atesd.maths.divergence import Objective
+from atesd.maths.fused import chunk_size
+from atesd.models.score import Pair, Scored, Scorer, completion_tokens
+from atesd.models.shared_prefix import shared_hidden
+from atesd.models.teacher import Teacher
+from atesd.records import Alignment
+from atesd.train.success import SuccessDirection
+
+See = Callable[[float], Sequence[tuple[int, ...]]]
+"""The teacher's contexts of the update's rows at a ratio."""
+
+
+@final
+class Lookahead:
+    """Scores an update's rollouts on both sides of the student, along the success direction."""
+
+    def __init__(
+        self,
+        direction: SuccessDirection,
+        scorer: Scorer,
+        teacher: Teacher,
+        objective: Objective,
+        ratios: Sequence[float],
+        *,
+        micro_batch_size: int,
+        chunk_tokens: int | None,
+    ) -> None:
+        self.direction = direction
+        self.ratios = tuple(ratios)
+        self._scorer, self._teacher, self._objective = scorer, teacher, objective
+        self._micro_batch_size, self._chunk_tokens = micro_batch_size, chunk_tokens
+
+    def by_ratio(self, students: Sequence[Pair], see: See) -> list[list[float]]:
+        """Mean alignment per token of each rollout at each ratio: [rows][K]. Shared between the ranks of the model."""
+        contexts = [see(ratio) for ratio in self.ratios]
+        rows = [(pair, tuple(context[i] for context in contexts)) for i, pair in enumerate(students)]
+        return self._scorer.ranks.spread(rows, self._rows_by_ratio)
+
+    def tokens(
+        self, batch: Sequence[Pair], teachers: Sequence[Scored], tokens: Tensor, student: Scored | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Alignment of every token under each teacher, [K, N], and its curvature [N] where the student is given."""
+        plus, minus = self._displaced(batch)
+        epsilon, found, bends = self.direction.epsilon, [], []
+        with torch.no_grad():
+            for block in self._blocks(plus, len(tokens)):
+                displaced = Displaced(plus.logits(block), minus.logits(block), epsilon)
+                here = None if student is None else student.logits(block)
+                logits = [teacher.logits(block) for teacher in teachers]
+                found.append(alignments(self._objective, logits, displaced, tokens[block], here))
+                if here is not None:
+                    bends.append(displaced.curvature(here))
+        return torch.cat(found, dim=1), torch.cat(bends) if bends else None
+
+    def _rows_by_ratio(self, rows: Sequence[tuple[Pair, tuple[tuple[int, ...], ...]]]) -> list[list[float]]:
+        found: list[list[float]] = []
+        for start in range(0, len(rows), self._micro_batch_size):
+            batch = rows[start : start + self._micro_batch_size]
+            pairs = [pair for pair, _ in batch]
+            views = [[(context, completion) for context in contexts] for (_, completion), contexts in batch]
+            with self._teacher.weights():
+                by_ratio = zip(*shared_hidden(self._scorer, views), strict=True)
+                teachers = [Scored(torch.cat(hidden), self._scorer.head()) for hidden in by_ratio]
+            values, _ = self.tokens(pairs, teachers, completion_tokens(pairs, self._scorer.device))
+            by_row = torch.split(values.double(), [len(completion) for _, completion in pairs], dim=1)
+            found += [row.mean(1).tolist() for row in by_row]
+        return found
+
+    def _displaced(self, batch: Sequence[Pair]) -> tuple[Scored, Scored]:
+        sides = []
+        for side in (1, -1):
+            with self.direction.displaced(side):
+                sides.append(self._scorer.scored(batch))
+        return sides[0], sides[1]
+
+    def _blocks(self, scored: Scored, count: int) -> list[slice]:
+        size = chunk_size(scored.vocabulary, scored.hidden.device, self._chunk_tokens)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def grouped(ratios: Sequence[float], rows: Sequence[Sequence[float]], groups: Sequence[str]) -> Mapping[str, Alignment]:
+    """The alignments of each group's rollouts: mean and standard error over its rows (0 for a single one)."""
+    members: dict[str, list[Sequence[float]]] = {}
+    for row, group in zip(rows, groups, strict=True):
+        members.setdefault(group, []).append(row)
+    return {group: _alignment(ratios, some) for group, some in members.items()}
+
+
+def _alignment(ratios: Sequence[float], rows: Sequence[Sequence[float]]) -> Alignment:
+    columns = list(zip(*rows, strict=True))
+    errors = tuple(stdev(column) / len(column) ** 0.5 if len(column) > 1 else 0.0 for column in columns)
+    return Alignment(tuple(ratios), tuple(fmean(column) for column in columns), errors, len(rows))

@@ -1,0 +1,87 @@
+"""Which tokens of a rollout are distilled: 1 keeps a token, 0 leaves it out; the weights of the others stay.
+
+A gate is a `Gate` of `atesd.train.step`. It looks at one rollout at a time, so that micro-batches and ranks change
+nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from atesd.maths import keyed
+from atesd.maths.divergence import Objective
+from atesd.maths.fused import divergence_profile
+from atesd.models.score import Scored
+from atesd.train.lookahead import Lookahead
+from atesd.train.step import Row
+
+
+@final
+class AlignedGate:
+    """Keeps the tokens whose step would raise verified success; all of them while success has no direction."""
+
+    def __init__(self, lookahead: Lookahead) -> None:
+        self._lookahead = lookahead
+
+    def __call__(
+        self, rows: Sequence[Row], student: Scored, teacher: Scored, tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Factor 1 where the alignment is positive; meters `alignment` and `curvature`."""
+        if not self._lookahead.direction.known:
+            return torch.ones(len(tokens), device=tokens.device), {}
+        pairs = [row.student_pair for row in rows]
+        values, curvature = self._lookahead.tokens(pairs, [teacher], tokens, student)
+        assert curvature is not None
+        return (values[0] > 0).float(), {"alignment": values[0], "curvature": curvature}
+
+
+@final
+class RandomGate:
+    """Keeps each token with a probability: the control for gating as such. Draws belong to (seed, row, position)."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        self._share, self._seed = share, seed
+
+    def __call__(
+        self,
+        rows: Sequence[Row],
+        student: Scored,  # noqa: ARG002
+        teacher: Scored,  # noqa: ARG002
+        tokens: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Factor 1 with probability `share`."""
+        draws = [keyed.uniforms(len(row.completion), self._seed, "gate", *row.key) for row in rows]
+        kept = [float(draw < self._share) for row in draws for draw in row]
+        return torch.tensor(kept, device=tokens.device), {}
+
+
+@final
+class RankedGate:
+    """Keeps a share of each rollout's tokens, those with the most (or least) disagreement or entropy.
+
+    Disagreement is the forward KL from the teacher. At least one token is kept.
+    """
+
+    def __init__(
+        self, by: Literal["disagreement", "entropy"], share: float, side: Literal["low", "high"], objective: Objective
+    ) -> None:
+        self._meter = {"disagreement": "kl", "entropy": "student_entropy"}[by]
+        self._share, self._largest, self._objective = share, side == "high", objective
+
+    def __call__(
+        self, rows: Sequence[Row], student: Scored, teacher: Scored, tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Factor 1 for the ceil(share |y|) first tokens of a rollout in the order of the meter."""
+        meters = divergence_profile(
+            self._objective, student.hidden, student.head, [teacher.hidden], teacher.head, tokens
+        )
+        factors = []
+        for values in torch.split(meters[0][self._meter], [len(row.completion) for row in rows]):
+            kept = values.topk(max(1, math.ceil(self._share * len(values))), largest=self._largest).indices
+            factors.append(torch.zeros_like(values).index_fill(0, kept, 1.0))
+        return torch.cat(factors), {}

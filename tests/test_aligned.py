@@ -1,0 +1,314 @@
+"""The success direction, the look-ahead on real rollouts, the aligned exposure and the token gates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atesd.build import build, close, train
+from atesd.config import AlignedConfig, Config, load_config
+from atesd.control.aligned import AlignedExposure
+from atesd.control.fixed import FixedExposure
+from atesd.errors import ConfigError
+from atesd.maths.divergence import Objective
+from atesd.models.load import trainable_parameters
+from atesd.models.score import Scorer, completion_tokens
+from atesd.records import Alignment, UpdateStats
+from atesd.train.batches import draw_batch
+from atesd.train.checkpoint import digest
+from atesd.train.lookahead import grouped
+from atesd.train.loop import objective
+from atesd.train.parts import Parts
+from atesd.train.step import Row, distill, token_weights
+from atesd.train.success import Attempt, weighted_rows
+from atesd.train.token_gate import RandomGate, RankedGate
+from quick import cut_after, fingerprint, finished, quick
+from tiny import tiny_model
+
+ALIGNED = ("exposure.kind=aligned", "aligned.min_correct=1")
+GATED = ("exposure.kind=full", "loss.token_gate=aligned", "aligned.min_correct=1")
+LORA = 'model.lora={"rank": 4, "alpha": 8, "target_modules": "all-linear"}'
+
+
+def with_direction(config: Config) -> Parts:
+    """A run's parts after one remembered batch, its direction made."""
+    parts = build(config)
+    assert parts.lookahead is not None
+    batch = draw_batch(parts, 0)
+    parts.lookahead.direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+    parts.lookahead.direction.renew(0)
+    assert parts.lookahead.direction.known
+    return parts
+
+
+def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts() -> None:
+    parts = build(quick(*GATED, "train.batch_size=16"))
+    batch = draw_batch(parts, 0)
+    direction = parts.lookahead.direction
+    direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+    direction.renew(0)
+    right = [row for row, verdict in zip(batch.rows, batch.verdicts, strict=True) if verdict == "correct"]
+    assert 0 < len(right) < len(batch.rows)
+    total = torch.zeros(())
+    for row in right:
+        ids = torch.tensor([[*row.context, *row.completion]])
+        logprobs = parts.loaded.model(ids).logits[0].log_softmax(-1)
+        places = range(len(row.context) - 1, ids.shape[1] - 1)
+        own = torch.stack([logprobs[place, ids[0, place + 1]] for place in places])
+        total = total + own.mean()
+    parameters = trainable_parameters(parts.loaded)
+    gradients = torch.autograd.grad(total, list(parameters.values()))
+    length = torch.cat([g.flatten() for g in gradients]).norm()
+    found = direction.state_dict()["unit"]
+    for name, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(found[name], gradient / length, rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in parameters.values())
+    close(parts)
+
+
+@pytest.mark.parametrize("adapter", [(), (LORA,)], ids=["full", "lora"])
+def test_displacing_the_student_leaves_it_bit_for_bit_as_it_was(adapter: tuple[str, ...]) -> None:
+    parts = with_direction(quick(*GATED, *adapter, "train.batch_size=16"))
+    direction, parameters = parts.lookahead.direction, dict(parts.loaded.model.named_parameters())
+    before = digest({name: p.detach() for name, p in parameters.items()})
+    trained = trainable_parameters(parts.loaded)
+    with direction.displaced(1):
+        inside = {name: p.detach() - 0 for name, p in trained.items()}
+    assert digest({name: p.detach() for name, p in parameters.items()}) == before
+    moved = torch.cat([(inside[name] - p.detach()).flatten() for name, p in trained.items()])
+    assert float(moved.norm()) == pytest.approx(direction.epsilon, rel=1e-2)
+    with pytest.raises(RuntimeError), direction.displaced(-1):
+        raise RuntimeError
+    assert digest({name: p.detach() for name, p in parameters.items()}) == before
+    close(parts)
+
+
+def test_the_displacement_changes_logits_by_what_the_setting_says() -> None:
+    parts = with_direction(quick(*GATED, "train.batch_size=16", "aligned.logit_change=0.02"))
+    pairs = [row.student_pair for row in draw_batch(parts, 0).rows]
+    logits = []
+    for side in (1, -1):
+        with parts.lookahead.direction.displaced(side):
+            scored = parts.scorer.scored(pairs)
+            logits.append(scored.logits(slice(None)))
+    assert float((logits[0] - logits[1]).std() / 2) == pytest.approx(0.02, rel=0.5)
+    close(parts)
+
+
+def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss() -> None:
+    """By backpropagation through the real model, against forwards alone."""
+    config = quick(*ALIGNED, "train.batch_size=16", "aligned.logit_change=0.01", "credit.hold_updates=1")
+    parts = with_direction(config)
+    batch = draw_batch(parts, 1)
+    assert batch.alignment is not None
+    unit = parts.lookahead.direction.state_dict()["unit"]
+    parameters = trainable_parameters(parts.loaded)
+    for ratio, value in zip(batch.alignment.ratios, batch.alignment.values, strict=True):
+        fixed = build(quick("exposure.kind=fixed", f"exposure.reveal_ratio={ratio}", "train.batch_size=16"))
+        contexts = [row.teacher_context for row in draw_batch(fixed, 1).rows]
+        close(fixed)
+        rows = [Row(r.context, r.completion, c) for r, c in zip(batch.rows, contexts, strict=True)]
+        cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
+        distill(parts.scorer, parts.teacher, rows, objective(config), **cut)  # type: ignore[arg-type]
+        along = sum(float((p.grad * unit[name]).sum()) for name, p in parameters.items() if p.grad is not None)
+        for parameter in parameters.values():
+            parameter.grad = None
+        assert value == pytest.approx(-along, rel=0.02, abs=2e-4)
+    close(parts)
+
+
+def attempts(*correct: bool) -> list[Attempt]:
+    """Attempts of two difficulties in turn."""
+    return [Attempt(i % 2, (1,), (2 + i,), (50 + i,), correct=ok) for i, ok in enumerate(correct)]
+
+
+def settings(*overrides: str) -> Config:
+    return load_config("micro", [*overrides])
+
+
+def test_too_few_correct_rollouts_give_no_direction() -> None:
+    some = attempts(True, False, True, False)
+    assert not weighted_rows(some, settings("aligned.min_correct=3"), 0)
+    assert len(weighted_rows(some, settings("aligned.min_correct=2"), 0)) == 2
+
+
+def test_centred_success_weighs_a_rollout_against_the_mean_of_its_difficulty() -> None:
+    rows = weighted_rows(
+        attempts(True, True, False, True), settings("aligned.min_correct=1", "aligned.success=centred"), 0
+    )
+    assert [row.scale for row in rows] == [0.5, 0.0, -0.5, 0.0]  # difficulty 0: 1, 0; difficulty 1: 1, 1
+    assert not weighted_rows(attempts(True, True), settings("aligned.min_correct=1", "aligned.success=centred"), 0)
+
+
+def test_shuffled_success_keeps_the_number_and_changes_the_owners() -> None:
+    some = attempts(*[True] * 8, *[False] * 24)
+    config = settings("aligned.success=shuffled")
+    completions = [{row.completion for row in weighted_rows(some, config, update)} for update in (0, 4)]
+    assert [len(found) for found in completions] == [8, 8]
+    assert completions[0] != completions[1]
+    assert completions[0] != {attempt.completion for attempt in some[:8]}
+
+
+def test_the_misleading_direction_reads_the_references() -> None:
+    rows = weighted_rows(attempts(*[True] * 8), settings("aligned.success=references"), 0)
+    assert [row.completion for row in rows] == [(50 + i,) for i in range(8)]
+
+
+def exposure(**options: object) -> AlignedExposure:
+    """With a fallback of .9."""
+    given: dict[str, object] = {"hold_updates": 4, "granularity": "update", "fallback": FixedExposure(0.9)} | options
+    return AlignedExposure(AlignedConfig(ratios=(0.0, 0.5, 1.0), smoothing=0.5), **given)  # type: ignore[arg-type]
+
+
+def found(*values: float) -> Alignment:
+    return Alignment((0.0, 0.5, 1.0), values, (0.0, 0.0, 0.0), 4)
+
+
+def test_it_takes_the_best_ratio_of_the_smoothed_alignments_each_at_its_own_scale() -> None:
+    aligned = exposure()
+    assert aligned.reveal_ratio(0) == 0.9
+    aligned.look_ahead(4, {"": found(0.0, 1.0, 0.5)})
+    assert aligned.reveal_ratio(5) == 0.5
+    aligned.look_ahead(8, {"": found(0.0, 0.0006, 0.001)})  # half of (0, 1, .5) and half of (0, .6, 1): (0, .8, .75)
+    assert aligned.reveal_ratio(8) == 0.5
+    aligned.look_ahead(12, {"": found(0.0, 60.0, 100.0)})  # half of (0, .8, .75) and half of (0, .6, 1)
+    assert aligned.reveal_ratio(12) == 1.0
+
+
+def test_without_a_direction_the_fallback_decides_and_what_was_learned_is_kept() -> None:
+    aligned = exposure()
+    aligned.look_ahead(4, {"": found(0.0, 1.0, 0.5)})
+    aligned.look_ahead(8, {})
+    assert aligned.reveal_ratio(8) == 0.9
+    other = exposure()
+    other.load_state_dict(aligned.state_dict())
+    for one in (aligned, other):
+        one.look_ahead(12, {"": found(0.0, 0.5, 1.0)})
+    assert aligned.reveal_ratio(12) == other.reveal_ratio(12) == 0.5  # (0, .75, .75): the first of equals
+
+
+def test_it_asks_for_alignment_once_a_hold_and_per_problem_always() -> None:
+    assert [bool(exposure().measurements(update)) for update in range(6)] == [True, False, False, False, True, False]
+    assert all(exposure(granularity="per_problem").measurements(update) for update in range(6))
+
+
+def test_per_problem_each_problem_has_its_own_ratio_of_the_moment() -> None:
+    aligned = exposure(granularity="per_problem")
+    aligned.look_ahead(0, {"a": found(1.0, 0.0, 0.0), "b": found(0.0, 0.0, 1.0)})
+    assert (aligned.reveal_ratio(0, "a"), aligned.reveal_ratio(0, "b")) == (0.0, 1.0)
+    aligned.look_ahead(1, {"a": found(0.0, 0.6, 0.5)})
+    assert (aligned.reveal_ratio(1, "a"), aligned.reveal_ratio(1, "b")) == (0.5, 0.9)
+    aligned.observe(1, UpdateStats(0.5, 0.5, 0.1, 0.1, 0.1, 0.9))
+
+
+def test_grouped_alignments_have_the_mean_and_its_standard_error() -> None:
+    groups = grouped((0.0, 1.0), [[1.0, 4.0], [3.0, 4.0], [7.0, 0.0]], ["a", "a", "b"])
+    assert groups["a"] == Alignment((0.0, 1.0), (2.0, 4.0), (1.0, 0.0), 2)
+    assert groups["b"] == Alignment((0.0, 1.0), (7.0, 0.0), (0.0, 0.0), 1)
+
+
+def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_others() -> None:
+    parts = with_direction(quick(*GATED, "train.batch_size=16"))
+    batch = draw_batch(parts, 1)
+    cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
+    meters = distill(parts.scorer, parts.teacher, batch.rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+    kept = meters.tokens["kept"]
+    assert {value for row in kept for value in row} == {0.0, 1.0}
+    signs = [[float(value > 0) for value in row] for row in meters.tokens["alignment"]]
+    assert kept == signs
+    weights = token_weights(batch.rows, "sequence")
+    by_hand = sum(
+        w * sum(k * x for k, x in zip(keep, losses, strict=True))
+        for w, keep, losses in zip(weights, kept, meters.tokens["loss"], strict=True)
+    )
+    assert meters.loss == pytest.approx(by_hand, rel=1e-5)
+    close(parts)
+
+
+def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
+    for overrides in (
+        GATED,
+        ("exposure.kind=full", "loss.token_gate=random"),
+        ("exposure.kind=full", "loss.token_gate=entropy"),
+    ):
+        parts = build(quick(*overrides, "train.batch_size=16"))
+        if parts.lookahead:
+            batch = draw_batch(parts, 0)
+            parts.lookahead.direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+            parts.lookahead.direction.renew(0)
+        rows = draw_batch(parts, 1).rows
+        kept = []
+        for size in (3, 16):
+            cut = {"reduction": "sequence", "micro_batch_size": size, "chunk_tokens": None}
+            with torch.no_grad():
+                meters = distill(parts.scorer, parts.teacher, rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+            kept.append(meters.tokens["kept"])
+        assert kept[0] == kept[1]
+        close(parts)
+
+
+def scored_rows() -> tuple[list[Row], Scorer]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Row((7, 8), tuple(torch.randint(7, 20, (n,), generator=generator).tolist()), (9, 10, 11), key=(0, f"p{n}", 0))
+        for n in (5, 40, 3)
+    ]
+    return rows, Scorer(tiny_model())
+
+
+@pytest.mark.parametrize("side", ["high", "low"])
+@pytest.mark.parametrize("by", ["disagreement", "entropy"])
+def test_a_ranked_gate_keeps_the_share_of_each_rollout_that_its_meter_ranks_first(by: str, side: str) -> None:
+    rows, scorer = scored_rows()
+    with torch.no_grad():
+        student = scorer.scored([row.student_pair for row in rows])
+        teacher = scorer.scored([row.teacher_pair for row in rows])
+        tokens = completion_tokens([row.student_pair for row in rows], scorer.device)
+        factors, _ = RankedGate(by, 0.4, side, Objective())(rows, student, teacher, tokens)  # type: ignore[arg-type]
+        log_p, log_q = teacher.logits(slice(None)).log_softmax(-1), student.logits(slice(None)).log_softmax(-1)
+    kl, entropy = (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)
+    meter = kl if by == "disagreement" else entropy
+    for keep, values in zip(torch.split(factors, [5, 40, 3]), torch.split(meter, [5, 40, 3]), strict=True):
+        assert int(keep.sum()) == {5: 2, 40: 16, 3: 2}[len(values)]
+        kept, left = values[keep == 1], values[keep == 0]
+        assert kept.min() >= left.max() if side == "high" else kept.max() <= left.min()
+
+
+def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
+    rows, scorer = scored_rows()
+    scored = scorer.scored([row.student_pair for row in rows])
+    tokens = torch.zeros(48, dtype=torch.long)
+    first, _ = RandomGate(0.5, 0)(rows, scored, scored, tokens)
+    again, _ = RandomGate(0.5, 0)(rows[1:2], scored, scored, tokens[:40])
+    assert torch.equal(first[5:45], again)
+    assert 10 <= int(again.sum()) <= 30
+    assert not torch.equal(again, RandomGate(0.5, 1)(rows[1:2], scored, scored, tokens[:40])[0])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ALIGNED,
+        (*ALIGNED, "exposure.granularity=per_problem", "aligned.metric=optimiser"),
+        (*GATED, "aligned.success=centred"),
+        (*GATED, LORA),
+    ],
+    ids=["ratio", "per-problem", "gate", "gate-lora"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    config = quick(*overrides, "train.batch_size=8", "model.path=world:b")
+    whole = finished(config, tmp_path / "whole")
+    measured = [row for row in whole.rows("metrics") if row["alignment"] or row["curvature"] is not None]
+    assert measured
+    wanted = fingerprint(whole)
+    for update in (1, 3, 6):
+        cut = cut_after(whole, update, tmp_path / f"cut-{update}")
+        assert fingerprint(train(config, cut).run) == wanted
+
+
+def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:
+    for override in ("exposure.kind=aligned", "loss.token_gate=aligned"):
+        with pytest.raises(ConfigError, match="verified rollouts"):
+            load_config("micro", [override, "data.checker=none"])
