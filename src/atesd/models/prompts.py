@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -14,6 +15,7 @@ from atesd.config import ModelConfig
 from atesd.errors import ConfigError, ModelError
 
 Options = Mapping[str, Any]
+_TEXTS_KEPT = 512  # probes and answers are read again every few updates, between the contexts of the batches
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -28,6 +30,7 @@ class PromptEncoder:
         self, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, end_ids: frozenset[int] | None = None
     ) -> None:
         self._tokenizer, self._config = tokenizer, config
+        self._tokens = lru_cache(_TEXTS_KEPT)(self._tokenise)
         self._end_ids = end_ids if end_ids is not None else frozenset({int(tokenizer.eos_token_id)})
         for reader, options in (("student", config.student_template), ("teacher", config.teacher_template)):
             self._check_options(f"model.{reader}_template", options)
@@ -95,7 +98,7 @@ class PromptEncoder:
         begin = self._tokenizer.bos_token_id
         return (int(begin),) if begin is not None and begin in self._tokenizer("").input_ids else ()
 
-    def _tokens(self, text: str) -> tuple[int, ...]:
+    def _tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _text(self, ids: Sequence[int]) -> str:
