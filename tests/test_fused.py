@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -179,6 +179,7 @@ def test_identical_teacher_and_student_give_exactly_nothing(divergence: str) -> 
 
 
 @settings(max_examples=60, deadline=None)
+@example(("forward_kl", "per_entry"), 33.625, 0.5, 3391)
 @given(
     st.sampled_from(list(itertools.product(DIVERGENCES, CLIPS))),
     st.floats(0.01, 60.0),
@@ -197,7 +198,10 @@ def test_distributions_far_apart_neither_overflow_nor_lose_the_value(
     exact = student.detach().double().requires_grad_()
     expected, plain = by_autograd(objective, exact, Head(None), teacher.double(), Head(None), tokens, ones.double())
     (grad,), (exact_grad,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, exact)
-    torch.testing.assert_close(meters["loss"].double(), plain["loss"], rtol=1e-4, atol=1e-5)
+    # A clipped loss is the unclipped one less what is cut off: as exact as the larger of the two.
+    torch.testing.assert_close(
+        meters["loss"].double(), plain["loss"], rtol=1e-4, atol=1e-6 * max(10.0, float(plain["clipped_mass"].max()))
+    )
     torch.testing.assert_close(meters["kl"].double(), plain["kl"], rtol=1e-4, atol=1e-5)
     if clip == "none":  # an entry on the other side of the threshold by a rounding has another gradient
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-3, atol=1e-5 * max(1.0, spread))

@@ -191,12 +191,11 @@ def test_groups_first_met_later_in_the_hold_belong_to_its_decision():
     assert (first, second, third) == ({"2", "3"}, {"2", "5"}, {"2"})
 
 
-def test_the_sound_preset_measures_its_probe_once_per_decision():
-    made = exposure(CreditConfig())
-    wanted = {update: made.measurements(update) for update in range(9)}
-    due = {update for update, names in wanted.items() if names}
-    assert due == {0, 4, 8}
-    assert all(wanted[update] == {"probe_success", "probe_nll"} for update in due)
+def test_the_sound_preset_measures_its_probe_once_per_decision_and_the_state_s_once_per_policy_update():
+    made = exposure(CreditConfig(), policy=PolicyConfig(decisions_per_policy_update=2))
+    wanted = {update: made.measurements(update) for update in range(17)}
+    both, one = {"probe_success", "probe_nll"}, {"probe_success"}
+    assert {u: names for u, names in wanted.items() if names} == {0: both, 4: one, 8: both, 12: one, 16: both}
 
 
 def test_the_paper_preset_asks_for_grounding_at_every_update():

@@ -71,8 +71,9 @@ class LearnedExposure:
     def measurements(self, update: int) -> frozenset[Measurement]:
         """What to measure before the step of this update."""
         wanted = self._ledger.measurements(update)
-        starts_hold = update % self._credit.hold_updates == 0
-        return wanted | {"probe_nll"} if starts_hold else wanted  # a state feature, whatever the progress signal is
+        # The probe NLL is a state feature, whatever the progress signal is; once per policy update keeps its cost down.
+        buffer = self._credit.hold_updates * self._policy_config.decisions_per_policy_update
+        return wanted | {"probe_nll"} if update % buffer == 0 else wanted
 
     def reveal_ratio(self, update: int, group: str = "") -> float:
         """The ratio for this update and group, clipped to the bounds; the first call of a hold takes the decision."""
