@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from atesd.maths.divergence import Objective
 from atesd.models.load import trainable_parameters
 from atesd.models.score import Scorer, completion_tokens
 from atesd.records import Alignment, UpdateStats
-from atesd.train.batches import draw_batch
+from atesd.train.batches import draw_batch, group_advantages
 from atesd.train.checkpoint import digest
 from atesd.train.lookahead import grouped
 from atesd.train.loop import objective
 from atesd.train.parts import Parts
-from atesd.train.step import Row, distill, token_weights
+from atesd.train.step import Row, distill, maximise_likelihood, token_weights
 from atesd.train.success import Attempt, weighted_rows
 from atesd.train.token_gate import RandomGate, RankedGate
 from quick import cut_after, fingerprint, finished, quick
@@ -312,3 +313,48 @@ def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:
     for override in ("exposure.kind=aligned", "loss.token_gate=aligned"):
         with pytest.raises(ConfigError, match="verified rollouts"):
             load_config("micro", [override, "data.checker=none"])
+
+
+def test_the_correct_gate_distils_verified_rollouts_only() -> None:
+    parts = build(quick("exposure.kind=full", "loss.token_gate=correct", "train.batch_size=16"))
+    batch = draw_batch(parts, 0)
+    cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
+    meters = distill(parts.scorer, parts.teacher, batch.rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+    kept = [set(row) for row in meters.tokens["kept"]]
+    assert kept == [{float(verdict == "correct")} for verdict in batch.verdicts]
+    assert {0.0, 1.0} == set.union(*kept)
+    close(parts)
+
+
+def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
+    """The gradient is the sum of that of distillation and that of GRPO alone."""
+    shared = ("exposure.kind=full", "train.batch_size=16", "train.group_size=4", "data.max_difficulty=6")
+    parts = build(quick(*shared, "train.grpo_weight=0.5"))
+    batch = next(b for b in (draw_batch(parts, update) for update in range(9)) if any(row.advantage for row in b.rows))
+    problems = [problem.id for problem in batch.problems]
+    assert problems == [problem for problem in dict.fromkeys(problems) for _ in range(4)]
+    parameters = trainable_parameters(parts.loaded)
+
+    def gradient(rows: list[Row], how: str) -> dict[str, torch.Tensor]:
+        cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
+        if how == "distill":
+            distill(parts.scorer, parts.teacher, rows, objective(parts.config), **cut)  # type: ignore[arg-type]
+        else:
+            maximise_likelihood(parts.scorer, rows, temperature=1.0, **cut)  # type: ignore[arg-type]
+        found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return found
+
+    both = gradient(batch.rows, "distill")
+    alone = gradient([replace(row, advantage=0.0) for row in batch.rows], "distill")
+    advantages = group_advantages(batch.verdicts, 4)
+    grpo = gradient([replace(r, scale=0.5 * a) for r, a in zip(batch.rows, advantages, strict=True)], "grpo")
+    for name, value in both.items():
+        torch.testing.assert_close(value, alone[name] + grpo[name], rtol=1e-4, atol=1e-6)
+    close(parts)
+
+
+def test_grpo_beside_another_method_is_refused() -> None:
+    with pytest.raises(ConfigError, match="grpo_weight"):
+        load_config("micro", ["train.method=sft", "train.grpo_weight=1"])

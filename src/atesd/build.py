@@ -40,7 +40,7 @@ from atesd.train.loop import Trainer, objective
 from atesd.train.parts import Listener, Parts
 from atesd.train.step import Gate
 from atesd.train.success import SuccessDirection
-from atesd.train.token_gate import AlignedGate, RandomGate, RankedGate
+from atesd.train.token_gate import AlignedGate, RandomGate, RankedGate, correct_gate
 
 
 @final
@@ -307,6 +307,8 @@ def make_gate(config: Config, lookahead: Lookahead | None) -> Gate | None:
     match loss.token_gate:
         case "aligned" if lookahead is not None:
             return AlignedGate(lookahead)
+        case "correct":
+            return correct_gate
         case "random":
             return RandomGate(loss.gate_share, config.train.seed)
         case "disagreement" | "entropy":

@@ -307,9 +307,10 @@ class LossConfig(Component):
     )
     temperature: float | None = Field(None, gt=0, description="divides both logits; None: sampling.temperature (OPSD)")
     reduction: Literal["sequence", "token"] = Field("sequence", description="paper: sequence; OPSD's code: token")
-    token_gate: Literal["none", "aligned", "random", "disagreement", "entropy"] = Field(
+    token_gate: Literal["none", "aligned", "correct", "random", "disagreement", "entropy"] = Field(
         "none",
         description="which tokens are distilled (ours): aligned: those whose step would raise verified success; "
+        "correct: those of verified rollouts; "
         "random; the share gate_share by KL from the teacher, or by the student's entropy",
     )
     gate_share: Fraction = Field(0.5, description="share of tokens kept; read by random, disagreement and entropy")
@@ -368,7 +369,10 @@ class TrainConfig(Component):
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW")
     max_grad_norm: float = Field(0.1, gt=0, description="OPSD: 0.1")
-    group_size: int = Field(8, ge=2, description="samples per problem; read by grpo")
+    group_size: int = Field(8, ge=2, description="samples per problem; read by grpo and grpo_weight")
+    grpo_weight: float = Field(
+        0.0, ge=0, description="adds GRPO's loss on the same rollouts to distillation; ours: a baseline. 0: none"
+    )
     evaluate_every: int = Field(25, ge=0, description="updates between validations; 0: never")
     checkpoint_every: int = Field(25, ge=1, description="updates between checkpoints; OPSD: 25")
     keep_checkpoints: int = Field(3, ge=1, description="newest ones kept; older ones are deleted")
@@ -378,9 +382,16 @@ class TrainConfig(Component):
 
     @model_validator(mode="after")
     def _groups(self) -> TrainConfig:
-        if self.method == "grpo" and self.batch_size % self.group_size:
+        if self.grpo_weight and self.method != "distill":
+            raise ValueError(f"grpo_weight {self.grpo_weight} is added to distillation; set method: distill, or 0")
+        if self.samples_per_problem > 1 and self.batch_size % self.group_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
         return self
+
+    @property
+    def samples_per_problem(self) -> int:
+        """Rollouts of one problem in an update: a group where advantages are centred in groups, else one."""
+        return self.group_size if self.method == "grpo" or self.grpo_weight else 1
 
 
 class EvaluationConfig(Component):
@@ -439,8 +450,10 @@ class Config(Component):
                 raise ValueError(
                     "exposure.kind: aligned and loss.token_gate: aligned need verified rollouts; set data.checker"
                 )
-            if self.train.method == "grpo":
-                raise ValueError("train.method: grpo needs verified rewards; set data.checker: math")
+            if self.loss.token_gate == "correct":
+                raise ValueError("loss.token_gate: correct needs verified rollouts; set data.checker")
+            if self.train.samples_per_problem > 1:
+                raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
         if self.sampling.completion_tokens >= self.model.max_context_tokens:

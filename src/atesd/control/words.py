@@ -24,6 +24,8 @@ def method_name(config: Config) -> str:
         "custom": f"custom ({exposure.factory})",
     }
     extras = [f"control: {exposure.control}"] if exposure.control != "off" else []
+    if config.train.grpo_weight:
+        extras.append(f"plus {config.train.grpo_weight:g} x GRPO")
     if config.loss.token_gate != "none":
         extras.append(_gate(config))
     extras += ["shuffled rewards"] if exposure.decides and config.credit.shuffle_rewards else []
@@ -41,6 +43,7 @@ def _gate(config: Config) -> str:
     loss = config.loss
     words = {
         "aligned": f"aligned tokens ({config.aligned.success})",
+        "correct": "verified rollouts only",
         "random": f"{loss.gate_share:.0%} of the tokens, at random",
         "disagreement": f"the {loss.gate_share:.0%} of the tokens with the {_most(config)} KL",
         "entropy": f"the {loss.gate_share:.0%} of the tokens with the {_most(config)} entropy",

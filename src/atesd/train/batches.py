@@ -56,17 +56,20 @@ def draw_batch(parts: Parts, update: int) -> Batch:
         teacher_view(problem, ratio, config, parts.encoder, parts.renderer, parts.problems.train)
         for problem, ratio in zip(problems, ratios, strict=True)
     ]
+    rewarded = config.train.samples_per_problem > 1
+    advantages = group_advantages(verdicts, config.train.group_size) if rewarded else [0.0] * len(problems)
     grpo = config.train.method == "grpo"
-    scales = group_advantages(verdicts, config.train.group_size) if grpo else [1.0] * len(problems)
     rows = [
         Row(
             rollout.prompt_ids,
             rollout.completion_ids,
             context,
-            scale,
+            advantage if grpo else 1.0,
             key=(update, rollout.problem_id, rollout.sample),
+            correct=verdict == "correct",
+            advantage=advantage * config.train.grpo_weight,
         )
-        for rollout, (_, context), scale in zip(rollouts, seen, scales, strict=True)
+        for rollout, (_, context), verdict, advantage in zip(rollouts, seen, verdicts, advantages, strict=True)
     ]
     views = [view for view, _ in seen]
     return Batch(problems, rollouts, ratios, views, verdicts, rows, alignment, lookahead_seconds)
@@ -119,11 +122,11 @@ def grade(problems: Sequence[Problem], rollouts: Sequence[Rollout], parts: Parts
 def batch_at(problems: Sequence[Problem], config: Config, update: int) -> tuple[list[Problem], list[int]]:
     """The problems of an update and the sample number of each row: a function of the seed and the update alone.
 
-    Epochs are keyed permutations laid end to end; GRPO repeats each problem `group_size` times. The sample number
+    Epochs are keyed permutations laid end to end; with GRPO each problem comes `group_size` times. The sample number
     counts a problem's rows in the batch, so that one met twice, where epochs meet or are short, is answered afresh.
     """
     train = config.train
-    repeats = train.group_size if train.method == "grpo" else 1
+    repeats = train.samples_per_problem
     count = train.batch_size // repeats
     chosen = []
     for position in range(update * count, (update + 1) * count):

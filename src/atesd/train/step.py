@@ -31,7 +31,8 @@ class Row:
 
     `scale` multiplies the row's weight: the advantage in GRPO, else 1. `answer` is a second completion, only measured:
     the teacher reads it in the pass in which it reads the first, after the context that both share. `key` names the
-    rollout in keyed draws.
+    rollout in keyed draws, `correct` says that it was verified. A distilled row with an `advantage` has that times its
+    negative log-likelihood added to its loss, under the same weights: GRPO's loss beside the divergence.
     """
 
     context: tuple[int, ...]
@@ -40,6 +41,8 @@ class Row:
     scale: float = 1.0
     answer: tuple[int, ...] = ()
     key: tuple[int | str, ...] = ()
+    correct: bool = False
+    advantage: float = 0.0
 
     @property
     def student_pair(self) -> Pair:
@@ -119,6 +122,7 @@ def distill(
 
         def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             nonlocal gating
+            rewarded = _advantages(batch, weights)
             gate_meters: dict[str, Tensor] = {}
             if gate is not None:
                 begun = clock(scorer.device)
@@ -128,6 +132,16 @@ def distill(
                 gating += clock(scorer.device) - begun
             sides = student, scorer.head(), seen.hidden, seen.head
             loss, meters = fused_divergence(objective, *sides, tokens, weights, chunk_tokens=chunk_tokens)
+            if rewarded is not None:
+                policy, _ = fused_likelihood(
+                    student,
+                    scorer.head(),
+                    tokens,
+                    rewarded,
+                    temperature=objective.temperature,
+                    chunk_tokens=chunk_tokens,
+                )
+                loss = loss + policy
             return loss, meters | gate_meters
 
         return Prepared(weighted_loss, seconds, answers)
@@ -137,6 +151,13 @@ def distill(
     spent = meters.seconds
     seconds = {**spent, "loss_backward": spent["loss_backward"] - gating, "control": gating}
     return replace(meters, seconds=seconds)
+
+
+def _advantages(rows: Sequence[Row], weights: Tensor) -> Tensor | None:
+    """The weight of each token's negative log-likelihood; None if no row has an advantage."""
+    if not any(row.advantage for row in rows):
+        return None
+    return weights * torch.tensor([row.advantage for row in rows for _ in row.completion], device=weights.device)
 
 
 def _read(scorer: Scorer, head: Head, rows: Sequence[Row]) -> tuple[Tensor, list[list[float]]]:

@@ -40,6 +40,16 @@ class AlignedGate:
         return (values[0] > 0).float(), {"alignment": values[0], "curvature": curvature}
 
 
+def correct_gate(
+    rows: Sequence[Row],
+    student: Scored,  # noqa: ARG001
+    teacher: Scored,  # noqa: ARG001
+    tokens: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Keeps the tokens of verified rollouts: distillation on correct rollouts only."""
+    return torch.tensor([float(row.correct) for row in rows for _ in row.completion], device=tokens.device), {}
+
+
 @final
 class RandomGate:
     """Keeps each token with a probability: the control for gating as such. Draws belong to (seed, row, position)."""
