@@ -100,6 +100,7 @@ def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
         "train",
         "evaluate",
         "preview",
+        "profile",
         "report",
         "compare",
         "recipes",

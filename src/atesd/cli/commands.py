@@ -162,6 +162,27 @@ def preview(
 
 
 @app.command()
+def profile(
+    recipe: Recipe,
+    settings: Settings = None,
+    problems: Annotated[
+        int | None, typer.Option(min=2, help="Rollouts, one a problem. Default: those of 8 updates, at most 256.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/NAME-profile after the recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Before training: what a teacher would be worth at each reveal ratio; suggests one and writes a recipe."""
+    from atesd.config import load_config
+
+    config = load_config(recipe, settings or [])
+    name = run_name(recipe)
+
+    from atesd.cli.profile import print_profile
+
+    print_profile(config, name, problems, out or Path("runs") / f"{name}-profile", as_json=as_json)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,

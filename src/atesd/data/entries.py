@@ -17,7 +17,7 @@ from typing import Any
 from atesd.config import ColumnsConfig
 from atesd.data.answers import ExactChecker, MathChecker, last_boxed, normalise
 from atesd.data.numbers import plain_value
-from atesd.data.rows import BadRow, Row
+from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _WRAPPED = re.compile(r"\$([^$]+)\$|\\\((.+)\\\)", re.DOTALL)
@@ -78,7 +78,7 @@ def checked(name: str, rows: Iterable[Row | BadRow], columns: ColumnsConfig, che
             bad.append(BadRow(row.number, f"{same} row {first}"))
     contradicted = _contradicted(entries, checker)
     bad += [
-        BadRow(entry.row, f"its solution boxes '{_brief(entry.boxed)}' but its answer is '{_brief(entry.answer)}'")
+        BadRow(entry.row, f"{OTHER_ANSWER[0]} '{_brief(entry.boxed)}' but its answer is '{_brief(entry.answer)}'")
         for entry in contradicted.values()
     ]
     return Reading(name, tuple(entry for entry in entries if entry.row not in contradicted), tuple(bad))
@@ -96,7 +96,7 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
     answer = stated or boxed
     if answer is None:
         stated_nowhere = "data.columns.answer is not set" if columns.answer is None else f"'{columns.answer}' is empty"
-        raise _BadValueError(f"no answer can be found: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
+        raise _BadValueError(f"{NO_ANSWER}: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise _BadValueError(f"the answer '{_brief(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
     return Entry(

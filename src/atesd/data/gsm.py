@@ -11,7 +11,7 @@ from typing import Any
 
 from atesd.config import ColumnsConfig
 from atesd.data.numbers import plain_value
-from atesd.data.rows import BadRow, Row, require
+from atesd.data.rows import OTHER_ANSWER, BadRow, Row, require
 
 COLUMNS = ColumnsConfig(answer="answer", difficulty="difficulty")
 MOST_STEPS = 8  # ours; three templates have more lines, up to 18
@@ -60,9 +60,9 @@ def _fault(solution: str, stated: str | None, answer: str) -> str | None:
     if value is None or value < 0:
         return f"the answer {answer} is no plain number from 0 on"
     if stated is None or plain_value(stated) != value:
-        return f"its reasoning ends with {stated} but the answer is {answer}"
+        return f"{OTHER_ANSWER[1]} {stated} but the answer is {answer}"
     if float(value) not in (_amount(number.rstrip("%")) for number in re.findall(_NUMBER, solution)):
-        return f"its reasoning never states the answer {answer}"
+        return f"{OTHER_ANSWER[2]} the answer {answer}"
     wrong = next(_wrong_equations(solution), None)
     return None if wrong is None else f"its reasoning states {wrong}"
 

@@ -15,6 +15,9 @@ from atesd.errors import DataError
 
 _FORMATS = "a .jsonl or .parquet file, a folder or hub id that `datasets` loads, world, or gsm_symbolic"
 _OTHER_FORMATS = {".json", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".arrow", ".gz", ".zst", ".zip"}
+NO_ANSWER = "no answer can be found"
+OTHER_ANSWER = ("its solution boxes", "its reasoning ends with", "its reasoning never states")
+"""How the reasons of bad rows begin: no gold answer; a reference that comes to another one."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
