@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from atesd.build import build, close
 from atesd.cli.commands import app
+from atesd.cli.profile import print_profile
 from atesd.config import DataConfig, ViewsConfig, dump_config, load_config
 from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
@@ -65,6 +66,17 @@ def test_the_rollouts_are_those_that_training_would_draw(parts: Parts) -> None:
     assert [one.verdict for one in shown] == [verdict for batch in batches for verdict in batch.verdicts][:20]
     full = [row.teacher_context for batch in batches for row in batch.rows]
     assert [one.contexts[-1] for one in shown] == full[:20]  # the profile is built under full exposure
+
+
+def test_gates_and_other_losses_stay_out_of_the_profile_and_in_the_suggested_recipe(profile: Profile) -> None:
+    config = quick(
+        "train.grpo_weight=0.5", "train.group_size=2", "loss.token_gate=aligned", "exposure.kind=per_problem"
+    )
+    plain = profiled_config(config)
+    assert (plain.train.grpo_weight, plain.loss.token_gate, plain.exposure.kind) == (0, "none", "full")
+    suggested = suggested_config(profile, config)
+    assert (suggested.train.grpo_weight, suggested.loss.token_gate) == (0.5, "aligned")
+    assert suggested.exposure.kind in ("full", "fixed")
 
 
 def test_kl_disagreement_and_answer_equal_brute_force(parts: Parts) -> None:
@@ -314,7 +326,10 @@ def test_views_that_have_to_lose_segments_are_counted(parts: Parts) -> None:
     assert max(len(one.contexts[2]) for one in shown) <= room
 
 
-def test_bad_input_is_named_with_what_is_allowed(parts: Parts) -> None:
+def test_bad_input_is_named_with_what_is_allowed(parts: Parts, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out .*file: cannot make this folder: File exists; choose another"):
+        print_profile(CONFIG, "micro", 4, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"--problems 25: expected 2 to 24"):
         measure_profile(parts, 25)
     with pytest.raises(ConfigError, match=r"train.method: sft has no teacher"):
@@ -327,6 +342,7 @@ def test_the_command_writes_its_files_and_prints_json(tmp_path: Path) -> None:
     words = ["profile", "micro", *settings, "--problems", "8", "--out", str(tmp_path / "out"), "--json"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
+    assert result.stderr.startswith("8 rollouts at ratios 0, 0.25, 0.5, 0.75, 1")
     written = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert json.loads(result.stdout) == written
     assert {row["group"] for row in written["rows"]} >= {"all"}
@@ -342,4 +358,4 @@ def test_the_figure_is_the_same_bytes_for_the_same_profile(profile: Profile, tmp
     drawn = (tmp_path / "a" / "profile.svg").read_bytes()
     assert drawn == (tmp_path / "b" / "profile.svg").read_bytes()
     assert b"Teacher right" in drawn
-    assert write_profile(profile, CONFIG, "micro", tmp_path / "c")[0].name == "profile.json"
+    assert all(path.is_file() for path in write_profile(profile, CONFIG, "micro", tmp_path / "a"))

@@ -8,12 +8,17 @@ from pathlib import Path
 import typer
 
 from atesd.config import Config
+from atesd.errors import ConfigError
 from atesd.experiments.profile_report import profile_json, profile_text, run_profile, write_profile
 
 
 def print_profile(config: Config, name: str, problems: int | None, out: Path, *, as_json: bool = False) -> None:
-    """Profile, write all files into `out`, and print the tables, or JSON."""
-    profile = run_profile(config, problems)
+    """Profile, write all files into `out`, and print the tables, or JSON. Raises `ConfigError` if `out` cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot make this folder: {error.strerror}; choose another") from None
+    profile = run_profile(config, problems, lambda text: typer.echo(text, err=True))
     paths = write_profile(profile, config, name, out)
     if as_json:
         typer.echo(json.dumps(profile_json(profile), indent=1, allow_nan=False))

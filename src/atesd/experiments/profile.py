@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,7 @@ from atesd.models.sample import Request, sample
 from atesd.models.score import Pair, completion_tokens, hidden_logprobs
 from atesd.models.shared_prefix import shared_hidden
 from atesd.records import Alignment, Problem, Rollout, Verdict, View
+from atesd.report.text import duration
 from atesd.runs import RunFolder
 from atesd.train.batches import batch_at, grade, request, rollout_sampler, teacher_view
 from atesd.train.lookahead import Lookahead, grouped
@@ -50,6 +51,8 @@ TAIL = 0.05
 MOST_PROBLEMS = 256
 VIEWS_MEASURED = 512  # training problems whose whole reference is rendered, for the over-long share
 ALL = "all"
+PLAIN = ("loss.token_gate=none", "train.grpo_weight=0")
+"""Distillation of one rollout a problem, with nothing around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,7 @@ class DataProfile:
 
 @dataclass(frozen=True, slots=True)
 class UpdateCost:
-    """One update of the suggested run, measured: seconds by phase, and the peak of memory in bytes.
+    """One update of plain distillation at the suggested ratio: seconds by phase, and the peak of memory in bytes.
 
     On a CPU the peak is that of the whole process so far, the profile included.
     """
@@ -174,15 +177,13 @@ class Profile:
 
 
 def profiled_config(config: Config) -> Config:
-    """The config under which a recipe is profiled: no controller, and bad rows counted instead of refused.
+    """The config under which a recipe is profiled: plain distillation, bad rows counted instead of refused.
 
     Raises `ConfigError` for a method without a teacher.
     """
     if config.train.method != "distill":
         raise ConfigError(f"profile: train.method: {config.train.method} has no teacher; set train.method: distill")
-    return with_overrides(
-        config, ["exposure.kind=full", "exposure.granularity=update", "loss.token_gate=none", "data.on_bad_row=skip"]
-    )
+    return with_overrides(config, ["exposure.kind=full", "exposure.granularity=update", *PLAIN, "data.on_bad_row=skip"])
 
 
 def default_problems(parts: Parts) -> int:
@@ -190,8 +191,10 @@ def default_problems(parts: Parts) -> int:
     return min(8 * parts.config.train.batch_size, MOST_PROBLEMS, len(parts.problems.train))
 
 
-def measure_profile(parts: Parts, problems: int | None = None) -> Profile:
+def measure_profile(parts: Parts, problems: int | None = None, say: Callable[[str], None] | None = None) -> Profile:
     """Profile the student of `parts`, whose config is a `profiled_config`, on as many training problems.
+
+    `say` is told what is done and how long it took.
 
     The last thing it does is one update, after which the student is no longer the one that was profiled. Raises
     `ConfigError` for more problems than there are.
@@ -200,8 +203,8 @@ def measure_profile(parts: Parts, problems: int | None = None) -> Profile:
     count = default_problems(parts) if problems is None else problems
     if not 2 <= count <= available:
         raise ConfigError(f"--problems {count}: expected 2 to {available}, the number of training problems")
-    watch = _Watch()
     ratios = tuple(sorted(set(parts.config.aligned.ratios)))
+    watch = _Watch(say, f"{count} rollouts at ratios {', '.join(f'{ratio:g}' for ratio in ratios)}")
     shown = show(parts, count, ratios)
     watch.lap("rollouts")
     scores = score(parts, shown)
@@ -491,11 +494,18 @@ def _row(
 class _Watch:
     """Seconds of the parts of a profile."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] | None, plan: str) -> None:
         self.laps: dict[str, float] = {}
+        self._say = say
+        self._tell(plan)
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
         now = time.perf_counter()
         self.laps[part] = now - self._last
+        self._tell(f"{part}: {duration(self.laps[part])}")
         self._last = now
+
+    def _tell(self, text: str) -> None:
+        if self._say is not None:
+            self._say(text)

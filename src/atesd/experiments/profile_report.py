@@ -36,18 +36,17 @@ GREY = "#57606a"
 WIDTH = 100  # characters of a line of prose
 
 
-def run_profile(config: Config, problems: int | None) -> Profile:
-    """Build the recipe's model and data without its controller, and profile it."""
+def run_profile(config: Config, problems: int | None, say: Callable[[str], None]) -> Profile:
+    """Build the recipe's model and data without its controller, and profile it; `say` hears how it goes."""
     parts = build(profiled_config(config))
     try:
-        return measure_profile(parts, problems)
+        return measure_profile(parts, problems, say)
     finally:
         close(parts)
 
 
 def write_profile(profile: Profile, config: Config, name: str, folder: Path) -> list[Path]:
-    """Write profile.json, profile.txt, profile.svg, profile.png and recipe.yaml into `folder`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write profile.json, profile.txt, profile.svg, profile.png and recipe.yaml into `folder`, which exists."""
     texts = {
         "profile.json": json.dumps(profile_json(profile), indent=1, allow_nan=False) + "\n",
         "profile.txt": profile_text(profile, name),
@@ -147,9 +146,9 @@ def cost_lines(profile: Profile) -> list[str]:
     cost = profile.cost
     phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in cost.seconds.items())
     return [
-        f"one update at the suggested ratio: {duration(cost.total)} ({phases}); train.num_updates {cost.num_updates}: "
-        f"about {duration(cost.total * cost.num_updates)} without evaluations; peak memory "
-        f"{cost.peak_bytes / 2**20:,.0f} MiB, the profile included",
+        f"one update of plain distillation at the suggested ratio: {duration(cost.total)} ({phases}); "
+        f"train.num_updates {cost.num_updates}: about {duration(cost.total * cost.num_updates)} without evaluations; "
+        f"peak memory {cost.peak_bytes / 2**20:,.0f} MiB, the profile included",
         f"this profile: {duration(sum(profile.seconds.values()))} ("
         + ", ".join(f"{part} {duration(seconds)}" for part, seconds in profile.seconds.items())
         + ")",
