@@ -20,16 +20,13 @@ from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
 from atesd.experiments.profile import (
     Profile,
-    align,
     data_profile,
     default_problems,
     measure_profile,
     mismatch,
     profiled_config,
-    score,
-    show,
-    teacher_verdicts,
 )
+from atesd.experiments.profile_measure import align, score, show, teacher_verdicts
 from atesd.experiments.profile_report import draw_profile, profile_text, recipe_of, suggested_config, write_profile
 from atesd.experiments.suggestion import AlignmentRows, Suggestion, suggest
 from atesd.maths.keyed import uniforms
@@ -332,6 +329,9 @@ def test_bad_input_is_named_with_what_is_allowed(parts: Parts, tmp_path: Path) -
         print_profile(CONFIG, "micro", 4, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"--problems 25: expected 2 to 24"):
         measure_profile(parts, 25)
+    aligned_ratios = CONFIG.aligned.model_copy(update={"ratios": (0.5, 0.5)})
+    with pytest.raises(ConfigError, match=r"aligned.ratios: 0.5 alone"):
+        measure_profile(replace(parts, config=CONFIG.model_copy(update={"aligned": aligned_ratios})))
     with pytest.raises(ConfigError, match=r"train.method: sft has no teacher"):
         profiled_config(quick("train.method=sft"))
     assert default_problems(parts) == 24

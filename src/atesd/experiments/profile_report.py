@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from atesd.build import build, close
 from atesd.config import Config, dump_config, with_overrides
-from atesd.experiments.profile import ALL, AlignmentProfile, Profile, RatioProfile, measure_profile, profiled_config
+from atesd.experiments.profile import Profile, RatioProfile, measure_profile, profiled_config
+from atesd.experiments.profile_measure import ALL, AlignmentProfile
 from atesd.records import Alignment
 from atesd.report.canvas import PALETTE, colour, dash, plain, save_figure, styled
 from atesd.report.tables import Table, render_text
