@@ -87,7 +87,9 @@ def test_help_imports_nothing_heavy():
     assert {"torch", "transformers", "pydantic", "numpy", "rich", "yaml"} & modules == set()
 
 
-@pytest.mark.parametrize("words", ["train micro", "preview micro", "config micro", "sweep micro-ratios"])
+@pytest.mark.parametrize(
+    "words", ["train micro", "preview micro", "profile micro", "config micro", "sweep micro-ratios"]
+)
 def test_a_config_error_is_answered_before_anything_heavy_is_imported(words: str):
     code, modules = modules_used(*words.split(), "--set", "train.nun_updates=3")
     assert code == 2
