@@ -295,6 +295,60 @@ def sweep(
         raise typer.Exit(1)
 
 
+@app.command(epilog=EXIT_CODES)
+def reproduce(
+    experiment: Annotated[str, typer.Argument(metavar="NAME", help="An experiment (--list), or all.")] = "all",
+    settings: Settings = None,
+    scale: Annotated[str, typer.Option(help="Which grid: micro, the embedded worlds.")] = "micro",
+    out: Annotated[Path, typer.Option(help="Folder of cells, pages and figures.")] = Path("runs/reproduce"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. Default: as many as GPUs, else as cores.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Paired seeds, from 0. Default: the scale's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells and expected time, and stop.")] = False,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Print one `atesd train` per cell for a scheduler, and stop.")
+    ] = False,
+    list_experiments: Annotated[bool, typer.Option("--list", help="List the experiments, and stop.")] = False,
+) -> None:
+    """The paper's tables and figures, its numbers beside ours, a verdict per claim. Run it again: it goes on."""
+    from atesd.experiments.paper.scale import budget, cells_for, load_scale
+
+    grid = load_scale(scale)
+    if list_experiments:
+        for name in grid.experiments:
+            typer.echo(name)
+        return
+
+    from atesd.experiments.paper.reproduce import named
+
+    names = named(experiment)
+    cells = cells_for(grid, names, out, settings or [], seeds)
+    if dry_run:
+        from atesd.experiments.workers import slots
+        from atesd.report.tables import render_text
+
+        typer.echo(render_text(budget(grid, names, cells, len(slots(jobs)))), nl=False)
+        return
+    if print_commands:
+        from atesd.experiments.grid import command_lines
+
+        for line in command_lines(cells):
+            typer.echo(line)
+        return
+
+    from atesd.cli.reproduce import run_experiments
+
+    try:
+        text, whole = run_experiments(grid, names, cells, jobs, out)
+    except KeyboardInterrupt:
+        typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
+        raise typer.Exit(STOPPED) from None
+    typer.echo(text)
+    if not whole:
+        raise typer.Exit(1)
+
+
 @app.command("bad-teacher")
 def bad_teacher(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the figure.")] = Path("runs/bad-teacher"),

@@ -30,11 +30,7 @@ COUNTED = ("running", "waiting", "held", "failed", "blocked")
 
 def run_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> tuple[str, int]:
     """Train what is not finished; returns what to print at the end and how many cells are not finished."""
-    gpus = [] if all(cell.job.config.model.device == "cpu" for cell in cells) else visible_gpus()
-    environments = slots(processes, gpus)
-    write_index(cells, out)
-    with view_for(cells, len(environments)) as view:
-        board = run_all([cell.job for cell in cells], environments, view)
+    board = train_cells(cells, processes, out)
     unfinished = [entry for entry in board if entry.status != "finished"]
     text = sweep_tables(cells)
     write_shared(out / "table.txt", text)
@@ -43,6 +39,15 @@ def run_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> tuple[
         lines.append(f"{len(unfinished)} of {len(board)} cells are not finished; the same command tries them again")
     lines.append(f"run folders: {out}, one per cell, each with its log beside it; table: {out / 'table.txt'}")
     return "\n".join(lines), len(unfinished)
+
+
+def train_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> list[Entry]:
+    """Train what is not finished, with a view of how it goes; says how each cell ended."""
+    gpus = [] if all(cell.job.config.model.device == "cpu" for cell in cells) else visible_gpus()
+    environments = slots(processes, gpus)
+    write_index(cells, out)
+    with view_for(cells, len(environments)) as view:
+        return run_all([cell.job for cell in cells], environments, view)
 
 
 @final

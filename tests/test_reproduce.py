@@ -1,0 +1,241 @@
+"""The paper's tables and figures: what is trained for them, the rule of the verdicts, and what is written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atesd.cli.reproduce import run_experiments
+from atesd.config import parse_yaml
+from atesd.errors import ConfigError, RunError
+from atesd.experiments.paper import numbers, sweep, tokens
+from atesd.experiments.paper.bench import RATIOS, Bench
+from atesd.experiments.paper.claims import Claim, Contrast, over_seeds
+from atesd.experiments.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
+from atesd.experiments.paper.scale import Scale, budget, cells_for, load_scale
+from atesd.experiments.plan import Cell
+from atesd.report.text import MISSING
+from atesd.runs import RunFolder, new_manifest
+from fake_run import decision_row, evaluation_row, metric_row, sample_row
+from quick import SMALL
+
+UPDATES = 20
+TINY = [*(setting for setting in SMALL if "credit." not in setting), "train.num_updates=8", "train.batch_size=8"]
+FEW = [f"train.num_updates={UPDATES}", "train.evaluate_every=10"]
+
+
+@pytest.fixture(scope="module")
+def scale() -> Scale:
+    return load_scale("micro")
+
+
+def contrast(low: float, high: float) -> Contrast:
+    return Contrast("a - b", (low + high) / 2, low, high)
+
+
+def claim(*contrasts: Contrast) -> Claim:
+    return Claim("a is better than b", "paper", "+2", contrasts)
+
+
+def write_cell(cell: Cell) -> None:
+    """A finished run of the cell with made-up rows; the more a fixed teacher shows, the better and the farther."""
+    arm, config = cell.points["arm"], cell.job.config
+    run = RunFolder.create(cell.job.folder, config, new_manifest(config, data_fingerprint="f", command=["atesd"]))
+    noise = np.random.default_rng(cell.seed)
+    ratio = RATIOS.get(arm, 0.5)
+    for update in range(UPDATES):
+        run.append("metrics", metric_row(update, ratio, noise))
+    if config.exposure.kind in ("learned", "bandit"):
+        for update in range(0, UPDATES, 4):
+            betas = {"concentration1": None, "concentration0": None} if config.exposure.kind == "bandit" else {}
+            run.append("decisions", decision_row(update, 0.5, noise) | betas)
+    for update, split in ((0, "validation"), (0, "test"), (10, "validation"), (20, "validation"), (20, "test")):
+        accuracy = 0.4 + 0.4 * ratio * update / UPDATES
+        run.append("evaluations", evaluation_row(update, accuracy, np.random.default_rng(cell.seed), split))
+    for update in (0, 10):
+        words = ["a", " 3", " \\boxed{3}"]
+        kl = {"token_kl": [0.01 * ratio, 0.001, 0.1 * ratio + 0.001 * cell.seed]}
+        run.append("samples", sample_row(update, words, noise, **kl))
+    run.end_session("finished")
+
+
+# What is trained
+
+
+def test_every_experiment_of_the_registry_has_cells_that_resolve(scale: Scale):
+    assert list(scale.experiments) == list(EXPERIMENTS)
+    assert {len(cells_for(scale, [name], Path("out"), seeds=1)) > 0 for name in EXPERIMENTS} == {True}
+
+
+def test_a_claim_rests_on_at_least_five_paired_seeds(scale: Scale):
+    assert scale.seeds >= 5
+
+
+def test_a_run_that_two_experiments_read_is_one_cell(scale: Scale):
+    sweep, credit, policy = (cells_for(scale, [name], Path("out"), seeds=1) for name in ("sweep", "credit", "policy"))
+    both = cells_for(scale, ["sweep", "credit", "policy"], Path("out"), seeds=1)
+    shared = {cell.job for cell in credit} & {cell.job for cell in policy}
+    assert [job.name for job in shared] == ["leaps-paper-seed-0"]
+    assert len(both) == len(sweep) + len(credit) + len(policy) - 1
+
+
+def test_the_whole_fits_ninety_minutes_on_two_cores(scale: Scale):
+    cells = cells_for(scale, named("all"), Path("out"), seeds=1)
+    updates = scale.seeds * sum(cell.job.config.train.num_updates for cell in cells)
+    assert updates * scale.cpu_seconds_per_update / 2 < 90 * 60
+    table = budget(scale, ["credit", "policy"], cells, 2)
+    assert [row[:3] for row in table.rows] == [("credit", "4", "800"), ("policy", "2", "400"), table.rows[-1][:3]]
+
+
+def test_unknown_experiments_and_scales_are_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match="expected all or one of sweep, main"):
+        named("sweeep")
+    with pytest.raises(ConfigError, match="--scale huge: expected one of micro"):
+        load_scale("huge")
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("intervals", "verdict"),
+    [
+        ([(0.1, 2.0)], "agrees"),
+        ([(-2.0, -0.1)], "disagrees"),
+        ([(-0.1, 2.0)], "not distinguishable"),
+        ([(0.1, 2.0), (-0.1, 1.0)], "not distinguishable"),
+        ([(0.1, 2.0), (-2.0, -1.0)], "disagrees"),
+        ([(0.1, 2.0), (1.0, 3.0)], "agrees"),
+        ([], "not distinguishable"),
+    ],
+)
+def test_the_verdict_is_read_from_the_intervals(intervals: list[tuple[float, float]], verdict: str):
+    assert claim(*(contrast(*interval) for interval in intervals)).verdict == verdict
+
+
+def test_the_interval_over_seeds_is_students():
+    # By hand: mean 2, deviation 1, t(0.975, 2) = 4.302653: reach 4.302653 / sqrt(3) = 2.484138
+    found = over_seeds("gap", [1.0, 2.0, 3.0], "points")
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, -0.484138, 4.484138))
+
+
+def test_one_seed_distinguishes_nothing():
+    found = over_seeds("gap", [5.0], "points")
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    assert claim(found).verdict == "not distinguishable"
+
+
+def test_a_claim_is_a_row_with_the_papers_number_beside_ours():
+    table = claims_table([claim(contrast(0.5, 1.5))])
+    assert table.columns == ("claim", "whose", "paper", "here: difference [95 % interval]", "verdict")
+    assert table.rows == (("a is better than b", "paper", "+2", "a - b: +1 [+0.5, +1.5] points", "agrees"),)
+
+
+# The paper's numbers
+
+
+def test_the_papers_numbers_are_those_of_the_packaged_file():
+    text = Path(numbers.__file__).with_name("numbers.yaml").read_text("utf-8")
+    assert numbers.paper_numbers() == parse_yaml(text, "numbers.yaml")
+    assert numbers.printed("main", "qwen3-1.7b", "opsd", 3) == 43.4
+    assert all("source" in group for group in numbers.paper_numbers().values() if isinstance(group, dict))
+
+
+# What is written
+
+
+def made_up(scale: Scale, names: list[str], out: Path) -> list[Cell]:
+    cells = cells_for(scale, names, out, FEW, seeds=2)
+    for cell in cells:
+        write_cell(cell)
+    written = write_experiments(scale, names, cells, {cell.job.folder for cell in cells}, out)
+    assert [one.missing for one in written] == [""] * len(names)
+    return cells
+
+
+def require_pages(out: Path, names: list[str]) -> None:
+    summary = (out / "results.md").read_text("utf-8")
+    for name in names:
+        page = (out / f"{name}.md").read_text("utf-8")
+        figures = sorted(out.glob(f"figures/{name}-*"))
+        assert f"[{name}]({name}.md)" in summary
+        assert "**Claims**" in page
+        assert page.count("\n| ---") >= 2
+        assert {path.suffix for path in figures} == {".svg", ".png"}
+        assert all(f"figures/{path.name}" in page for path in figures if path.suffix == ".svg")
+
+
+THREE = ["credit", "policy", "tokens"]
+
+
+@pytest.fixture(scope="module")
+def three(scale: Scale, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Cell]]:
+    out = tmp_path_factory.mktemp("reproduce")
+    return out, made_up(scale, THREE, out)
+
+
+@pytest.mark.slow
+def test_all_ten_experiments_are_written(scale: Scale, tmp_path: Path):
+    made_up(scale, named("all"), tmp_path)
+    require_pages(tmp_path, named("all"))
+
+
+def test_an_experiment_ends_in_claims_tables_and_figures(three: tuple[Path, list[Cell]]):
+    require_pages(three[0], THREE)
+
+
+def test_the_papers_numbers_stand_in_a_column_beside_ours(three: tuple[Path, list[Cell]]):
+    lines = (three[0] / "credit.md").read_text("utf-8").splitlines()
+    heading = next(line for line in lines if line.startswith("| arm |"))
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    place = heading.strip("| ").split(" | ").index("paper")
+    expected = {"one-step": "52.22", "short-delay": "56.11", "look-ahead": "58.06", "paper": "59.17", "base": MISSING}
+    assert {arm: rows[arm][place] for arm in expected} == expected
+
+
+def test_a_mismatch_that_rises_in_every_seed_agrees_with_figure_2b(scale: Scale, three: tuple[Path, list[Cell]]):
+    start, late = sweep.mismatch_claims(Bench(three[1], scale.wanted(["tokens"])))
+    assert (start.verdict, late.verdict, start.printed) == ("agrees", "agrees", "monotone increasing")
+    # write_cell: the mean of 0.01 a, 0.001 and 0.1 a rises by 0.11 / 3 * 0.25 from each ratio a to the next
+    assert [one.value for one in start.contrasts] == pytest.approx([0.11 / 12] * 4)
+
+
+def test_one_rollout_is_followed_through_all_ratios(three: tuple[Path, list[Cell]]):
+    page = (three[0] / "tokens.md").read_text("utf-8")
+    # token_kl of write_cell at ratio 1 and seed 0: 0.01, 0.001, 0.1; mean 0.037, largest at the third token
+    assert "| 1 | 0.0136 | 0.0370 | 0.243 | 0.100 | 2: \\boxed{3} |" in page
+
+
+def test_an_experiment_with_an_unfinished_cell_says_so_and_the_others_are_written(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["credit", "policy"], tmp_path, FEW, seeds=2)
+    finished = [cell for cell in cells if cell.points["arm"] in ("sound", "paper")]
+    for cell in finished:
+        write_cell(cell)
+    folders = {cell.job.folder for cell in finished}
+    credit, policy = write_experiments(scale, ["credit", "policy"], cells, folders, tmp_path)
+    assert credit.missing == "6 of 8 cells are not finished, such as leaps-one-step-seed-0"
+    assert policy.findings is not None
+    assert "Not written: 6 of 8" in (tmp_path / "results.md").read_text("utf-8")
+
+
+def test_no_correct_rollout_is_an_error_that_names_the_setting(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
+    for cell in cells:
+        write_cell(cell)
+        path = cell.job.folder / "samples.jsonl"
+        path.write_text(path.read_text("utf-8").replace('"verdict": "correct"', '"verdict": "wrong"'), "utf-8")
+    with pytest.raises(RunError, match=r"raise train\.log_samples"):
+        tokens.report(Bench(cells, scale.wanted(["tokens"])))
+
+
+def test_an_experiment_is_trained_and_written_end_to_end(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["granularity"], tmp_path, TINY, seeds=1)
+    text, whole = run_experiments(scale, ["granularity"], cells, 1, tmp_path)
+    assert whole
+    assert "granularity" in text
+    page = (tmp_path / "granularity.md").read_text("utf-8")
+    assert "| per-problem | 1 |" in page
+    assert (tmp_path / "figures" / "granularity-accuracy.png").stat().st_size > 1000
