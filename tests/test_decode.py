@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +31,7 @@ from atesd.models.captured import StaticSteps
 from atesd.models.decode import Decoder
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
-from atesd.models.sample import Request, Sampler, draw, engine_note, engine_of, sample
+from atesd.models.sample import Request, Sampler, _Batch, draw, engine_note, engine_of, sample
 from atesd.models.teacher import Teacher
 from tiny import tiny_model
 
@@ -259,3 +261,38 @@ def test_steps_of_static_shape_draw_the_same_tokens(name, lengths):
     assert tokens.tolist() == [list(r.completion_ids[1:]) for r in expected]
     for row, rollout in zip(logprobs.tolist(), expected, strict=True):
         assert row == pytest.approx(rollout.logprobs[1:], abs=1e-5)
+
+
+def test_padding_sees_something_and_masked_prompts_repeat_their_keys(monkeypatch):
+    # On CUDA a row that sees nothing may become NaN, and grouped keys with a mask mean a kernel that holds all scores.
+    loaded, requests = replace(make("llama"), end_ids=frozenset()), requests_of([3, 17, 8, 1, 25])
+    expected = sample(loaded, requests, KEYED)
+    attention, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def as_on_cuda(query, keys, values, mask=None, **options):
+        mixed = attention(query, keys, values, mask, **options)
+        if mask is None:
+            return mixed
+        masked.append(options["enable_gqa"])
+        return mixed.masked_fill((mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True), torch.nan)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_cuda)
+    assert sample(loaded, requests, KEYED) == expected
+    assert masked == [False, False]  # one prompt pass, two layers
+
+
+def test_a_batch_with_captured_steps_is_freed_without_the_garbage_collector():
+    # Its graphs and KV cache are the largest things on a GPU beside the weights.
+    loaded = replace(make("llama"), end_ids=frozenset())
+    with torch.no_grad():
+        network = layers.read_network(loaded.model, 2)
+        batch = _Batch(loaded, network, requests_of([3, 4]), KEYED)
+        batch.complete()
+        batch._static = StaticSteps(batch._reader, batch._choose, batch._ids, batch._uniforms)
+    alive = weakref.ref(batch)
+    gc.disable()
+    try:
+        del batch
+        assert alive() is None
+    finally:
+        gc.enable()

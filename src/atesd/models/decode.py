@@ -26,7 +26,9 @@ class Place:
     sin: Tensor  # the same, its first half negated: rotating then is x cos + roll(x) sin
     write: slice | Tensor  # columns of the cache that take the new keys and values
     end: int  # columns of the cache that are read
-    mask: Tensor | None  # added to the scores, [B, 1, T, end]; None: causal, no padding
+    # Added to the scores, [B, 1, T, end]; None: causal, no padding. Every token sees itself, padding too: from a row
+    # that sees nothing some kernels make NaN, which a weight of 0 does not keep from the others (pytorch issue 110213).
+    mask: Tensor | None
 
 
 class Decoder:
@@ -75,6 +77,7 @@ class Decoder:
         mask = self._hidden[:, None, None, :end]
         if end > start + 1:
             mask = mask + causal_mask(columns, end, mask.dtype)
+            mask.diagonal(offset=start, dim1=-2, dim2=-1).zero_()
         return Place(self._cos[positions], self._sin[positions], slice(start, end), end, mask)
 
     def make_room(self, rows: int, end: int) -> int:
@@ -118,10 +121,7 @@ def rotary_tables(network: Network, length: int) -> tuple[Tensor, Tensor]:
 
 
 def hidden_columns(padding: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, length], 0 at a row's own columns and the lowest number at the `padding` columns on its left.
-
-    Not minus infinity: a padding token sees only hidden columns, and must not become NaN.
-    """
+    """[B, length], 0 at a row's own columns and the lowest number at the `padding` columns on its left."""
     columns = torch.arange(length, device=padding.device)
     hidden = torch.zeros(len(padding), length, dtype=dtype, device=padding.device)
     return hidden.masked_fill(columns < padding[:, None], torch.finfo(dtype).min)
@@ -149,8 +149,14 @@ def _attention(network: Network, layer: Layer, x: Tensor, place: Place, keys: Te
 
 
 def _mix_prompt(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of many new tokens: [B, T, heads, D] queries, [B, kv_heads, end, D] keys and values."""
-    grouped = query.shape[2] != keys.shape[1]
+    """Attention of many new tokens: [B, T, heads, D] queries, [B, kv_heads, end, D] keys and values.
+
+    With a mask the keys are repeated: for grouped ones CUDA has then only the plain kernel, which holds all scores.
+    """
+    group = query.shape[2] // keys.shape[1]
+    grouped = group > 1 and mask is None
+    if group > 1 and mask is not None:
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
         query.transpose(1, 2), keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     ).transpose(1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -229,6 +230,8 @@ class _Batch:
         self._finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
         self._tokens = torch.full((len(requests), steps), loaded.pad_id, device=device)
         self._logprobs = torch.zeros((len(requests), steps), device=device)
+        # No method of this object: a cycle would keep graphs and KV cache until Python looks for cycles.
+        self._choose = partial(draw, sampler=sampler)
         self._static: StaticSteps | None = None
 
     def complete(self) -> list[Rollout]:
@@ -264,9 +267,6 @@ class _Batch:
         self._tokens[rows, step : step + count] = tokens
         self._logprobs[rows, step : step + count] = logprobs
         self._finished |= (tokens[..., None] == self._ends).flatten(1).any(1)
-
-    def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        return draw(logits, uniforms, self._sampler)
 
     def _drop_finished(self) -> None:
         kept = (~self._finished).nonzero().squeeze(-1)
