@@ -98,6 +98,32 @@ def test_the_displacement_changes_logits_by_what_the_setting_says() -> None:
     close(parts)
 
 
+def test_beside_bfloat16_weights_the_displacement_is_more_than_their_rounding() -> None:
+    # The direction is taken in float32, so that only the two points differ; a step scaled from a tiny trial gives .3.
+    slopes: list[torch.Tensor] = []
+    for dtype in ("float32", "bfloat16"):
+        parts = build(quick(*GATED, LORA, "train.batch_size=32", f"model.dtype={dtype}"))
+        draws = torch.Generator().manual_seed(0)
+        for name, parameter in parts.loaded.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws)
+        if not slopes:
+            batch = draw_batch(parts, 0)
+        direction = parts.lookahead.direction
+        direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+        direction.renew(0)
+        if not slopes:
+            unit = direction.state_dict()
+        direction.load_state_dict({**unit, "epsilon": direction.epsilon})
+        logits = []
+        for side in (1, -1):
+            with direction.displaced(side):
+                logits.append(parts.scorer.scored([row.student_pair for row in batch.rows]).logits(slice(None)))
+        slopes.append(((logits[0] - logits[1]) / direction.epsilon).flatten())
+        close(parts)
+    assert float(torch.corrcoef(torch.stack(slopes))[0, 1]) > 0.95
+
+
 def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss() -> None:
     """By backpropagation through the real model, against forwards alone."""
     config = quick(*ALIGNED, "train.batch_size=16", "aligned.logit_change=0.01", "credit.hold_updates=1")

@@ -8,6 +8,7 @@ the reference solutions) and `shuffled` (correct, but the verdicts belong to oth
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from atesd.config import Config
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
-from atesd.models.score import Scorer
+from atesd.models.score import Pair, Scorer
 from atesd.records import Problem, Rollout, Verdict
 from atesd.train.step import Row, maximise_likelihood
 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
+_ENLARGEMENTS = 6
+_NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class SuccessDirection:
             temperature=self._config.loss_temperature,
             reduction="sequence",
             micro_batch_size=self._config.train.micro_batch_size,
+            micro_batch_tokens=self._config.train.micro_batch_tokens,
             chunk_tokens=self._config.loss.chunk_tokens,
         )
         self._scorer.ranks.sum_gradients(self._parameters.values())
@@ -109,6 +113,8 @@ class SuccessDirection:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
         self.epsilon = self._scaled_epsilon(rows)
+        if not math.isfinite(self.epsilon) or self.epsilon == 0:
+            self._unit = {}
 
     @contextmanager
     def displaced(self, side: int) -> Iterator[None]:
@@ -145,21 +151,35 @@ class SuccessDirection:
                     self._parameters[name].data = value
 
     def _scaled_epsilon(self, rows: Sequence[Row]) -> float:
-        """The step that changes logits by `aligned.logit_change` nats (root mean square), from a trial step."""
+        """The step that changes logits by `aligned.logit_change` nats (root mean square), from a trial step.
+
+        Enlarged while it changes them by clearly less: what a small step changes in bfloat16 is mostly rounding. 0 if
+        no step changes anything.
+        """
         pairs, count = [], 0
         for row in rows:
             pairs.append(row.student_pair)
             count += len(row.completion)
             if count >= _CALIBRATION_TOKENS:
                 break
-        trial = _TRIAL * float(_length(p.detach() for p in self._parameters.values()))
+        wanted = self._config.aligned.logit_change
+        distance = _TRIAL * float(_length(p.detach() for p in self._parameters.values()))
+        change = self._logit_change(pairs, distance)
+        for _ in range(_ENLARGEMENTS):
+            distance *= wanted / change if change else 10
+            change = self._logit_change(pairs, distance)
+            if change >= _NEAR * wanted:
+                break
+        return distance if change else 0.0
+
+    def _logit_change(self, pairs: Sequence[Pair], distance: float) -> float:
+        """Root mean square of half the difference between the logits on both sides."""
         logits = []
         for side in (1, -1):
-            with self._moved(side * trial):
+            with self._moved(side * distance):
                 hidden = self._scorer.hidden(pairs)[:_CALIBRATION_TOKENS]
                 logits.append(self._scorer.head().logits(hidden))
-        change = float((logits[0] - logits[1]).std()) / 2
-        return trial * self._config.aligned.logit_change / change if change else trial
+        return float((logits[0] - logits[1]).std()) / 2
 
 
 def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Row]:
