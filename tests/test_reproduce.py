@@ -57,7 +57,7 @@ def write_cell(cell: Cell) -> None:
         run.append("evaluations", evaluation_row(update, accuracy, np.random.default_rng(cell.seed), split))
     for update in (0, 10):
         words = ["a", " 3", " \\boxed{3}"]
-        kl = {"token_kl": [0.01 * ratio, 0.001, 0.1 * ratio + 0.001 * cell.seed]}
+        kl = {"token_kl": [0.01 * ratio, 0.001, 0.1 * ratio * (1 + 0.01 * cell.seed)]}
         run.append("samples", sample_row(update, words, noise, **kl))
     run.end_session("finished")
 
@@ -109,6 +109,7 @@ def test_unknown_experiments_and_scales_are_refused_with_what_there_is():
         ([(0.1, 2.0), (-0.1, 1.0)], "not distinguishable"),
         ([(0.1, 2.0), (-2.0, -1.0)], "disagrees"),
         ([(0.1, 2.0), (1.0, 3.0)], "agrees"),
+        ([(1.0, 1.0)], "not distinguishable"),  # every pair gave the same difference
         ([], "not distinguishable"),
     ],
 )
@@ -199,8 +200,8 @@ def test_the_papers_numbers_stand_in_a_column_beside_ours(three: tuple[Path, lis
 def test_a_mismatch_that_rises_in_every_seed_agrees_with_figure_2b(scale: Scale, three: tuple[Path, list[Cell]]):
     start, late = sweep.mismatch_claims(Bench(three[1], scale.wanted(["tokens"])))
     assert (start.verdict, late.verdict, start.printed) == ("agrees", "agrees", "monotone increasing")
-    # write_cell: the mean of 0.01 a, 0.001 and 0.1 a rises by 0.11 / 3 * 0.25 from each ratio a to the next
-    assert [one.value for one in start.contrasts] == pytest.approx([0.11 / 12] * 4)
+    # write_cell: the mean of 0.01 a, 0.001 and 0.1 a, or 0.101 a, rises by 0.1105 / 12 from ratio to ratio
+    assert [one.value for one in start.contrasts] == pytest.approx([0.1105 / 12] * 4)
 
 
 def test_one_rollout_is_followed_through_all_ratios(three: tuple[Path, list[Cell]]):

@@ -40,10 +40,14 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """agrees: every interval is above 0. disagrees: one is below 0. Otherwise not distinguishable."""
-        if any(one.high < 0 for one in self.contrasts):
+        """agrees: every interval is above 0. disagrees: one is below 0. Otherwise not distinguishable.
+
+        An interval without width, from differences that are all the same, says nothing.
+        """
+        told = [one for one in self.contrasts if one.low < one.high]
+        if any(one.high < 0 for one in told):
             return "disagrees"
-        if self.contrasts and all(one.low > 0 for one in self.contrasts):
+        if told and len(told) == len(self.contrasts) and all(one.low > 0 for one in told):
             return "agrees"
         return "not distinguishable"
 

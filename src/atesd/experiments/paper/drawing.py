@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from atesd.experiments.paper.bench import Bench
 from atesd.experiments.paper.claims import Contrast
 from atesd.report.canvas import colour, dash, plain, save_figure, styled
 from atesd.report.svg import INK
+
+DENSE = 12  # points; longer lines have no markers
 
 
 @styled
@@ -37,11 +40,13 @@ def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str], pape
             if arm in paper:
                 axes.plot([paper[arm]], [place], "*", color=colour(1), markersize=9)
         axes.set_yticks(range(len(some)), [plain(arm) for arm in some])
-        axes.set(title=f"{world}", xlabel="Average@k on test, % (dots: seeds; dotted: before training)")
-        axes.invert_yaxis()
+        axes.set(title=world, xlabel="Average@k on test, %", ylim=(len(some) - 0.4, -0.6))
+    all_axes[0].plot([], [], "o", color=colour(0), alpha=0.45, markersize=4, label="a seed")
+    all_axes[0].plot([], [], "|", color=colour(0), markersize=13, markeredgewidth=2.2, label="their mean")
+    all_axes[0].plot([], [], color=INK, linestyle=":", linewidth=1, label="before training")
     if paper:
-        all_axes[0].plot([], [], "*", color=colour(1), linestyle="", label="the paper's number, on its benchmarks")
-        figure.legend(loc="outside lower center")
+        all_axes[0].plot([], [], "*", color=colour(1), label="the paper, on its benchmarks")
+    figure.legend(loc="outside lower center", ncols=2 if len(worlds) == 1 else 4)
     return figure
 
 
@@ -60,6 +65,13 @@ def contrast_bars(title: str, contrasts: Sequence[Contrast]) -> Figure:
     return figure
 
 
+def log_axis(axes: Axes) -> None:
+    """A logarithmic vertical axis whose labels are plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_seeds(
     axes: Axes, horizontal: Sequence[float], by_seed: Sequence[Sequence[float]], index: int, name: str
 ) -> None:
@@ -73,7 +85,7 @@ def draw_seeds(
         color=colour(index),
         linestyle=dash(index),
         linewidth=2,
-        marker="o",
+        marker="o" if len(mean) < DENSE else "",
         markersize=3.5,
         label=name,
     )

@@ -19,11 +19,13 @@ from atesd.report.canvas import colour, running_mean, styled
 from atesd.report.rows import RunRows
 from atesd.report.svg import INK
 from atesd.report.tables import Table
-from atesd.report.text import number, points_interval
+from atesd.report.text import MISSING, number, points_interval
 
 LEARNED = ("sound", "paper", "bandit")
-RIVALS = ("full", "random", "linear-up", "shuffled-reward", "shuffled-replay")
+RIVALS = ("full", "random", "linear-up")
+PREFIX = {"sound": "", "bandit": "bandit-"}  # of the names of a controller's own controls
 CONTROLS = ("shuffled-reward", "shuffled-replay", "untrained")
+SHUFFLED = CONTROLS[:2]
 CLOSE = 0.15
 NULL_SEEDS = range(40)
 SMOOTH = 20  # updates
@@ -67,21 +69,35 @@ def optimum_table(bench: Bench) -> Table:
             late = bench.late_ratios(world, arm)
             off = fmean(late) - RATIOS[best]
             rivals = [_cell(bench.difference(world, rival, arm)) for rival in (best, *RIVALS)]
+            rivals += [_against_own(bench, world, arm, control) for control in SHUFFLED]
             spread = f"{fmean(late):.2f} ({min(late):.2f} to {max(late):.2f})"
-            rows.append((world, arm, f"{RATIOS[best]:g}", spread, "yes" if abs(off) <= CLOSE else "no", *rivals))
+            rows.append(
+                (
+                    world,
+                    arm,
+                    f"{RATIOS[best]:g}",
+                    spread,
+                    f"{'yes' if abs(off) <= CLOSE else 'no'} ({off:+.2f})",
+                    *rivals,
+                )
+            )
     columns = ("world", "controller", "best fixed ratio", "late ratio", f"within {CLOSE}")
     notes = (
         "Differences in points at the last update on test, paired, with 95 % intervals. The best fixed ratio took a "
         "sweep to find.",
         "The best fixed ratio is that of the whole run; where the best ratio moves it is not the best at the end.",
-        "Shuffled reward and shuffled replay are those of `sound`.",
+        "Shuffled reward and shuffled replay are the controller's own; `paper` has none.",
     )
     return Table(
         "What the controllers found",
-        (*columns, "- best fixed", *(f"- {rival}" for rival in RIVALS)),
+        (*columns, "- best fixed", *(f"- {rival}" for rival in (*RIVALS, *SHUFFLED))),
         tuple(rows),
         notes,
     )
+
+
+def _against_own(bench: Bench, world: str, arm: str, control: str) -> str:
+    return _cell(bench.difference(world, PREFIX[arm] + control, arm)) if arm in PREFIX else MISSING
 
 
 def _cell(one: Contrast) -> str:

@@ -103,6 +103,7 @@ def _draw_ridge(axes: Axes, runs: list[RunRows], index: int) -> None:
     tallest = max(float(density.max()) for density in densities)
     for step, density in enumerate(densities):
         height = 1.6 * density / tallest - step
+        axes.fill_between(GRID, -step, height, color="white", linewidth=0, zorder=step + 2)
         axes.fill_between(GRID, -step, height, color=colour(index), alpha=0.45, linewidth=0, zorder=step + 2)
         axes.plot(GRID, height, color=INK, linewidth=0.7, zorder=step + 2)
     axes.set_yticks([-step for step in range(len(moments))], [str(_betas(runs[0])[place][0]) for place in moments])

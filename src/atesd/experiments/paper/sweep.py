@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from atesd.experiments.paper.bench import RATIOS, Bench, Findings, shares
 from atesd.experiments.paper.claims import Claim, Contrast, over_seeds
-from atesd.experiments.paper.drawing import draw_seeds, panels
+from atesd.experiments.paper.drawing import draw_seeds, log_axis, panels
 from atesd.experiments.paper.numbers import printed
-from atesd.report.canvas import styled
+from atesd.report.canvas import colour, dash, styled
 from atesd.report.rows import RunRows, natural
 from atesd.report.tables import Table
-from atesd.report.text import number, percent
+from atesd.report.text import MISSING, number, percent
 
 ARMS = tuple(RATIOS)
 TAIL = 0.95
@@ -35,6 +35,7 @@ def report(bench: Bench) -> Findings:
         "Fixed ratios: figure 2 of the paper",
         (
             *(bench.table(world, ARMS, "full", _paper_column()) for world in bench.worlds),
+            optimum_table(bench),
             mismatch_table(bench),
             difficulty_table(bench, "leaps"),
             level_table(bench, "leaps"),
@@ -57,6 +58,20 @@ def report(bench: Bench) -> Findings:
 def _paper_column() -> dict[str, str]:
     ours = printed("exposure_ablation_aime24")
     return {"full": number(ours["full"], 4), "fixed-0.5": number(ours["best_fixed_0.5"], 4)}
+
+
+def optimum_table(bench: Bench) -> Table:
+    """Which fixed ratio is best after how many updates, on validation: where the optimum is, and whether it moves."""
+    rows = []
+    for world in bench.worlds:
+        tested = {arm: [run.evaluated("validation") for run in bench.runs(world, arm)] for arm in ARMS}
+        for place, first in enumerate(tested["full"][0]):
+            means = {arm: fmean(rows[place]["average"]["value"] for rows in some) for arm, some in tested.items()}
+            best = f"{RATIOS[max(means, key=lambda arm: means[arm])]:g}" if first["update"] else MISSING
+            rows.append((world, str(first["update"]), *map(percent, means.values()), best))
+    columns = ("world", "update", *(f"{ratio:g}" for ratio in RATIOS.values()), "best")
+    notes = ("Means over seeds; equal before the first update. The lowest of equals is called best.",)
+    return Table("Average@k on validation in %, by fixed ratio and update", columns, tuple(rows), notes)
 
 
 def token_kl(run: RunRows, update: int) -> list[float]:
@@ -209,17 +224,19 @@ def _draw_mismatch(bench: Bench, world: str) -> Figure:
                 [measure(token_kl(bench.runs(world, arm)[seed], update)) for arm in ARMS] for seed in _seeds(bench)
             ]
             draw_seeds(axes, list(RATIOS.values()), by_seed, index, name)
-        axes.set_yscale("symlog", linthresh=1e-3)
+        log_axis(axes)
         axes.set(title=f"KL per token, {when}", xlabel="reveal ratio", ylabel="nats")
-    early.legend()
+    figure.legend(*early.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     for index, (arm, ratio) in enumerate(RATIOS.items()):
         series = [run.series("top1_disagreement") for run in bench.runs(world, arm)]
         smooth = 100 * np.mean([values for _, values in series], axis=0)
         width = max(1, len(smooth) // 10)
         kernel = np.convolve(smooth, np.ones(width) / width, mode="valid")
-        disagreement.plot(series[0][0][width - 1 :], kernel, label=f"{ratio:g}", color=f"C{index}")
+        disagreement.plot(
+            series[0][0][width - 1 :], kernel, label=f"ratio {ratio:g}", color=colour(index), linestyle=dash(index)
+        )
     disagreement.set(title="Top-1 disagreement", xlabel=f"update (mean of {width})", ylabel="% of tokens")
-    disagreement.legend(title="ratio", ncols=2)
+    figure.legend(*disagreement.get_legend_handles_labels(), loc="outside lower right", ncols=5, columnspacing=1)
     return figure
 
 

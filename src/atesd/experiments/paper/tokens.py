@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from atesd.errors import RunError
@@ -18,6 +19,7 @@ from atesd.experiments.paper.drawing import panels
 from atesd.experiments.paper.numbers import printed
 from atesd.report.canvas import plain, styled
 from atesd.report.rows import Row, RunRows
+from atesd.report.svg import INK
 from atesd.report.tables import Table
 from atesd.report.text import MISSING, number
 
@@ -114,9 +116,10 @@ def _draw_heat(shown: dict[str, Row]) -> Figure:
     tokens = [plain(token.strip()) for token in next(iter(shown.values()))["tokens"]]
     kl = np.array([row["token_kl"] for row in shown.values()])
     figure, (axes,) = panels(1, width=max(5.0, 1.6 + 0.34 * len(tokens)), height=0.42 * len(shown) + 1.7)
-    image = axes.imshow(kl, aspect="auto", cmap="Oranges", vmin=0)
+    image = axes.imshow(kl, aspect="auto", cmap="Oranges", norm=PowerNorm(0.4, vmin=0))
     for place, row in enumerate(kl):
-        axes.text(int(row.argmax()), place, f"{row.max():.2g}", ha="center", va="center", fontsize=7)
+        shade = "white" if row.max() > 0.4 * kl.max() else INK
+        axes.text(int(row.argmax()), place, f"{row.max():.2g}", ha="center", va="center", fontsize=7.5, color=shade)
     axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(shown)), [f"{RATIOS[arm]:g}" for arm in shown])
     axes.set(title="KL(teacher || student) per token of one correct rollout", ylabel="reveal ratio")
