@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import atesd.build
 from atesd.build import train
@@ -138,3 +139,28 @@ def test_training_says_that_it_keeps_the_logits_whole(
     ears = Ears()
     train(quick("train.num_updates=1", "train.evaluate_every=0"), tmp_path / "run", listener=ears)
     assert any("so these are kept whole" in text for text in ears.heard) is not known
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_gradient_the_logits_are_the_same_and_the_weights_are_cast_a_part_at_a_time(dtype: torch.dtype) -> None:
+    draws = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=draws).to(dtype) for n in (3, 20_000))
+    bias = torch.randn(20_000, generator=draws).to(dtype)
+    head = Head(weight, bias, scale=0.5, soft_cap=3.0)
+    expected = head.logits(hidden)
+    with torch.no_grad(), Casts() as casts:
+        torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-6, atol=1e-6)
+    assert max(casts.sizes, default=0) < weight.numel()
+
+
+class Casts(TorchDispatchMode):
+    """Notes how many entries every cast has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))

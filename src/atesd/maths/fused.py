@@ -28,7 +28,7 @@ from torch import Tensor
 
 from atesd.maths.closed_forms import Meters, divergence_rows, likelihood_rows
 from atesd.maths.divergence import Objective, chunked_loss
-from atesd.maths.head import Head
+from atesd.maths.head import Head, multiplies_into_float32, project, tiles
 
 Rows = Callable[..., Meters]
 """A function of `closed_forms` whose first arguments are bound: projections, tokens and weights are still to come."""
@@ -37,7 +37,6 @@ CPU_LOGIT_BYTES = 28 << 20
 CUDA_LOGIT_BYTES = 3 << 27
 CPU_ROW_BYTES = 1 << 20
 CUDA_ROW_BYTES = 1 << 26
-TILE_ENTRIES = 8192
 
 
 def fused_divergence(
@@ -254,47 +253,29 @@ class _Matrices:
             shape = (len(hidden), self._vocabulary)
             self._kept[which] = torch.empty(shape, dtype=_wide(self._like), device=self._like.device)
         out = self._kept[which][: len(hidden)]
-        if head.weight is None:
-            return out.copy_(hidden)
-        if head.weight.dtype == out.dtype:
-            return torch.mm(hidden.to(out.dtype), head.weight.T, out=out)
-        if _multiplies_into_float32(head.weight):
-            return torch.mm(hidden.to(head.weight.dtype), head.weight.T, out_dtype=out.dtype, out=out)
-        hidden = hidden.to(out.dtype)
-        for tile in _tiles(self._vocabulary):
-            torch.mm(hidden, head.weight[tile].to(out.dtype).T, out=out[:, tile])
-        return out
+        return out.copy_(hidden) if head.weight is None else project(hidden, head.weight, out)
 
 
 def _times_head(slope: Tensor, weight: Tensor) -> Tensor:
     """Slope W, summed in float32 or better: [n, F]."""
     if weight.dtype == slope.dtype:
         return slope @ weight
-    if _multiplies_into_float32(weight):
+    if multiplies_into_float32(weight):
         return torch.mm(slope.to(weight.dtype), weight, out_dtype=torch.float32)
     found = slope.new_zeros(len(slope), weight.shape[1])
-    for tile in _tiles(len(weight)):
+    for tile in tiles(len(weight)):
         found.addmm_(slope[:, tile], weight[tile].to(slope.dtype))
     return found
 
 
 def _add_outer(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
     """Total += slope^T hidden, summed in the total's dtype: [V, F]."""
-    if _multiplies_into_float32(hidden):
+    if multiplies_into_float32(hidden):
         slope = slope.to(hidden.dtype)
-        for tile in _tiles(len(total)):
+        for tile in tiles(len(total)):
             total[tile] += torch.mm(slope[:, tile].T, hidden, out_dtype=total.dtype)
     else:
         total.addmm_(slope.T, hidden.to(total.dtype))
-
-
-def _multiplies_into_float32(tensor: Tensor) -> bool:
-    """Whether products of such tensors can come out in float32: not on a CPU, and float16 would underflow."""
-    return tensor.is_cuda and tensor.dtype == torch.bfloat16
-
-
-def _tiles(entries: int) -> Iterator[slice]:
-    return (slice(start, start + TILE_ENTRIES) for start in range(0, entries, TILE_ENTRIES))
 
 
 def _measure(rows: partial[Meters], matrices: list[Tensor], tokens: Tensor, weights: Tensor | None) -> Meters:
