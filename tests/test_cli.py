@@ -15,9 +15,10 @@ from rich.console import Console
 from atesd import cli
 from atesd.cli.commands import run_name
 from atesd.cli.display import LiveBar, PlainLines, Progress, closing_lines, evaluation_line, fitting
-from atesd.cli.plan import affordable, decisions, segment_line
+from atesd.cli.plan import segment_line
 from atesd.cli.settings import annotated_yaml
 from atesd.config import Config, CreditConfig, PolicyConfig, config_from_mapping, load_config, parse_yaml, recipe_names
+from atesd.control.budget import affordable, decisions
 from atesd.control.learned import LearnedExposure
 from atesd.records import UpdateStats
 from atesd.runs import RunFolder

@@ -389,6 +389,41 @@ def null_test(
         typer.echo(f"figures: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.svg', '.png'))}")
 
 
+@app.command()
+def audit(
+    recipe: Recipe,
+    settings: Settings = None,
+    rollouts: Annotated[int, typer.Option(min=8, help="Rollouts of the frozen student, scored at 5 ratios.")] = 16,
+    repeats: Annotated[int, typer.Option(min=2, help="Fresh answers to each probe problem.")] = 3,
+    decisions: Annotated[int, typer.Option(min=20, help="Simulated decisions per seed.")] = 100,
+    seeds: Annotated[int, typer.Option(min=2, help="Simulated controllers per reward.")] = 10,
+    effect: Annotated[
+        float | None,
+        typer.Option(help="Expected difference of a hold's progress between ratio 0 and 1, in the signal's unit."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Before a long run: whether the reward drifts without any learning, how noisy it is, what the budget affords."""
+    from atesd.config import load_config
+    from atesd.errors import ConfigError
+
+    if effect is not None and effect <= 0:
+        raise ConfigError(f"--effect {effect}: expected more than 0, in the unit of the progress signal")
+    config = load_config(recipe, settings or [])
+
+    from atesd.cli.audit import print_audit
+
+    print_audit(
+        config,
+        rollouts=rollouts,
+        repeats=repeats,
+        decisions=decisions,
+        seeds=seeds,
+        effect=effect,
+        as_json=as_json,
+    )
+
+
 @models.command()
 def fetch(name: Annotated[Fetchable, typer.Argument(help="Which model.")]) -> None:  # noqa: ARG001
     """Fetch a model, check its hash, and convert it."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from atesd.config import CreditConfig, PolicyConfig
+from atesd.control.budget import affordable, decisions
 from atesd.models.load import trainable_parameters
 from atesd.records import Split
 from atesd.train.batches import teacher_view
@@ -49,21 +49,6 @@ def segment_line(counts: Sequence[int]) -> str:
         kinds = Counter(count // 10 * 10 for count in counts)
         return "segments: " + ", ".join(f"{low}-{low + 9}: {kinds[low]}" for low in sorted(kinds))
     return "segments: " + ", ".join(f"{count}: {kinds[count]}" for count in sorted(kinds))
-
-
-def decisions(num_updates: int, credit: CreditConfig) -> int:
-    """Exposure decisions taken: one per hold that begins."""
-    return -(-num_updates // credit.hold_updates)
-
-
-def affordable(num_updates: int, credit: CreditConfig, policy: PolicyConfig) -> tuple[int, int]:
-    """(decisions whose window closes within the run, policy updates they give).
-
-    The window of the decision taken before update t closes with update t + L, or t + H + L after the paper's prose.
-    """
-    lag = credit.lookahead_updates + (credit.hold_updates if credit.window_start == "hold_end" else 0)
-    finished = max(0, -(-(num_updates - lag) // credit.hold_updates))
-    return finished, finished // policy.decisions_per_policy_update
 
 
 def _contexts(parts: Parts) -> Iterator[str]:

@@ -12,15 +12,12 @@ from matplotlib.figure import Figure
 from atesd.build import build, close
 from atesd.config import Config, CreditConfig, PolicyConfig
 from atesd.experiments.null_measure import measure
-from atesd.experiments.null_test import MeasuredRatio, null_band, simulate
+from atesd.experiments.null_test import MeasuredRatio, drift_verdict, null_band, simulate, with_clock
 from atesd.report.canvas import colour, save_figure, styled
 from atesd.report.tables import Table, render_text
 
 NOISE_SEEDS = 100
 """Controllers in the null band: single ones wander far, so that few would not show where their mean is."""
-
-SOUND_DRIFT = 0.05
-"""A controller is called sound if its mean ratio ends within this of its start, averaged over seeds."""
 
 NOTES = (
     "The student never learns here, so nothing a controller does can be right: what moves it is an artefact of its "
@@ -41,8 +38,7 @@ class Drift:
     @property
     def verdict(self) -> str:
         """In words."""
-        moved = fmean(self.ends) - 0.5
-        return "sound" if abs(moved) <= SOUND_DRIFT else f"drifts {'up' if moved > 0 else 'down'}"
+        return drift_verdict(self.ends)
 
 
 def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> tuple[str, dict[str, Any]]:
@@ -53,10 +49,10 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
     finally:
         close(parts)
     rewards = {
-        "sound": _credit(config, preset="sound"),
-        "sound, probe_nll": _credit(config, preset="sound", progress_signal="probe_nll"),
-        "paper": _credit(config, preset="paper"),
-        "paper, no grounding": _credit(config, preset="paper", grounding_weight=0.0),
+        "sound": with_clock(config.credit, preset="sound"),
+        "sound, probe_nll": with_clock(config.credit, preset="sound", progress_signal="probe_nll"),
+        "paper": with_clock(config.credit, preset="paper"),
+        "paper, no grounding": with_clock(config.credit, preset="paper", grounding_weight=0.0),
     }
     policy = config.policy
     drifts = [drift(name, measured, credit, policy, decisions, seeds) for name, credit in rewards.items()]
@@ -84,12 +80,6 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
         "loss_deviation": {str(row.reveal_ratio): stdev(b.loss for b in row.batches) for row in measured},
     }
     return render_text(Table(title, columns, tuple(rows), NOTES)), figures
-
-
-def _credit(config: Config, **reward: Any) -> CreditConfig:
-    """A preset with the recipe's own clock: hold, look-ahead, discount and start of the window."""
-    clock = config.credit.model_dump(include={"hold_updates", "lookahead_updates", "discount", "window_start"})
-    return CreditConfig(**clock, **reward)
 
 
 def drift(

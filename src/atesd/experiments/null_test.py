@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from atesd.config import CreditConfig, PolicyConfig
 from atesd.control.interface import Measurement
@@ -20,6 +20,9 @@ from atesd.records import FinishedDecision, UpdateStats
 
 FROZEN_PROBE = 1.0
 """A frozen student's probe with keyed samples gives the same number every time; which number does not matter."""
+
+SOUND_DRIFT = 0.05
+"""A controller is called sound if its mean ratio ends within this of where it belongs, averaged over seeds."""
 
 NOT_MEASURED: dict[Measurement, Any] = {
     "probe_nll": None,
@@ -38,7 +41,7 @@ class MeasuredBatch:
     loss: float
     kl: float
     top1_disagreement: float
-    grounding: float
+    grounding: float | None
     student_confidence: float = 0.0
     train_success: tuple[tuple[int, float], ...] = ()
 
@@ -56,7 +59,8 @@ class NullResult:
     """How a controller behaved under the null.
 
     `means` and `draws` hold the mean of the Beta and the drawn ratio of each decision; `start_mean` the first mean,
-    `end_mean` and `end_draw` their averages over the last quarter of the decisions.
+    `end_mean` and `end_draw` their averages over the last quarter of the decisions. `learned_from` are the decisions
+    that were rewarded in time and consumed.
     """
 
     start_mean: float
@@ -66,6 +70,7 @@ class NullResult:
     skipped_policy_updates: int
     means: tuple[float, ...]
     draws: tuple[float, ...]
+    learned_from: tuple[FinishedDecision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +81,43 @@ class NullBand:
     deviation: tuple[float, ...]
 
 
+Stats = Callable[[int, float], UpdateStats]
+"""What an update shows at a reveal ratio."""
+
+
 def simulate(
     measured: Sequence[MeasuredRatio], credit: CreditConfig, policy: PolicyConfig, decisions: int, seed: int
 ) -> NullResult:
     """Let a learned exposure take `decisions` decisions over a student whose noise was measured and who never learns.
 
-    Each update draws one measured batch (keyed) and reads it at the ratio in force, interpolated between the grid's
-    neighbours, so that a batch keeps its own ease or difficulty at every ratio. Raises `ValueError` if the grid does
-    not run from 0 to 1 in rising order over the same number of batches.
+    Raises `ValueError` if the grid does not run from 0 to 1 in rising order over the same number of batches.
+    """
+    return drive(credit, policy, decisions, seed, frozen(measured, seed))
+
+
+def frozen(measured: Sequence[MeasuredRatio], seed: int, probe_noise: Mapping[str, float] | None = None) -> Stats:
+    """A student who never learns. Each update draws one measured batch (keyed) and reads it at the ratio in force.
+
+    It is interpolated between the grid's neighbours, so that a batch keeps its own ease or difficulty at every ratio.
+    `probe_noise` gives probe signals, by name, a normal draw of that standard deviation at every measurement. Without
+    it an unchanged student shows the same again. Raises `ValueError` as `simulate` does.
     """
     _require_grid(measured)
     batches = len(measured[0].batches)
+    noisy = probe_noise or {}
 
     def stats(update: int, reveal_ratio: float) -> UpdateStats:
         batch = int(keyed.generator(seed, "null_test", update).integers(batches))
-        return _stats_at(measured, batch, reveal_ratio)
+        shown = _stats_at(measured, batch, reveal_ratio)
+        if not noisy:
+            return shown
+        draws = keyed.generator(seed, "null_probe", update).standard_normal(len(noisy)).tolist()
+        probes: dict[str, Any] = {
+            name: FROZEN_PROBE + deviation * draw for (name, deviation), draw in zip(noisy.items(), draws, strict=True)
+        }
+        return replace(shown, **probes)
 
-    return _drive(credit, policy, decisions, seed, stats)
+    return stats
 
 
 def null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int, seeds: Sequence[int]) -> NullBand:
@@ -100,7 +125,7 @@ def null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int, seeds:
 
     Every signal is a standard normal draw, whatever the ratio. Its scale does not matter: advantages are normalised.
     """
-    curves = [_drive(credit, policy, decisions, seed, _noise(seed)).means for seed in seeds]
+    curves = [drive(credit, policy, decisions, seed, noise(seed)).means for seed in seeds]
     columns = list(zip(*curves, strict=True))
     means = tuple(sum(column) / len(column) for column in columns)
     deviations = tuple(
@@ -110,22 +135,49 @@ def null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int, seeds:
     return NullBand(means, deviations)
 
 
-def _drive(
+def drift_verdict(
+    ends: Sequence[float], centre: float = 0.5, allowed: float = SOUND_DRIFT
+) -> Literal["sound", "drifts up", "drifts down"]:
+    """What the mean ratios at the end of several seeds say of a reward that should leave them at `centre`."""
+    moved = sum(ends) / len(ends) - centre
+    if abs(moved) <= allowed:
+        return "sound"
+    return "drifts up" if moved > 0 else "drifts down"
+
+
+def with_clock(clock: CreditConfig, **reward: Any) -> CreditConfig:
+    """A reward with the hold, look-ahead, discount and start of the window of `clock`."""
+    kept = clock.model_dump(include={"hold_updates", "lookahead_updates", "discount", "window_start"})
+    return CreditConfig(**kept, **reward)
+
+
+def drive(
     credit: CreditConfig,
     policy: PolicyConfig,
     decisions: int,
     seed: int,
-    stats: Callable[[int, float], UpdateStats],
+    stats: Stats,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> NullResult:
-    """The training loop without a model. As in a real run, an exposure sees no measurement that it did not ask for."""
+    """The training loop without a model. As in a real run, an exposure sees no measurement that it did not ask for.
+
+    `bounds`: the lowest and the highest ratio that may act.
+    """
     num_updates = decisions * credit.hold_updates
-    exposure = LearnedExposure(num_updates=num_updates, credit=credit, policy=policy, seed=seed)
-    taken: list[FinishedDecision] = []
+    exposure = LearnedExposure(
+        num_updates=num_updates,
+        credit=credit,
+        policy=policy,
+        seed=seed,
+        ratio_min=bounds[0],
+        ratio_max=bounds[1],
+    )
+    learned_from: list[FinishedDecision] = []
     for update in range(num_updates):
         wanted = exposure.measurements(update)
         unasked: dict[str, Any] = {name: empty for name, empty in NOT_MEASURED.items() if name not in wanted}
-        taken += exposure.observe(update, replace(stats(update, exposure.reveal_ratio(update)), **unasked))
-    taken += exposure.pending()
+        learned_from += exposure.observe(update, replace(stats(update, exposure.reveal_ratio(update)), **unasked))
+    taken = [*learned_from, *exposure.pending()]
     means = tuple(_mean_ratio(finished) for finished in taken)
     draws = tuple(finished.decision.samples[""] for finished in taken)
     quarter = max(decisions // 4, 1)
@@ -137,6 +189,7 @@ def _drive(
         skipped_policy_updates=exposure.skipped_policy_updates,
         means=means,
         draws=draws,
+        learned_from=tuple(learned_from),
     )
 
 
@@ -166,12 +219,14 @@ def _stats_at(measured: Sequence[MeasuredRatio], batch: int, reveal_ratio: float
         probe_success=FROZEN_PROBE,
         probe_gain=FROZEN_PROBE,
         probe_kl=FROZEN_PROBE,
-        grounding=between(low.grounding, high.grounding),
+        grounding=None if low.grounding is None or high.grounding is None else between(low.grounding, high.grounding),
         train_success=low.train_success,
     )
 
 
-def _noise(seed: int) -> Callable[[int, float], UpdateStats]:
+def noise(seed: int) -> Stats:
+    """Every signal a standard normal draw (keyed), whatever the ratio."""
+
     def stats(update: int, reveal_ratio: float) -> UpdateStats:
         signal, grounding, other = keyed.generator(seed, "null_band", update).standard_normal(3).tolist()
         return UpdateStats(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -181,6 +181,13 @@ def teacher_view(
 
     view = make_view(shown, reveal_ratio, renderer, fits)
     return view, read[view.text]
+
+
+def with_answer(row: Row, problem: Problem, view: View, config: Config, encoder: PromptEncoder) -> Row:
+    """The row with what g_t is measured on, under the teacher's view: the answer (paper) or the withheld part."""
+    withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
+    text = f"\\boxed{{{problem.answer}}}" if config.credit.grounding == "answer" else withheld
+    return replace(row, answer=encoder.completion(text)[:-1])  # the end token is no answer
 
 
 def group_advantages(verdicts: Sequence[Verdict | None], group_size: int) -> list[float]:

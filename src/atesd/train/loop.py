@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, Literal, final
 
@@ -18,9 +18,9 @@ from atesd.config import Config
 from atesd.errors import ModelError, NonFiniteError, TrainingError
 from atesd.maths.divergence import Objective
 from atesd.models.load import save_model, trainable_parameters
-from atesd.records import Problem, Split, UpdateStats, View
+from atesd.records import Split, UpdateStats
 from atesd.runs import RowKind, RunFolder
-from atesd.train.batches import Batch, batch_at, draw_batch, group_of
+from atesd.train.batches import Batch, batch_at, draw_batch, group_of, with_answer
 from atesd.train.card import write_model_card
 from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint
 from atesd.train.optimiser import Optimiser, learning_rate
@@ -105,7 +105,7 @@ class Trainer:
         rows = batch.rows
         if "grounding" in wanted:
             shown = zip(batch.rows, batch.problems, batch.views, strict=True)
-            rows = [self._with_answer(*row) for row in shown]
+            rows = [with_answer(*row, parts.config, parts.encoder) for row in shown]
         watch.lap("control")
         meters = self._backward(rows)
         probed["grounding"] = meters.grounding
@@ -216,12 +216,6 @@ class Trainer:
             return distill(parts.scorer, parts.teacher, rows, objective(config), gate=parts.gate, **cut)
         temperature = 1.0 if config.train.method == "sft" else config.loss_temperature
         return maximise_likelihood(parts.scorer, rows, temperature=temperature, **cut)
-
-    def _with_answer(self, row: Row, problem: Problem, view: View) -> Row:
-        """The row with what g_t is measured on, under the teacher's view: the answer (paper) or the withheld part."""
-        withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
-        text = f"\\boxed{{{problem.answer}}}" if self.parts.config.credit.grounding == "answer" else withheld
-        return replace(row, answer=self.parts.encoder.completion(text)[:-1])  # the end token is no answer
 
     def _guard(self, update: int, batch: Batch | None, meters: StepMeters | None, row: dict[str, Any]) -> None:
         """Count and keep a skipped update; stop after three in a row."""
