@@ -5,12 +5,14 @@ The controls are a reward that is shuffled, a policy that is never updated, and 
 
 from __future__ import annotations
 
+from functools import cache
 from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from atesd.experiments.null_test import null_band
+from atesd.config import CreditConfig, PolicyConfig
+from atesd.experiments.null_test import NullBand, null_band
 from atesd.experiments.paper.bench import RATIOS, Bench, Findings
 from atesd.experiments.paper.claims import Claim, Contrast
 from atesd.experiments.paper.drawing import accuracy_dots, draw_seeds, panels
@@ -138,6 +140,12 @@ def _own_claims(bench: Bench) -> list[Claim]:
     return claims
 
 
+@cache
+def _null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int) -> NullBand:
+    """The band of all worlds that share these settings: 10 s for 50 decisions."""
+    return null_band(credit, policy, decisions, NULL_SEEDS)
+
+
 @styled
 def _draw_ratios(bench: Bench) -> Figure:
     figure, all_axes = panels(len(bench.worlds), width=3.9, height=3.6)
@@ -145,7 +153,7 @@ def _draw_ratios(bench: Bench) -> Figure:
         runs = bench.runs(world, "sound")
         config = runs[0].config
         updates, means = policy_means(runs[0])
-        band = null_band(config.credit, config.policy, len(means), NULL_SEEDS)
+        band = _null_band(config.credit, config.policy, len(means))
         middle, reach = np.array(band.mean), 2 * np.array(band.deviation)
         axes.fill_between(
             updates, middle - reach, middle + reach, color=INK, alpha=0.12, linewidth=0, label="null band"
