@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from atesd.build import build, close, train
 from atesd.config import AlignedConfig, Config, load_config
 from atesd.control.aligned import AlignedExposure
 from atesd.control.fixed import FixedExposure
-from atesd.errors import ConfigError
+from atesd.errors import ConfigError, NonFiniteError
 from atesd.maths.divergence import Objective
 from atesd.models.load import trainable_parameters
 from atesd.models.score import Scorer, completion_tokens
 from atesd.records import Alignment, UpdateStats
-from atesd.train.batches import draw_batch, group_advantages
+from atesd.train.batches import batch_at, draw_batch, group_advantages
 from atesd.train.checkpoint import digest
 from atesd.train.lookahead import grouped
 from atesd.train.loop import objective
@@ -143,6 +144,17 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         for parameter in parameters.values():
             parameter.grad = None
         assert value == pytest.approx(-along, rel=0.02, abs=2e-4)
+    close(parts)
+
+
+def test_alignments_that_are_not_finite_are_refused_before_the_exposure_remembers_them() -> None:
+    parts = with_direction(quick(*ALIGNED, "train.batch_size=16"))
+    direction, before = parts.lookahead.direction, parts.exposure.state_dict()
+    direction.load_state_dict({**direction.state_dict(), "epsilon": float("nan")})
+    first = batch_at(parts.problems.train, parts.config, 0)[0][0]
+    with pytest.raises(NonFiniteError, match=re.escape(f"on {first.id}")):
+        draw_batch(parts, 0)
+    assert parts.exposure.state_dict() == before
     close(parts)
 
 

@@ -110,6 +110,13 @@ def layout(request, monkeypatch):
     return request.param
 
 
+def test_weights_are_packed_on_x86_only(monkeypatch):
+    monkeypatch.setattr(layers, "_PACKED_WORK", 0)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    with torch.no_grad():
+        assert not layers.read_network(make("llama").model, 4).head.packed
+
+
 def assert_engines_agree(loaded: LoadedModel, requests: list[Request], sampler: Sampler, tolerance: float = 1e-5):
     ours = sample(loaded, requests, sampler)
     theirs = sample(loaded, requests, replace(sampler, engine="transformers"))

@@ -34,4 +34,4 @@ class TrainingError(AtesdError):
 
 
 class NonFiniteError(TrainingError):
-    """The model gave numbers that are not finite while it wrote a completion; a trainer may skip the update."""
+    """The model gave numbers that are not finite before its step began; a trainer may skip the update."""

@@ -199,7 +199,8 @@ class _Layout:
         return _beside(joined)
 
     def _worth_packing(self, weight: Tensor) -> bool:
-        mkldnn = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere neither tried nor timed
+        mkldnn = x86 and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         plain = weight.device.type == "cpu" and weight.dtype == torch.float32
         return mkldnn and plain and self.rows * weight.numel() >= _PACKED_WORK
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from atesd.config import Config
 from atesd.control.aligned import LooksAhead
 from atesd.data.controls import controlled
 from atesd.data.views import Renderer, make_view
+from atesd.errors import NonFiniteError
 from atesd.maths.keyed import generator, uniforms
 from atesd.models.prompts import PromptEncoder
 from atesd.models.sample import Request, Sampler, sample
@@ -79,6 +81,7 @@ def look_ahead(problems: Sequence[Problem], rollouts: Sequence[Rollout], update:
     """Tell an exposure that asks for it what every ratio would do; returns the alignment of all rollouts together.
 
     None where it was not asked for, or where success has no direction yet, which the exposure is told by no groups.
+    Raises `NonFiniteError` that names the problem, before the exposure could remember such numbers.
     """
     exposure, lookahead = parts.exposure, parts.lookahead
     if lookahead is None or not isinstance(exposure, LooksAhead) or "alignment" not in exposure.measurements(update):
@@ -93,6 +96,9 @@ def look_ahead(problems: Sequence[Problem], rollouts: Sequence[Rollout], update:
 
     pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
     rows = lookahead.by_ratio(pairs, see)
+    for problem, values in zip(problems, rows, strict=True):
+        if not all(map(math.isfinite, values)):
+            raise NonFiniteError(f"the look-ahead gives numbers that are not finite on {problem.id}")
     exposure.look_ahead(update, grouped(lookahead.ratios, rows, [group_of(p, parts.config) for p in problems]))
     return grouped(lookahead.ratios, rows, [""] * len(rows))[""]
 
