@@ -45,8 +45,10 @@ def divergence_rows(
     """
     u_q = _logits(student, student_head, objective.temperature)
     if gap_form:
+        # The factor comes last: products that are then added may be fused, in one kernel and not in another, and the
+        # logits would miss their own maximum by a rounding.
+        u_p = _logits(student + teacher, student_head, objective.temperature)
         gap = _logits(teacher, Head(None, scale=teacher_head.scale), objective.temperature)
-        u_p = u_q + gap
     else:
         u_p = _logits(teacher, teacher_head, objective.temperature)
         gap = u_p - u_q
