@@ -125,9 +125,16 @@ def test_beside_bfloat16_weights_the_displacement_is_more_than_their_rounding() 
     assert float(torch.corrcoef(torch.stack(slopes))[0, 1]) > 0.95
 
 
-def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss() -> None:
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss(reduction: str) -> None:
     """By backpropagation through the real model, against forwards alone."""
-    config = quick(*ALIGNED, "train.batch_size=16", "aligned.logit_change=0.01", "credit.hold_updates=1")
+    config = quick(
+        *ALIGNED,
+        "train.batch_size=16",
+        "aligned.logit_change=0.01",
+        "credit.hold_updates=1",
+        f"loss.reduction={reduction}",
+    )
     parts = with_direction(config)
     batch = draw_batch(parts, 1)
     assert batch.alignment is not None
@@ -138,7 +145,7 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         contexts = [row.teacher_context for row in draw_batch(fixed, 1).rows]
         close(fixed)
         rows = [Row(r.context, r.completion, c) for r, c in zip(batch.rows, contexts, strict=True)]
-        cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
+        cut = {"reduction": reduction, "micro_batch_size": 16, "chunk_tokens": None}
         distill(parts.scorer, parts.teacher, rows, objective(config), **cut)  # type: ignore[arg-type]
         along = sum(float((p.grad * unit[name]).sum()) for name, p in parameters.items() if p.grad is not None)
         for parameter in parameters.values():
@@ -345,6 +352,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], 
     for update in (1, 3, 6):
         cut = cut_after(whole, update, tmp_path / f"cut-{update}")
         assert fingerprint(train(config, cut).run) == wanted
+
+
+def test_a_bfloat16_student_that_would_be_displaced_itself_is_refused() -> None:
+    for override in ("exposure.kind=aligned", "loss.token_gate=aligned"):
+        with pytest.raises(ConfigError, match="rounds away"):
+            load_config("micro", [override, "model.dtype=bfloat16"])
+        assert load_config("micro", [override, "model.dtype=bfloat16", LORA]).model.lora is not None
 
 
 def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:

@@ -298,6 +298,7 @@ def make_lookahead(
         config.aligned.ratios,
         micro_batch_size=config.train.micro_batch_size,
         chunk_tokens=config.loss.chunk_tokens,
+        reduction=config.loss.reduction,
     )
 
 

@@ -454,6 +454,12 @@ class Config(Component):
                 raise ValueError("loss.token_gate: correct needs verified rollouts; set data.checker")
             if self.train.samples_per_problem > 1:
                 raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
+        looks_ahead = self.exposure.kind == "aligned" or self.loss.token_gate == "aligned"
+        if looks_ahead and self.model.dtype == "bfloat16" and self.model.lora is None:
+            raise ValueError(
+                "model.dtype: bfloat16 without model.lora rounds away the displacement that aligned needs; set "
+                "model.lora, or model.dtype: float32"
+            )
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
         if self.sampling.completion_tokens >= self.model.max_context_tokens:

@@ -230,6 +230,7 @@ def _along(
         ratios,
         micro_batch_size=train.micro_batch_size,
         chunk_tokens=chunk,
+        reduction=parts.config.loss.reduction,
     )
     places = {ratio: k for k, ratio in enumerate(ratios)}
     return lookahead.by_ratio([one.pair for one in shown], lambda ratio: [one.contexts[places[ratio]] for one in shown])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -40,17 +40,27 @@ class Lookahead:
         *,
         micro_batch_size: int,
         chunk_tokens: int | None,
+        reduction: Literal["sequence", "token"] = "sequence",
     ) -> None:
         self.direction = direction
         self.ratios = tuple(ratios)
         self._scorer, self._teacher, self._objective = scorer, teacher, objective
         self._micro_batch_size, self._chunk_tokens = micro_batch_size, chunk_tokens
+        self._reduction = reduction
 
     def by_ratio(self, students: Sequence[Pair], see: See) -> list[list[float]]:
-        """Mean alignment per token of each rollout at each ratio: [rows][K]. Shared between the ranks of the model."""
+        """Alignment of each rollout at each ratio, [rows][K], so that the mean over rows has the weights of the loss.
+
+        That is its mean per token, and under reduction `token` times its length over the mean length. Shared between
+        the ranks of the model.
+        """
         contexts = [see(ratio) for ratio in self.ratios]
         rows = [(pair, tuple(context[i] for context in contexts)) for i, pair in enumerate(students)]
-        return self._scorer.ranks.spread(rows, self._rows_by_ratio)
+        means = self._scorer.ranks.spread(rows, self._rows_by_ratio)
+        if self._reduction == "sequence":
+            return means
+        lengths = [len(completion) for _, completion in students]
+        return [[value * n / fmean(lengths) for value in row] for row, n in zip(means, lengths, strict=True)]
 
     def tokens(
         self, batch: Sequence[Pair], teachers: Sequence[Scored], tokens: Tensor, student: Scored | None = None
