@@ -393,7 +393,9 @@ def null_test(
 def audit(
     recipe: Recipe,
     settings: Settings = None,
-    rollouts: Annotated[int, typer.Option(min=8, help="Rollouts of the frozen student, scored at 5 ratios.")] = 16,
+    rollouts: Annotated[
+        int | None, typer.Option(min=8, help="Rollouts scored at 5 ratios. Default: 16, or two batches if fewer.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Fresh answers to each probe problem.")] = 3,
     decisions: Annotated[int, typer.Option(min=20, help="Simulated decisions per seed.")] = 100,
     seeds: Annotated[int, typer.Option(min=2, help="Simulated controllers per reward.")] = 10,
@@ -415,7 +417,7 @@ def audit(
 
     print_audit(
         config,
-        rollouts=rollouts,
+        rollouts=rollouts or max(8, min(16, 2 * config.train.batch_size)),
         repeats=repeats,
         decisions=decisions,
         seeds=seeds,

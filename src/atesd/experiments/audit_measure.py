@@ -18,8 +18,6 @@ from atesd.train.parts import Parts
 COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Ratios at which the rollouts are scored; between them is interpolated."""
 
-FRESH = "{} fresh draws"
-
 REDRAWN_BATCHES = 64
 """Batches made of the measured rollouts; more would only repeat them."""
 
@@ -30,11 +28,11 @@ class Reading:
 
     `noise` is the standard deviation that fresh draws give one reading; None where a signal draws nothing, so that what
     a changed student would meet cannot be known before training. `top` is the level at ratio 1, where the ratio
-    matters; `level` is then that at ratio 0.
+    matters; `level` is then that at ratio 0. What was not read has no level.
     """
 
     signal: str
-    level: float
+    level: float | None
     top: float | None
     again: float | None
     noise: float | None
@@ -57,7 +55,7 @@ class MeasuredStudent:
     def verified(self) -> bool:
         """Whether the student solves some of its probe problems, and not all: else success cannot move."""
         found = self.reading("probe_success")
-        return found is not None and 0.0 < found.level < 1.0
+        return found is not None and found.level is not None and 0.0 < found.level < 1.0
 
 
 def measure_student(
@@ -99,33 +97,24 @@ def read_batches(measured: Sequence[MeasuredRatio]) -> tuple[Reading, ...]:
 def read_probes(parts: Parts, repeats: int, say: Say) -> tuple[Reading, ...]:
     """The probe signals; what a run would sample for is read on fresh draws only, unless it is the recipe's own."""
     readings = []
-    for name in ("probe_nll", "probe_kl", "probe_success", "probe_gain"):
-        sampled = name in ("probe_success", "probe_gain")
-        if sampled and parts.checker is None:
+    for name in ("probe_nll", "probe_success", "probe_kl", "probe_gain"):
+        if name in ("probe_success", "probe_gain") and parts.checker is None:
             continue
-        if sampled and name != parts.config.credit.progress_signal:
-            readings.append(unread(parts, name, repeats))
-        else:
-            readings.append(read_twice(parts, name, repeats))
-        say(f"{name}: {readings[-1].level:.4g}")
+        readings.append(_read(parts, name, repeats))
+        say(f"{name} read")
     return tuple(readings)
 
 
-def read_twice(parts: Parts, name: Measurement, repeats: int) -> Reading:
-    """A probe signal as a run reads it, and once more."""
-    first, second = (parts.probes.measure(frozenset({name}))[name] for _ in range(2))
-    fresh = fresh_success(parts, repeats)[1] if name == "probe_success" else None
-    return Reading(
-        name, first, None, second - first, fresh, "no draws: not known" if fresh is None else FRESH.format(repeats)
-    )
-
-
-def unread(parts: Parts, name: Measurement, repeats: int) -> Reading:
-    """A signal that samples, where the recipe does not use it: only what fresh draws tell."""
-    if name == "probe_gain":
-        return Reading(name, 0.0, None, None, None, "0 until the student changes")
-    level, fresh = fresh_success(parts, repeats)
-    return Reading(name, level, None, None, fresh, FRESH.format(repeats))
+def _read(parts: Parts, name: Measurement, repeats: int) -> Reading:
+    """A probe signal as a run reads it, and once more; what the recipe does not use is read if it is cheap or tells."""
+    fresh = fresh_success(parts, repeats) if name == "probe_success" else None
+    source = "no draws: not known" if fresh is None else f"{repeats} fresh draws"
+    if name in (parts.config.credit.progress_signal, "probe_nll"):
+        first, second = (parts.probes.measure(frozenset({name}))[name] for _ in range(2))
+        return Reading(name, first, None, second - first, fresh and fresh[1], source)
+    if fresh is None:
+        return Reading(name, None, None, None, None, "not used here, not read")
+    return Reading(name, fresh[0], None, None, fresh[1], source)
 
 
 def fresh_success(parts: Parts, repeats: int) -> tuple[float, float]:

@@ -112,7 +112,7 @@ def _reading_row(reading: Reading) -> tuple[str, ...]:
     again = MISSING if reading.again is None else "the same" if reading.again == 0.0 else f"{reading.again:+.2g}"
     return (
         UNITS[reading.signal],
-        f"{reading.level:.3g}",
+        MISSING if reading.level is None else f"{reading.level:.3g}",
         MISSING if reading.top is None else f"{reading.top:.3g}",
         again,
         MISSING if reading.noise is None else f"{reading.noise:.2g}",
