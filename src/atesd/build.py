@@ -24,7 +24,7 @@ from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
 from atesd.data.world import WorldRenderer
 from atesd.errors import ConfigError, DataError, RunError
-from atesd.evaluate.benchmark import evaluate_problems, is_looping
+from atesd.evaluate.benchmark import evaluate_problems, is_looping, student_prompts
 from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import LoadedModel, load_model, trainable_parameters
 from atesd.models.prompts import PromptEncoder
@@ -325,6 +325,17 @@ def replayed_ratios(config: Config) -> list[float]:
     return [row["reveal_ratio"] for row in RunFolder.open(config.exposure.replay_run).rows("metrics")]
 
 
+def _perhaps_too_long(
+    problems: Sequence[Problem], config: Config, encoder: PromptEncoder, renderer: Renderer
+) -> Sequence[Problem]:
+    """The problems whose shortest teacher context is too long; all of them where a control changes what it holds."""
+    if config.train.method != "distill" or config.exposure.control != "off":
+        return problems
+    room = config.model.max_context_tokens - config.sampling.completion_tokens
+    shortest = encoder.teachers([renderer.teacher(problem, 0, False) for problem in problems])
+    return [problem for problem, context in zip(problems, shortest, strict=True) if len(context) > room]
+
+
 def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEncoder, renderer: Renderer) -> ProblemSets:
     """The problems whose contexts fit `model.max_context_tokens` even with nothing of the reference in them.
 
@@ -338,18 +349,17 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
         "evaluation": (config.evaluation_tokens, (*problems.validation, *problems.test)),
     }
     reasons: dict[str, str] = {}
-    for problem in problems.train:
+    for problem in _perhaps_too_long(problems.train, config, encoder, renderer):
         try:
             teacher_view(problem, 0.0, config, encoder, renderer, problems.train)
         except DataError as error:
             reasons[problem.id] = str(error)
     for group, (completion_tokens, some) in lengths.items():
         room = config.model.max_context_tokens - completion_tokens
-        for problem in some:
-            length = len(encoder.student(renderer.student(problem)))
-            if length > room:
+        for problem, prompt in zip(some, student_prompts(some, encoder, renderer), strict=True):
+            if len(prompt) > room:
                 reasons[problem.id] = (
-                    f"problem {problem.id}: its student context has {length} tokens, {group}.completion_tokens "
+                    f"problem {problem.id}: its student context has {len(prompt)} tokens, {group}.completion_tokens "
                     f"{completion_tokens} leaves room for {max(room, 0)}"
                 )
     references = (*problems.probe, *(problems.train if config.train.method == "sft" else ()))

@@ -70,7 +70,7 @@ def evaluate_problems(
 
 def student_prompts(problems: Sequence[Problem], encoder: PromptEncoder, renderer: Renderer) -> list[tuple[int, ...]]:
     """The student's context of each problem, token ids."""
-    return [encoder.student(renderer.student(problem)) for problem in problems]
+    return encoder.students([renderer.student(problem) for problem in problems])
 
 
 def grade(

@@ -52,6 +52,14 @@ class PromptEncoder:
         """Token ids of `teacher_text`."""
         return self._encode(self.teacher_text(message))
 
+    def students(self, messages: Sequence[str]) -> list[tuple[int, ...]]:
+        """`student` of many messages, tokenised together."""
+        return self._encode_all([self.student_text(message) for message in messages])
+
+    def teachers(self, messages: Sequence[str]) -> list[tuple[int, ...]]:
+        """`teacher` of many messages, tokenised together."""
+        return self._encode_all([self.teacher_text(message) for message in messages])
+
     def completion(self, text: str) -> tuple[int, ...]:
         """A given text, such as a reference, as the ids of a completion: its tokens and the end token."""
         return (*self._tokens(text), int(self._tokenizer.eos_token_id))
@@ -93,6 +101,13 @@ class PromptEncoder:
     def _encode(self, text: str) -> tuple[int, ...]:
         """A template writes its own special tokens; plain text gets the begin token if the tokenizer adds one."""
         return (*(() if self._config.chat_template else self._begin()), *self._tokens(text))
+
+    def _encode_all(self, texts: list[str]) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        begin = () if self._config.chat_template else self._begin()
+        many = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return [(*begin, *ids) for ids in many]
 
     def _begin(self) -> tuple[int, ...]:
         begin = self._tokenizer.bos_token_id

@@ -47,7 +47,9 @@ def draw_batch(parts: Parts, update: int) -> Batch:
     if config.train.method == "sft":
         rollouts = [reference_rollout(problem, parts) for problem in problems]
     else:
-        requests = [request(problem, number, update, parts) for problem, number in zip(problems, numbers, strict=True)]
+        prompts = parts.encoder.students([parts.renderer.student(problem) for problem in problems])
+        asked = zip(problems, numbers, prompts, strict=True)
+        requests = [request(problem, number, prompt, update, parts) for problem, number, prompt in asked]
         rollouts = sample(parts.loaded, requests, rollout_sampler(config))
     verdicts = grade(problems, rollouts, parts)
     begun = clock(parts.loaded.device)
@@ -103,9 +105,8 @@ def look_ahead(problems: Sequence[Problem], rollouts: Sequence[Rollout], update:
     return grouped(lookahead.ratios, rows, [""] * len(rows))[""]
 
 
-def request(problem: Problem, number: int, update: int, parts: Parts) -> Request:
+def request(problem: Problem, number: int, prompt: tuple[int, ...], update: int, parts: Parts) -> Request:
     """What the sampler needs for one rollout; its uniforms belong to (seed, update, problem, number)."""
-    prompt = parts.encoder.student(parts.renderer.student(problem))
     train, count = parts.config.train, parts.config.sampling.completion_tokens
     return Request(problem.id, number, prompt, uniforms(count, train.seed, "rollout", update, problem.id, number))
 
