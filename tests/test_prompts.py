@@ -47,6 +47,15 @@ def test_student_and_teacher_have_their_own_options():
     assert prompts.teacher("a") == (*prompts.student("a"), 6)
 
 
+def test_many_messages_are_read_as_each_alone():
+    words = encoder(teacher_template={"enable_thinking": True}, system_prompt="c")
+    messages = ["a b", "1 + 2", "a b c d"]
+    for prompts in (words, BYTES):
+        assert prompts.students(messages) == [prompts.student(message) for message in messages]
+        assert prompts.teachers(messages) == [prompts.teacher(message) for message in messages]
+        assert prompts.students([]) == []
+
+
 def test_the_system_prompt_comes_first_in_both_contexts():
     prompts = encoder(system_prompt="b c")
     assert prompts.student_text("a") == prompts.teacher_text("a") == "<system> b c <user> a <assistant>"

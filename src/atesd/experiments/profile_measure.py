@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from atesd.data.views import shown_segments
+from atesd.evaluate.benchmark import student_prompts
 from atesd.experiments.suggestion import AlignmentRows
 from atesd.maths.fused import divergence_profile
 from atesd.maths.keyed import uniforms
@@ -81,7 +82,9 @@ def show(parts: Parts, count: int, ratios: Sequence[float]) -> list[Shown]:
         drawn += [(problem, number, update) for problem, number in batch]
         update += 1
     drawn = drawn[:count]
-    requests = [request(problem, number, at, parts) for problem, number, at in drawn]
+    prompts = student_prompts([problem for problem, _, _ in drawn], parts.encoder, parts.renderer)
+    asked = zip(drawn, prompts, strict=True)
+    requests = [request(problem, number, prompt, at, parts) for (problem, number, at), prompt in asked]
     rollouts = sample(parts.loaded, requests, rollout_sampler(parts.config))
     problems = [problem for problem, _, _ in drawn]
     graded = zip(problems, rollouts, grade(problems, rollouts, parts), strict=True)
