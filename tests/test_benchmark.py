@@ -28,7 +28,7 @@ from atesd.records import Problem, Rollout
 SAMPLER = Sampler(temperature=1.0, top_p=0.9, top_k=0, min_p=0.0, completion_tokens=40, batch_size=4)
 RENDERER = SimpleNamespace(student=lambda problem: problem.text)
 ENCODER = SimpleNamespace(  # a token is a character
-    student=lambda message: tuple(map(ord, message)),
+    students=lambda messages: [tuple(map(ord, message)) for message in messages],
     completion=lambda text: (*map(ord, text), 0),
     decode=lambda ids: "".join(map(chr, ids)),
 )
