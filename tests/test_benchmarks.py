@@ -121,7 +121,7 @@ def test_the_document_is_filled_between_its_markers_and_nowhere_else(tmp_path: P
 
 
 def test_the_tables_in_the_repository_are_those_of_its_records() -> None:
-    found = {path.stem: read(path) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    found = {path.stem: read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     for name in (*found, "goals"):
         assert f"<!-- begin {name} -->\n{section(name, found)}\n<!-- end {name} -->" in text, name
