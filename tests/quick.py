@@ -31,6 +31,17 @@ SMALL = (
     "policy.decisions_per_policy_update=2",
 )
 
+SWEPT_ARMS = {
+    "full": {"exposure.kind": "full"},
+    "sound": {"exposure.kind": "learned"},
+    "replay": {
+        "exposure.kind": "replay",
+        "exposure.replay_run": {"cell": {"arm": "sound"}},
+        "exposure.replay_order": "shuffled",
+    },
+}
+"""Arms of a plan; the last needs the run of the one before it."""
+
 
 def quick(*overrides: str, recipe: str = "micro") -> Config:
     """A recipe cut down to eight updates of four rollouts."""
@@ -61,3 +72,17 @@ def fingerprint(run: RunFolder) -> dict[str, Any]:
     for row in rows["metrics"]:
         del row["seconds"]
     return {"state": digest(newest.state), "updates": newest.updates_done, "rows": json.dumps(rows, sort_keys=True)}
+
+
+class Ears:
+    """A listener that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def update(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, row: dict[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.heard.append(text)

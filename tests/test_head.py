@@ -17,22 +17,9 @@ from atesd.config import ModelConfig
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.score import Scorer, completion_logprobs
-from quick import quick
-from tiny import tiny_model
+from quick import Ears, quick
+from tiny import SIZES, tiny_model
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
@@ -109,20 +96,6 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits() -> None:
     (row,) = completion_logprobs(scorer, [(IDS[:2], IDS[2:])])
     expected = own_logits(model).log_softmax(-1)[1:-1].gather(-1, torch.tensor(IDS[2:])[:, None])
     torch.testing.assert_close(row, expected.squeeze(-1), atol=1e-5, rtol=1e-5)
-
-
-class Ears:
-    """A listener that keeps the messages."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def update(self, row: dict[str, Any]) -> None: ...
-
-    def evaluation(self, row: dict[str, Any]) -> None: ...
-
-    def message(self, text: str) -> None:
-        self.heard.append(text)
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -17,7 +17,7 @@ from atesd.train import loop, step
 from atesd.train.batches import draw_batch
 from atesd.train.rows import METRICS
 from atesd.train.step import StepMeters
-from quick import finished, quick
+from quick import Ears, finished, quick
 
 NAN = float("nan")
 
@@ -88,20 +88,6 @@ def test_an_evaluated_run_scores_as_it_did_in_training_also_in_bfloat16(tmp_path
     assert evaluate(config_of_trained(run), "test", update=8) == last
     with pytest.raises(ModelError, match="leaves nothing to train"):
         train(config_of_trained(run), tmp_path / "again")
-
-
-class Ears:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def update(self, row: dict[str, Any]) -> None: ...
-
-    def evaluation(self, row: dict[str, Any]) -> None: ...
-
-    def message(self, text: str) -> None:
-        self.heard.append(text)
 
 
 @pytest.mark.parametrize(("lora", "warned"), [("null", True), ("{rank: 2, alpha: 4}", False)])

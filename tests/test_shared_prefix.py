@@ -29,23 +29,9 @@ from atesd.models.score import Pair, Scorer
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 from atesd.models.token_tree import common_prefix, token_tree
-from tiny import tiny_model
+from tiny import SIZES, tiny_model
 
 Groups = Sequence[Sequence[Pair]]
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 
 VIEW = (7, 8, 9, 10, 11, 12, 13, 14)
 GROUPS: dict[str, Groups] = {

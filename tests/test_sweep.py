@@ -23,17 +23,9 @@ from atesd.experiments.jobs import Entry, Job, run_all
 from atesd.experiments.plan import Cell, Plan, cells_of, load_plan, plan_from_mapping, plan_names, stages
 from atesd.experiments.workers import Ending, slots, visible_gpus
 from fake_run import begin_run, fake_config, metric_row, write_fake_run
+from quick import SWEPT_ARMS
 
 OUT = Path("out")
-ARMS = {
-    "full": {"exposure.kind": "full"},
-    "sound": {"exposure.kind": "learned"},
-    "replay": {
-        "exposure.kind": "replay",
-        "exposure.replay_run": {"cell": {"arm": "sound"}},
-        "exposure.replay_order": "shuffled",
-    },
-}
 
 
 def plan(**changes: Any) -> Plan:
@@ -73,14 +65,14 @@ def test_a_plan_without_axes_is_its_recipe_with_each_seed():
 
 
 def test_a_new_point_or_seed_renames_no_cell():
-    before = {cell.job.folder: cell.job for cell in cells(axes={"arm": ARMS}, seeds=2)}
-    arms = {"first": {"exposure.kind": "random"}, **ARMS}
+    before = {cell.job.folder: cell.job for cell in cells(axes={"arm": SWEPT_ARMS}, seeds=2)}
+    arms = {"first": {"exposure.kind": "random"}, **SWEPT_ARMS}
     after = {cell.job.folder: cell.job for cell in cells(axes={"arm": arms}, seeds=3)}
     assert before.items() <= after.items()
 
 
 def test_a_cell_that_reads_another_comes_after_it_and_reads_the_one_of_its_own_seed():
-    arms = dict(reversed(ARMS.items()))  # replay first
+    arms = dict(reversed(SWEPT_ARMS.items()))  # replay first
     found = cells(axes={"arm": arms}, seeds=2)
     place = {cell.job.name: index for index, cell in enumerate(found)}
     for seed in (0, 1):
@@ -95,7 +87,10 @@ def test_a_cell_that_reads_another_comes_after_it_and_reads_the_one_of_its_own_s
 
 
 def test_a_needed_cell_may_have_another_seed():
-    arms = {"sound": {}, "replay": {**ARMS["replay"], "exposure.replay_run": {"cell": {"arm": "sound", "seed": 0}}}}
+    arms = {
+        "sound": {},
+        "replay": {**SWEPT_ARMS["replay"], "exposure.replay_run": {"cell": {"arm": "sound", "seed": 0}}},
+    }
     needed = {cell.job.name: cell.job.needs for cell in cells(axes={"arm": arms}, seeds=2)}
     assert needed["replay-seed-1"] == (OUT / "sound-seed-0",)
 
@@ -105,7 +100,7 @@ def test_the_recorded_path_of_a_needed_cell_does_not_depend_on_how_out_was_typed
 ):
     monkeypatch.chdir(tmp_path)
     outs = (Path("runs/x"), Path("./runs/../runs/x"), tmp_path / "runs" / "x")
-    replayed = {cells(out, axes={"arm": ARMS})[-1].job.config.exposure.replay_run for out in outs}
+    replayed = {cells(out, axes={"arm": SWEPT_ARMS})[-1].job.config.exposure.replay_run for out in outs}
     assert replayed == {"runs/x/sound-seed-0"}
 
 
@@ -182,21 +177,21 @@ def test_overrides_of_the_command_line_reach_every_cell_and_replace_what_the_pla
         ),
         ({"axes": {"a": {"x": {}, "x-y": {}}, "b": {"y-z": {}, "z": {}}}}, "both give the name x-y-z"),
         (
-            {"axes": {"arm": ARMS}, "exclude": [{"arn": "full"}]},
+            {"axes": {"arm": SWEPT_ARMS}, "exclude": [{"arn": "full"}]},
             r"exclude\[0\]: there is no axis 'arn'; did you mean a",
         ),
-        ({"axes": {"arm": ARMS}, "exclude": [{"arm": "ful"}]}, "axis arm has no point 'ful'; did you mean full"),
+        ({"axes": {"arm": SWEPT_ARMS}, "exclude": [{"arm": "ful"}]}, "axis arm has no point 'ful'; did you mean full"),
         ({"exclude": [{"seed": 3}]}, r"exclude\[0\]: seed 3 is not in the plan"),
         ({"exclude": [{}]}, "is empty, which would leave out everything"),
         ({"exclude": [{"seed": 0}]}, "exclude leaves no cell of 1"),
-        ({"axes": {"arm": ARMS}, "exclude": [{"arm": "sound"}]}, r"replay_run: the cell .* is not in the plan"),
+        ({"axes": {"arm": SWEPT_ARMS}, "exclude": [{"arm": "sound"}]}, r"replay_run: the cell .* is not in the plan"),
         ({"axes": {"arm": {"a": {"exposure.replay_run": {"cell": "b"}}}}}, "cell: 'b'; expected the axes that differ"),
         (
             {"axes": {"arm": {x: {"exposure.replay_run": {"cell": {"arm": y}}} for x, y in ("ab", "ba")}}},
             "these cells wait for each other: a-seed-0, b-seed-0",
         ),
         (
-            {"axes": {"arm": {**ARMS, "sound": {"train.num_updates": 5}}}},
+            {"axes": {"arm": {**SWEPT_ARMS, "sound": {"train.num_updates": 5}}}},
             "cell replay-seed-0: train.num_updates: 100 is more than the 5 of the cell that it reads, sound-seed-0",
         ),
     ],
@@ -222,7 +217,7 @@ def test_a_plan_that_is_a_list_is_refused():
 
 def test_each_command_is_the_very_cell_with_a_comment_where_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    found = cells(axes={"arm": ARMS}, seeds=2, set={"model.system_prompt": "it's a $HOME"})
+    found = cells(axes={"arm": SWEPT_ARMS}, seeds=2, set={"model.system_prompt": "it's a $HOME"})
     lines = list(command_lines(found))
     wait = next(place for place, line in enumerate(lines) if line.startswith("# wait"))
     assert [line for line in lines if line.startswith("#")] == [lines[wait]]

@@ -21,17 +21,7 @@ from atesd.experiments import jobs
 from atesd.experiments.grid import sweep_tables
 from atesd.experiments.plan import cells_of, load_plan
 from atesd.runs import RunFolder
-from quick import SMALL, fingerprint, finished
-
-ARMS = {
-    "full": {"exposure.kind": "full"},
-    "sound": {"exposure.kind": "learned"},
-    "replay": {
-        "exposure.kind": "replay",
-        "exposure.replay_run": {"cell": {"arm": "sound"}},
-        "exposure.replay_order": "shuffled",
-    },
-}
+from quick import SMALL, SWEPT_ARMS, fingerprint, finished
 
 
 def write_plan(path: Path, *settings: str, **changes: Any) -> Path:
@@ -39,7 +29,7 @@ def write_plan(path: Path, *settings: str, **changes: Any) -> Path:
     for setting in (*SMALL, *settings):
         name, _, text = setting.partition("=")
         common[name] = parse_yaml(text, setting)
-    path.write_text(yaml.safe_dump({"recipe": "micro", "set": common, "axes": {"arm": ARMS}, **changes}), "utf-8")
+    path.write_text(yaml.safe_dump({"recipe": "micro", "set": common, "axes": {"arm": SWEPT_ARMS}, **changes}), "utf-8")
     return path
 
 
@@ -61,7 +51,7 @@ def test_a_cell_of_a_worker_that_has_trained_others_is_bit_for_bit_that_of_a_pro
     swept: tuple[Path, str], tmp_path: Path
 ):
     out = swept[0] / "out"
-    sessions = [RunFolder.open(out / f"{arm}-seed-3").manifest["sessions"] for arm in ARMS]
+    sessions = [RunFolder.open(out / f"{arm}-seed-3").manifest["sessions"] for arm in SWEPT_ARMS]
     assert len({session[-1]["pid"] for session in sessions}) == 1
     for arm in ("replay", "full"):  # the last to be trained, and the first
         swept_run = RunFolder.open(out / f"{arm}-seed-3")
@@ -69,7 +59,7 @@ def test_a_cell_of_a_worker_that_has_trained_others_is_bit_for_bit_that_of_a_pro
 
 
 def test_cells_of_one_seed_draw_the_same_rollouts_and_the_same_evaluations_before_they_part(swept: tuple[Path, str]):
-    runs = [RunFolder.open(swept[0] / "out" / f"{arm}-seed-3") for arm in ARMS]
+    runs = [RunFolder.open(swept[0] / "out" / f"{arm}-seed-3") for arm in SWEPT_ARMS]
     first = [[(r["problem_id"], r["completion"]) for r in run.rows("samples") if r["update"] == 0] for run in runs]
     assert first[0]
     assert first[0] == first[1] == first[2]

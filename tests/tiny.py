@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,6 +14,20 @@ from atesd.models.load import LoadedModel, save_model
 
 SPECIAL = ("<pad>", "<end>", "<unk>", "<user>", "<assistant>", "<system>", "<think>")
 WORDS = (*"0123456789+-=;abcdefgh", r"\boxed{7}")
+SIZES: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+"""Of a model of any architecture, as small as it gets; no padding but token 0."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% if enable_thinking is true %} <think>{% endif %}{% endif %}"

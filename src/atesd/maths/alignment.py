@@ -19,7 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atesd.maths.closed_forms import divergence_rows
 from atesd.maths.divergence import Objective
+from atesd.maths.head import Head
+
+_LOGITS = Head(None)  # what it is given are logits already
 
 
 def logit_gradient(
@@ -33,11 +37,14 @@ def logit_gradient(
     Whatever the objective calls constant (the scale of `per_token`, the value of `sampled_token`) is constant here too:
     it is the gradient that the optimiser gets.
     """
+    if objective.divergence not in ("top_k", "sampled_token"):
+        gradient, ones = student_logits.detach().clone(), torch.ones_like(student_logits[:, 0])
+        divergence_rows(objective, _LOGITS, _LOGITS, False, gradient, teacher_logits.detach(), tokens, ones)
+        return gradient
     with torch.enable_grad():
         student = student_logits.detach().requires_grad_()
         losses, _ = objective(teacher_logits, student, tokens)
-        (gradient,) = torch.autograd.grad(losses.sum(), student)
-    return gradient
+        return torch.autograd.grad(losses.sum(), student)[0]
 
 
 def token_alignment(

@@ -16,7 +16,7 @@ from torch import Tensor
 from atesd.maths.alignment import Displaced, alignments
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import chunk_size
-from atesd.models.score import Pair, Scored, Scorer, completion_tokens
+from atesd.models.score import Pair, Scored, Scorer, completion_tokens, micro_batches, pair_length
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 from atesd.records import Alignment
@@ -60,7 +60,8 @@ class Lookahead:
         if self._reduction == "sequence":
             return means
         lengths = [len(completion) for _, completion in students]
-        return [[value * n / fmean(lengths) for value in row] for row, n in zip(means, lengths, strict=True)]
+        mean_length = fmean(lengths)
+        return [[value * n / mean_length for value in row] for row, n in zip(means, lengths, strict=True)]
 
     def tokens(
         self, batch: Sequence[Pair], teachers: Sequence[Scored], tokens: Tensor, student: Scored | None = None
@@ -79,9 +80,9 @@ class Lookahead:
         return torch.cat(found, dim=1), torch.cat(bends) if bends else None
 
     def _rows_by_ratio(self, rows: Sequence[tuple[Pair, tuple[tuple[int, ...], ...]]]) -> list[list[float]]:
-        found: list[list[float]] = []
-        for start in range(0, len(rows), self._micro_batch_size):
-            batch = rows[start : start + self._micro_batch_size]
+        found: dict[int, list[float]] = {}
+        for indices in micro_batches([pair_length(pair) for pair, _ in rows], self._micro_batch_size):
+            batch = [rows[i] for i in indices]
             pairs = [pair for pair, _ in batch]
             views = [[(context, completion) for context in contexts] for (_, completion), contexts in batch]
             with self._teacher.weights():
@@ -89,8 +90,8 @@ class Lookahead:
                 teachers = [Scored(torch.cat(hidden), self._scorer.head()) for hidden in by_ratio]
             values, _ = self.tokens(pairs, teachers, completion_tokens(pairs, self._scorer.device))
             by_row = torch.split(values.double(), [len(completion) for _, completion in pairs], dim=1)
-            found += [row.mean(1).tolist() for row in by_row]
-        return found
+            found.update(zip(indices, [row.mean(1).tolist() for row in by_row], strict=True))
+        return [found[i] for i in range(len(rows))]
 
     def _displaced(self, batch: Sequence[Pair]) -> tuple[Scored, Scored]:
         sides = []

@@ -34,7 +34,7 @@ _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A graded rollout of the last hold, and the reference of its problem as a completion."""
+    """A graded rollout of the last hold; `reference` is its problem's as a completion, empty where it is not read."""
 
     difficulty: int
     context: tuple[int, ...]
@@ -77,7 +77,8 @@ class SuccessDirection:
     ) -> None:
         """Keep the graded rollouts of an update."""
         for problem, rollout, verdict in zip(problems, rollouts, verdicts, strict=True):
-            reference = self._encoder.completion(problem.reference)
+            read = self._config.aligned.success == "references"
+            reference = self._encoder.completion(problem.reference) if read else ()
             context, completion = rollout.prompt_ids, rollout.completion_ids
             self._attempts.append(
                 Attempt(problem.difficulty, context, completion, reference, correct=verdict == "correct")
