@@ -24,8 +24,8 @@ from atesd.train.lookahead import grouped
 from atesd.train.loop import objective
 from atesd.train.parts import Parts
 from atesd.train.step import Row, distill, maximise_likelihood, token_weights
-from atesd.train.success import Attempt, weighted_rows
-from atesd.train.token_gate import RandomGate, RankedGate
+from atesd.train.success import Attempt, drawn, weighted_rows
+from atesd.train.token_gate import AlignedGate, RandomGate, RankedGate
 from quick import cut_after, fingerprint, finished, quick
 from tiny import tiny_model
 
@@ -273,6 +273,86 @@ def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_o
     close(parts)
 
 
+@pytest.mark.parametrize("gate", ["none", "aligned"])
+def test_per_token_every_token_is_distilled_from_the_view_that_helps_it_most(gate: str) -> None:
+    """Against one gated step at each ratio: the largest alignment is chosen, and the loss is that of its teacher."""
+    parts = with_direction(quick(*ALIGNED, "exposure.granularity=per_token", f"loss.token_gate={gate}"))
+    batch = draw_batch(parts, 1)
+    cut = {"reduction": "sequence", "micro_batch_size": 5, "chunk_tokens": 7}
+    given = parts.scorer, parts.teacher
+    loss = objective(parts.config)
+    meters = distill(*given, batch.rows, loss, choose=parts.choose, **cut)  # type: ignore[arg-type]
+    ratios = parts.config.aligned.ratios
+    alone = []
+    for k in range(len(ratios)):
+        rows = [replace(row, teacher_context=row.candidates[k].context, candidates=()) for row in batch.rows]
+        with torch.no_grad():
+            alone.append(distill(*given, rows, loss, gate=AlignedGate(parts.lookahead), **cut).tokens)  # type: ignore[arg-type]
+    for i, row in enumerate(batch.rows):
+        values = torch.tensor([tokens["alignment"][i] for tokens in alone])
+        best = values.amax(0)
+        assert meters.tokens["alignment"][i] == pytest.approx(best.tolist(), abs=1e-6)
+        for n, ratio in enumerate(meters.tokens["token_ratio"][i]):
+            chosen = ratios.index(round(ratio, 6))
+            assert values[chosen, n] == pytest.approx(float(best[n]), abs=1e-6)
+            assert meters.tokens["loss"][i][n] == pytest.approx(alone[chosen]["loss"][i][n], abs=1e-6)
+            assert meters.tokens["token_effective_ratio"][i][n] == pytest.approx(row.candidates[chosen].effective_ratio)
+        wanted = (best > 0).float().tolist() if gate == "aligned" else [1.0] * len(best)
+        assert meters.tokens["kept"][i] == wanted
+    chosen = {round(ratio, 6) for row in meters.tokens["token_ratio"] for ratio in row}
+    assert len(chosen) > 2
+    close(parts)
+
+
+def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path: Path) -> None:
+    config = quick(
+        *ALIGNED,
+        "exposure.granularity=per_token",
+        "exposure.reveal_ratio=0.3",
+        "aligned.fallback=fixed",
+        "train.evaluate_every=1",
+    )
+    run = finished(config, tmp_path / "run")
+    rows = {row["update"]: row for row in run.rows("metrics")}
+    hold = config.credit.hold_updates
+    assert all(rows[update]["reveal_ratio"] == pytest.approx(0.3) for update in range(hold))
+    assert all(rows[update]["kept_share"] is None for update in range(hold))
+    assert rows[hold]["reveal_ratio"] not in (0.3, *config.aligned.ratios)
+    assert rows[hold]["curvature"] is not None
+    samples = [row for row in run.rows("samples") if row["update"] == hold]
+    assert samples
+    assert all(len(row["token_ratio"]) == len(row["tokens"]) for row in samples)
+
+
+def test_a_ratio_per_token_is_for_the_aligned_exposure_and_its_own_gate() -> None:
+    with pytest.raises(ConfigError, match="no ratio per token"):
+        settings("exposure.granularity=per_token")
+    with pytest.raises(ConfigError, match="own alignment or not at all"):
+        settings("exposure.kind=aligned", "exposure.granularity=per_token", "loss.token_gate=random")
+
+
+def test_a_gate_without_a_number_stops_the_update_and_names_the_rollout() -> None:
+    parts = with_direction(quick(*GATED, "train.batch_size=4"))
+    direction = parts.lookahead.direction
+    direction.load_state_dict({**direction.state_dict(), "epsilon": float("nan")})
+    rows = draw_batch(parts, 1).rows
+    cut = {"reduction": "sequence", "micro_batch_size": 4, "chunk_tokens": None}
+    with pytest.raises(NonFiniteError, match="not finite on rollout"):
+        distill(parts.scorer, parts.teacher, rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+    close(parts)
+
+
+def test_at_most_so_many_rollouts_give_the_direction() -> None:
+    rows = weighted_rows(attempts(*[True] * 9), settings("aligned.min_correct=1"), 0)
+    assert drawn(rows, settings(), 0) == rows
+    some = settings("aligned.direction_rollouts=4")
+    first = drawn(rows, some, 0)
+    assert len(first) == 4
+    assert all(row in rows for row in first)
+    assert drawn(rows, some, 0) == first
+    assert any(drawn(rows, some, update) != first for update in range(1, 5))
+
+
 def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
     for overrides in (
         GATED,
@@ -338,10 +418,11 @@ def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
     [
         ALIGNED,
         (*ALIGNED, "exposure.granularity=per_problem", "aligned.metric=optimiser"),
+        (*ALIGNED, "exposure.granularity=per_token", "loss.token_gate=aligned", "aligned.direction_rollouts=4"),
         (*GATED, "aligned.success=centred"),
         (*GATED, LORA),
     ],
-    ids=["ratio", "per-problem", "gate", "gate-lora"],
+    ids=["ratio", "per-problem", "per-token", "gate", "gate-lora"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = quick(*overrides, "train.batch_size=8", "model.path=world:b")

@@ -38,9 +38,9 @@ from atesd.train.batches import rollout_sampler, teacher_view
 from atesd.train.lookahead import Lookahead
 from atesd.train.loop import Trainer, objective
 from atesd.train.parts import Listener, Parts
-from atesd.train.step import Gate
+from atesd.train.step import Choose, Gate
 from atesd.train.success import SuccessDirection
-from atesd.train.token_gate import AlignedGate, RandomGate, RankedGate, correct_gate
+from atesd.train.token_gate import AlignedChoice, AlignedGate, RandomGate, RankedGate, correct_gate
 
 
 @final
@@ -242,6 +242,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         looping=is_looping,
         lookahead=lookahead,
         gate=make_gate(config, lookahead),
+        choose=make_choice(config, lookahead),
     )
 
 
@@ -300,6 +301,13 @@ def make_lookahead(
         chunk_tokens=config.loss.chunk_tokens,
         reduction=config.loss.reduction,
     )
+
+
+def make_choice(config: Config, lookahead: Lookahead | None) -> Choose | None:
+    """The choice of a view for every token, and of the tokens, where the exposure has `granularity: per_token`."""
+    if lookahead is None or config.exposure.granularity != "per_token":
+        return None
+    return AlignedChoice(lookahead, gated=config.loss.token_gate == "aligned")
 
 
 def make_gate(config: Config, lookahead: Lookahead | None) -> Gate | None:

@@ -21,6 +21,7 @@ from atesd.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_gain", "probe_kl", "train_success"]
+Granularity = Literal["update", "per_difficulty", "per_problem", "per_token"]
 ExposureKind = Literal[
     "full",
     "fixed",
@@ -149,8 +150,9 @@ class ExposureConfig(Component):
 
     kind: ExposureKind = Field("learned", description="paper")
     reveal_ratio: Fraction = Field(1.0, description="paper alpha; read by kind: fixed")
-    granularity: Literal["update", "per_difficulty", "per_problem"] = Field(
-        "update", description="paper: one per update; kind per_problem: per_problem, unless written out"
+    granularity: Granularity = Field(
+        "update",
+        description="paper: one per update; kind per_problem: per_problem, unless written out; per_token: aligned only",
     )
     control: Literal["off", "none", "shuffled", "wrong_answer", "filler"] = Field(
         "off", description="a control in place of the true reference; none: the teacher sees no reference"
@@ -191,6 +193,11 @@ class ExposureConfig(Component):
             raise ValueError("kind: per_problem has no one ratio per update; set granularity: per_problem")
         if self.kind in ("bandit", "setpoint") and self.granularity != "update":
             raise ValueError(f"kind: {self.kind} has one ratio per update; set granularity: update")
+        if self.granularity == "per_token" and self.kind != "aligned":
+            raise ValueError(
+                f"kind: {self.kind} has no ratio per token; set kind: aligned, or granularity: update, per_difficulty "
+                "or per_problem"
+            )
         return self
 
 
@@ -280,6 +287,11 @@ class AlignedConfig(Component):
         description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
         "(a misleading control); correct ones of permuted verdicts (a null control)",
     )
+    direction_rollouts: int | None = Field(
+        None,
+        ge=1,
+        description="most rollouts of a hold that give the direction, drawn if there are more; None: all",
+    )
     smoothing: float = Field(0.5, ge=0, lt=1, description="weight of past holds in the alignment per ratio; ours")
     min_correct: int = Field(8, ge=1, description="correct rollouts that a hold must have to give a direction; ours")
     fallback: Literal["full", "fixed", "random", "schedule"] = Field(
@@ -289,7 +301,7 @@ class AlignedConfig(Component):
         0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
     )
     metric: Literal["plain", "optimiser"] = Field(
-        "plain", description="in which the step is measured; optimiser: AdamW's second moments divide it"
+        "plain", description="in which the step is measured; optimiser: the root of AdamW's second moments divides it"
     )
 
 
@@ -454,6 +466,11 @@ class Config(Component):
                 raise ValueError("loss.token_gate: correct needs verified rollouts; set data.checker")
             if self.train.samples_per_problem > 1:
                 raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
+        if self.exposure.granularity == "per_token" and self.loss.token_gate not in ("none", "aligned"):
+            raise ValueError(
+                f"loss.token_gate: {self.loss.token_gate} with exposure.granularity: per_token: a token that chooses "
+                "its ratio is gated by its own alignment or not at all; set token_gate: none or aligned"
+            )
         looks_ahead = self.exposure.kind == "aligned" or self.loss.token_gate == "aligned"
         if looks_ahead and self.model.dtype == "bfloat16" and self.model.lora is None:
             raise ValueError(

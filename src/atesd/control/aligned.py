@@ -8,9 +8,9 @@ smoothed over holds. Ours; the paper tries and waits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
-from atesd.config import AlignedConfig
+from atesd.config import AlignedConfig, Granularity
 from atesd.control.interface import Exposure, Measurement
 from atesd.records import Alignment, FinishedDecision, UpdateStats
 
@@ -28,6 +28,8 @@ class LooksAhead(Protocol):
 class AlignedExposure:
     """Takes the ratio with the largest alignment: one for each hold, difficulty or problem.
 
+    Per token the step itself chooses (`atesd.train.token_gate.AlignedChoice`); all that is left here is the fallback.
+
     Per update and per difficulty the alignments are averaged over holds with weight `smoothing` on the past, each hold
     counted at its own scale, since the length of the direction changes while the student learns. A problem is met too
     seldom for that: it takes the best ratio of the moment. Where nothing is known `fallback` decides.
@@ -38,7 +40,7 @@ class AlignedExposure:
         config: AlignedConfig,
         *,
         hold_updates: int,
-        granularity: Literal["update", "per_difficulty", "per_problem"],
+        granularity: Granularity,
         fallback: Exposure,
     ) -> None:
         self._config = config
@@ -54,7 +56,9 @@ class AlignedExposure:
         return {}
 
     def measurements(self, update: int) -> frozenset[Measurement]:
-        """`alignment`, at the first update of a hold; per problem at every update."""
+        """`alignment`, at the first update of a hold; per problem at every update; per token never."""
+        if self._granularity == "per_token":
+            return frozenset()
         if self._granularity == "per_problem" or update % self._hold == 0:
             return frozenset({"alignment"})
         return frozenset()

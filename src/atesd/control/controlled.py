@@ -6,11 +6,11 @@ The controller says a ratio per decision and hears what came of it. Here its dec
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, final
+from typing import Any, Protocol, final
 
 import numpy as np
 
-from atesd.config import CreditConfig
+from atesd.config import CreditConfig, Granularity
 from atesd.control.interface import Measurement
 from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
 from atesd.errors import ConfigError
@@ -66,7 +66,7 @@ class ControlledExposure:
         seed: int = 0,
         ratio_min: float = 0.0,
         ratio_max: float = 1.0,
-        granularity: Literal["update", "per_difficulty", "per_problem"] = "update",
+        granularity: Granularity = "update",
         buffer: int = 4,
     ) -> None:
         if not 0.0 <= ratio_min <= ratio_max <= 1.0:

@@ -12,9 +12,9 @@ Usable alone, in anybody's training loop:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, final
+from typing import Any, final
 
-from atesd.config import CreditConfig, PolicyConfig
+from atesd.config import CreditConfig, Granularity, PolicyConfig
 from atesd.control.interface import Measurement
 from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
 from atesd.control.policy import BetaPolicy
@@ -42,7 +42,7 @@ class LearnedExposure:
         seed: int = 0,
         ratio_min: float = 0.0,
         ratio_max: float = 1.0,
-        granularity: Literal["update", "per_difficulty", "per_problem"] = "update",
+        granularity: Granularity = "update",
     ) -> None:
         if not 0.0 <= ratio_min <= ratio_max <= 1.0:
             raise ConfigError(f"ratio_min {ratio_min}, ratio_max {ratio_max}: allowed are 0 <= min <= max <= 1")

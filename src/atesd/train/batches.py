@@ -23,7 +23,7 @@ from atesd.models.sample import Request, Sampler, sample
 from atesd.records import Alignment, Problem, Rollout, Verdict, View
 from atesd.train.lookahead import grouped
 from atesd.train.parts import Parts
-from atesd.train.step import Row, clock
+from atesd.train.step import Candidate, Row, clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,11 @@ def draw_batch(parts: Parts, update: int) -> Batch:
             key=(update, rollout.problem_id, rollout.sample),
             correct=verdict == "correct",
             advantage=advantage * config.train.grpo_weight,
+            candidates=candidates(problem, parts),
         )
-        for rollout, (_, context), verdict, advantage in zip(rollouts, seen, verdicts, advantages, strict=True)
+        for problem, rollout, (_, context), verdict, advantage in zip(
+            problems, rollouts, seen, verdicts, advantages, strict=True
+        )
     ]
     views = [view for view, _ in seen]
     return Batch(problems, rollouts, ratios, views, verdicts, rows, alignment, lookahead_seconds)
@@ -103,6 +106,16 @@ def look_ahead(problems: Sequence[Problem], rollouts: Sequence[Rollout], update:
             raise NonFiniteError(f"the look-ahead gives numbers that are not finite on {problem.id}")
     exposure.look_ahead(update, grouped(lookahead.ratios, rows, [group_of(p, parts.config) for p in problems]))
     return grouped(lookahead.ratios, rows, [""] * len(rows))[""]
+
+
+def candidates(problem: Problem, parts: Parts) -> tuple[Candidate, ...]:
+    """What the teacher reads of a problem at each ratio among which its tokens choose; empty while they cannot."""
+    lookahead = parts.lookahead
+    if lookahead is None or parts.config.exposure.granularity != "per_token" or not lookahead.direction.known:
+        return ()
+    given = parts.config, parts.encoder, parts.renderer, parts.problems.train
+    seen = [(ratio, *teacher_view(problem, ratio, *given)) for ratio in lookahead.ratios]
+    return tuple(Candidate(context, ratio, view.effective_ratio) for ratio, view, context in seen)
 
 
 def request(problem: Problem, number: int, prompt: tuple[int, ...], update: int, parts: Parts) -> Request:
@@ -154,9 +167,9 @@ def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def group_of(problem: Problem, config: Config) -> str:
-    """Which rows share a reveal ratio: all, those of a difficulty, or those of a problem."""
-    groups = {"update": "", "per_difficulty": str(problem.difficulty), "per_problem": problem.id}
-    return groups[config.exposure.granularity]
+    """Which rows share what `reveal_ratio` of the exposure says: all, those of a difficulty, or those of a problem."""
+    groups = {"per_difficulty": str(problem.difficulty), "per_problem": problem.id}
+    return groups.get(config.exposure.granularity, "")
 
 
 def teacher_view(

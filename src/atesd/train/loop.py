@@ -213,7 +213,8 @@ class Trainer:
             "chunk_tokens": config.loss.chunk_tokens,
         }
         if config.train.method == "distill":
-            return distill(parts.scorer, parts.teacher, rows, objective(config), gate=parts.gate, **cut)
+            cut |= {"gate": parts.gate, "choose": parts.choose}
+            return distill(parts.scorer, parts.teacher, rows, objective(config), **cut)
         temperature = 1.0 if config.train.method == "sft" else config.loss_temperature
         return maximise_likelihood(parts.scorer, rows, temperature=temperature, **cut)
 
@@ -331,8 +332,10 @@ def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dic
         if verdict is not None
     ]
     return UpdateStats(
-        reveal_ratio=statistics.fmean(batch.reveal_ratios),
-        effective_ratio=statistics.fmean(view.effective_ratio for view in batch.views),
+        reveal_ratio=meters.means.get("token_ratio", statistics.fmean(batch.reveal_ratios)),
+        effective_ratio=meters.means.get(
+            "token_effective_ratio", statistics.fmean(view.effective_ratio for view in batch.views)
+        ),
         loss=meters.loss,
         kl=meters.means.get("kl", 0.0),
         top1_disagreement=meters.means.get("top1_disagreement", 0.0),

@@ -17,7 +17,7 @@ from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Split
 from atesd.train.lookahead import Lookahead
-from atesd.train.step import Gate
+from atesd.train.step import Choose, Gate
 
 
 class Probes(Protocol):
@@ -70,3 +70,4 @@ class Parts:
     looping: Callable[[Sequence[int]], bool]
     lookahead: Lookahead | None = None
     gate: Gate | None = None
+    choose: Choose | None = None

@@ -129,6 +129,7 @@ def sample_rows(update: int, batch: Batch, meters: StepMeters, parts: Parts) -> 
             "tokens": encoder.pieces(rollout.completion_ids),
             "token_kl": _of_tokens(meters, "kl", i),
             "token_alignment": _of_tokens(meters, "alignment", i),
+            "token_ratio": _of_tokens(meters, "token_ratio", i),
         }
 
 

@@ -26,13 +26,24 @@ from atesd.models.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """The teacher's context at one of the ratios among which every token has its choice."""
+
+    context: tuple[int, ...]
+    reveal_ratio: float
+    effective_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of an optimiser step: a completion under the student's context and, to distil, under the teacher's.
 
     `scale` multiplies the row's weight: the advantage in GRPO, else 1. `answer` is a second completion, only measured:
     the teacher reads it in the pass in which it reads the first, after the context that both share. `key` names the
     rollout in keyed draws, `correct` says that it was verified. A distilled row with an `advantage` has that times its
-    negative log-likelihood added to its loss, under the same weights: GRPO's loss beside the divergence.
+    negative log-likelihood added to its loss, under the same weights: GRPO's loss beside the divergence. With
+    `candidates` the teacher reads the completion under each of them instead of `teacher_context`; all rows of a step
+    have as many.
     """
 
     context: tuple[int, ...]
@@ -43,6 +54,7 @@ class Row:
     key: tuple[int | str, ...] = ()
     correct: bool = False
     advantage: float = 0.0
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def student_pair(self) -> Pair:
@@ -55,9 +67,15 @@ class Row:
         return self.teacher_context, self.completion
 
     @property
+    def teacher_pairs(self) -> list[Pair]:
+        """Every context of the teacher with the completion."""
+        contexts = [candidate.context for candidate in self.candidates] or [self.teacher_context]
+        return [(context, self.completion) for context in contexts]
+
+    @property
     def length(self) -> int:
-        """The most tokens that a model reads of this row."""
-        return pair_length(self.teacher_pair if len(self.teacher_context) > len(self.context) else self.student_pair)
+        """The most tokens that a model reads of this row at once."""
+        return max(pair_length(pair) for pair in (self.student_pair, *self.teacher_pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +103,19 @@ Gate = Callable[[Sequence[Row], Scored, Scored, Tensor], tuple[Tensor, dict[str,
 """(rows, student, teacher, tokens) to a factor of every token's weight, [N], and meters of the same shape."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What every token is distilled from, among candidates: the teacher's states [N, F], factors of the weights [N]."""
+
+    teacher: Scored
+    factors: Tensor
+    meters: dict[str, Tensor]
+
+
+Choose = Callable[[Sequence[Row], Scored, Sequence[Scored], Tensor], Choice]
+"""(rows, student, teacher under each candidate, tokens) to the choice of every token."""
+
+
 def token_weights(rows: Sequence[Row], reduction: str) -> list[float]:
     """Weight of every token of each row: 1 / (rows |y|) for `sequence` (the paper), 1 / tokens for `token`."""
     if reduction == "token":
@@ -104,11 +135,13 @@ def distill(
     micro_batch_tokens: int | None = None,
     chunk_tokens: int | None,
     gate: Gate | None = None,
+    choose: Choose | None = None,
 ) -> StepMeters:
     """Accumulate the gradient of the mean divergence from teacher to student on the student's own tokens.
 
     loss = mean over rollouts of 1/|y| sum_n D(teacher(. | view, y_<n) || student(. | x, y_<n)) (ATESD, OPSD). A `gate`
-    multiplies the weights of single tokens, and adds its meters and `kept`, the factors, to those of the loss.
+    multiplies the weights of single tokens, and adds its meters and `kept`, the factors, to those of the loss. Where
+    rows have candidates, `choose` picks for every token the one it is distilled from, and is its gate as well.
     """
     gating = 0.0
 
@@ -117,19 +150,18 @@ def distill(
         with teacher.weights():
             head = scorer.head()
             hidden, answers = _read(scorer, head, batch)
-            seen = Scored(hidden, head)
+            teachers = [Scored(states, head) for states in hidden]
         seconds = clock(scorer.device) - started
 
         def weighted_loss(student: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             nonlocal gating
             rewarded = _advantages(batch, weights)
-            gate_meters: dict[str, Tensor] = {}
-            if gate is not None:
-                begun = clock(scorer.device)
-                with torch.no_grad():
-                    factors, gate_meters = gate(batch, Scored(student.detach(), scorer.head()), seen, tokens)
-                weights, gate_meters = weights * factors, {**gate_meters, "kept": factors}
-                gating += clock(scorer.device) - begun
+            begun = clock(scorer.device)
+            with torch.no_grad():
+                seen, factors, chosen = _aim(batch, Scored(student.detach(), scorer.head()), teachers, tokens)
+            gating += clock(scorer.device) - begun
+            if factors is not None:
+                weights, chosen = weights * factors, {**chosen, "kept": factors}
             sides = student, scorer.head(), seen.hidden, seen.head
             loss, meters = fused_divergence(objective, *sides, tokens, weights, chunk_tokens=chunk_tokens)
             if rewarded is not None:
@@ -142,9 +174,19 @@ def distill(
                     chunk_tokens=chunk_tokens,
                 )
                 loss = loss + policy
-            return loss, meters | gate_meters
+            return loss, meters | chosen
 
         return Prepared(weighted_loss, seconds, answers)
+
+    def _aim(
+        batch: Sequence[Row], student: Scored, teachers: Sequence[Scored], tokens: Tensor
+    ) -> tuple[Scored, Tensor | None, dict[str, Tensor]]:
+        """The teacher of every token, the factors of its weights, and what was measured to find them."""
+        if choose is not None and batch[0].candidates:
+            choice = choose(batch, student, teachers, tokens)
+            return choice.teacher, choice.factors, choice.meters
+        [teacher] = teachers
+        return (teacher, None, {}) if gate is None else (teacher, *gate(batch, student, teacher, tokens))
 
     cut = _by_length(micro_batch_size, micro_batch_tokens)
     meters = _accumulate(scorer, rows, loss_of, reduction, cut)
@@ -160,19 +202,23 @@ def _advantages(rows: Sequence[Row], weights: Tensor) -> Tensor | None:
     return weights * torch.tensor([row.advantage for row in rows for _ in row.completion], device=weights.device)
 
 
-def _read(scorer: Scorer, head: Head, rows: Sequence[Row]) -> tuple[Tensor, list[list[float]]]:
-    """The hidden states that predict the completions under the teacher's context, and the answers' log-probabilities.
+def _read(scorer: Scorer, head: Head, rows: Sequence[Row]) -> tuple[list[Tensor], list[list[float]]]:
+    """The states that predict the completions under each context of the teacher, and the answers' log-probabilities.
 
-    A row with an answer is a tree, whose context is computed once for both.
+    A row with an answer or with candidates is a tree, whose shared contexts are computed once.
     """
+    contexts = len(rows[0].teacher_pairs)
     answers = [[(row.teacher_context, row.answer)] if row.answer else [] for row in rows]
+    if not any(answers) and contexts == 1:
+        return [scorer.hidden([row.teacher_pair for row in rows])], [[] for _ in rows]
+    states = shared_hidden(scorer, [[*row.teacher_pairs, *more] for row, more in zip(rows, answers, strict=True)])
+    completions = [torch.cat([state[k] for state in states]) for k in range(contexts)]
     if not any(answers):
-        return scorer.hidden([row.teacher_pair for row in rows]), [[] for _ in rows]
-    states = shared_hidden(scorer, [[row.teacher_pair, *more] for row, more in zip(rows, answers, strict=True)])
+        return completions, [[] for _ in rows]
     tokens = completion_tokens([pair for more in answers for pair in more], scorer.device)
-    logprobs = hidden_logprobs(head, torch.cat([state for _, *more in states for state in more]), tokens)
+    logprobs = hidden_logprobs(head, torch.cat([state for found in states for state in found[contexts:]]), tokens)
     split = torch.split(logprobs, [len(row.answer) for row in rows])
-    return torch.cat([completion for completion, *_ in states]), [own.tolist() for own in split]
+    return completions, [own.tolist() for own in split]
 
 
 def maximise_likelihood(

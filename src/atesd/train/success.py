@@ -94,6 +94,7 @@ class SuccessDirection:
         rows = weighted_rows(attempts, self._config, update)
         if not rows:
             return
+        rows = drawn(rows, self._config, update)
         maximise_likelihood(
             self._scorer,
             rows,
@@ -207,6 +208,15 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
         for a, ok in zip(attempts, correct, strict=True)
     ]
     return rows if any(row.scale for row in rows) else []
+
+
+def drawn(rows: list[Row], config: Config, update: int) -> list[Row]:
+    """At most `aligned.direction_rollouts` of the rows, drawn by key: the direction is a backward pass over them."""
+    most = config.aligned.direction_rollouts
+    if most is None or len(rows) <= most:
+        return rows
+    chosen = generator(config.train.seed, "direction", update).permutation(len(rows))[:most]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def _length(tensors: Iterable[Tensor]) -> Tensor:
