@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from atesd.config import DataConfig, ViewsConfig
 from atesd.data.answers import last_boxed
@@ -26,11 +27,12 @@ from atesd.data.world import (
     Chain,
     WorldRenderer,
     elided_steps,
+    known_facts,
     segments_of,
     world_problem,
     world_problems,
 )
-from atesd.data.world_text import Mixture, draw_texts, known_facts, training_chains
+from atesd.data.world_text import Mixture, draw_texts, training_chains
 from atesd.errors import DataError
 from atesd.maths.keyed import generator
 from atesd.records import Problem
@@ -127,6 +129,53 @@ def test_the_leap_share_changes_references_and_no_problem():
 
 def test_max_difficulty_limits_the_clauses():
     assert {p.difficulty for p in world_problems(small(max_difficulty=3)).train} == {2, 3}
+
+
+def test_min_difficulty_limits_the_clauses_from_below():
+    assert {p.difficulty for p in world_problems(small(min_difficulty=5)).train} == {5, 6}
+
+
+def facts_of(problem: Problem) -> list[tuple[int, int, int]]:
+    """The facts on a problem's true path, read off its text: (value before, operator, operand)."""
+    value, facts, words = int(problem.text[0]), [], problem.text.split()
+    for operator, operand in zip(words[2::3], map(int, words[3::3]), strict=True):
+        facts.append((value, "+-".index(operator), operand))
+        value = (value + (operand if operator == "+" else -operand)) % 10
+    return facts
+
+
+@pytest.mark.parametrize("unknown", [0, 1, 4])
+def test_every_problem_needs_as_many_unknown_facts_as_asked_for(unknown):
+    known = known_facts()
+    sets = world_problems(small(min_difficulty=5, unknown_facts=unknown))
+    for problem in (*sets.train, *sets.test):
+        assert sum(not known[fact] for fact in facts_of(problem)) == unknown
+
+
+def test_unknown_facts_come_at_every_step_alike():
+    known = known_facts()
+    problems = world_problems(small(min_difficulty=6, unknown_facts=2, train_size=600)).train
+    at_step = np.mean([[not known[fact] for fact in facts_of(problem)] for problem in problems], axis=0)
+    # 2 of 6 steps: 1/3 each, standard error 0.019
+    assert at_step == pytest.approx(np.full(6, 1 / 3), abs=0.08)
+
+
+def test_every_value_has_known_and_unknown_clauses_to_draw_from():
+    unknown = (~known_facts()[:, :, 1:]).sum(axis=(1, 2))
+    assert (unknown > 0).all()
+    assert (unknown < 18).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"min_difficulty": 5, "max_difficulty": 4}, "min_difficulty 5 is above max_difficulty 4"),
+        ({"unknown_facts": 3}, "unknown_facts 3 is more than the 2 clauses of the shortest problem"),
+    ],
+)
+def test_problems_that_cannot_exist_are_refused(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        DataConfig(**settings)
 
 
 def test_more_problems_than_the_world_holds_are_refused_by_name():

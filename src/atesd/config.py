@@ -111,12 +111,30 @@ class DataConfig(Component):
     leap_probability: Fraction | None = Field(
         None, description="world only: leaps anywhere with this probability instead of late leaps"
     )
+    min_difficulty: int = Field(2, ge=2, le=6, description="world only: fewest clauses in a problem")
     max_difficulty: int = Field(6, ge=2, le=6, description="world only: most clauses in a problem")
+    unknown_facts: int | None = Field(
+        None,
+        ge=0,
+        le=6,
+        description="world only: how many facts of a problem the student was never taught; None: as they come",
+    )
     train_size: int | None = Field(4096, ge=1, description="problems; None: all there are")
     validation_size: int = Field(200, ge=0, description="problems for choosing checkpoints")
     probe_size: int = Field(64, ge=1, description="fixed probe problems of the controller; ours")
     test_size: int = Field(300, ge=0, description="held-out problems")
     seed: int = Field(0, ge=0, description="seed of procedural problems")
+
+    @model_validator(mode="after")
+    def _problems_exist(self) -> DataConfig:
+        if self.min_difficulty > self.max_difficulty:
+            raise ValueError(f"min_difficulty {self.min_difficulty} is above max_difficulty {self.max_difficulty}")
+        if self.unknown_facts is not None and self.unknown_facts > self.min_difficulty:
+            raise ValueError(
+                f"unknown_facts {self.unknown_facts} is more than the {self.min_difficulty} clauses of the shortest "
+                "problem; raise min_difficulty"
+            )
+        return self
 
 
 class ViewsConfig(Component):

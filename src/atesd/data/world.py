@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atesd.config import DataConfig, ViewsConfig
 from atesd.data.splits import ProblemSets, fingerprint, split_of
 from atesd.errors import DataError
 from atesd.maths.keyed import generator, uniforms
 from atesd.records import Problem, Split
+
+Bools = NDArray[np.bool_]
 
 MODULUS = 10
 MIN_CLAUSES, MAX_CLAUSES = 2, 6
@@ -75,6 +78,16 @@ class Chain:
         return tuple(values)
 
 
+def known_facts() -> Bools:
+    """Which facts the student can know: [value, operator, operand]; for each clause 2 values of 10 are unknown."""
+    known = np.ones((MODULUS, len(OPERATORS), MAX_OPERAND + 1), dtype=np.bool_)
+    rng = generator(0, "world", "unknown facts")
+    for operator in range(len(OPERATORS)):
+        for operand in range(MIN_OPERAND, MAX_OPERAND + 1):
+            known[rng.choice(MODULUS, size=MODULUS // 5, replace=False), operator, operand] = False
+    return known
+
+
 def segments_of(values: Sequence[int], elided: Sequence[int] = ()) -> tuple[str, ...]:
     """The written solution as groups: one detailed step each, or an elided step with the step that folds it.
 
@@ -121,8 +134,24 @@ def draw_chain(rng: np.random.Generator, clauses: int) -> Chain:
     return Chain(start, tuple((OPERATORS[op], int(x)) for op, x in zip(operators, operands, strict=True)))
 
 
+def draw_lacking_chain(rng: np.random.Generator, clauses: int, unknown: int, known: Bools) -> Chain:
+    """A chain whose true path needs exactly `unknown` facts that `known` lacks, at steps drawn uniformly.
+
+    Each step's clause is drawn uniformly among those that are known, or not, at the value reached.
+    """
+    lacking = set(rng.choice(clauses, size=unknown, replace=False).tolist())
+    start = value = int(rng.integers(MODULUS))
+    drawn = []
+    for step in range(clauses):
+        facts = np.argwhere(known[value, :, MIN_OPERAND:] != (step in lacking))
+        operator, operand = facts[rng.integers(len(facts))] + (0, MIN_OPERAND)
+        drawn.append((OPERATORS[operator], int(operand)))
+        value = Chain(value, (drawn[-1],)).values[-1]
+    return Chain(start, tuple(drawn))
+
+
 def world_problems(config: DataConfig) -> ProblemSets:
-    """Distinct problems for every split, with 2 to `max_difficulty` clauses in turn.
+    """Distinct problems for every split, with `min_difficulty` to `max_difficulty` clauses in turn.
 
     A split's problems are a prefix of those under a larger size. Raises `DataError` when a size is more than the world
     holds, or absent.
@@ -137,7 +166,7 @@ def world_problems(config: DataConfig) -> ProblemSets:
 
 
 def _problems(config: DataConfig, split: Split, size: int) -> tuple[Problem, ...]:
-    levels = range(MIN_CLAUSES, config.max_difficulty + 1)
+    levels = range(config.min_difficulty, config.max_difficulty + 1)
     chains = [_chains(config, split, level, len(range(place, size, len(levels)))) for place, level in enumerate(levels)]
     ordered = (chains[index % len(levels)][index // len(levels)] for index in range(size))
     return tuple(world_problem(chain, elided_steps(chain, config)) for chain in ordered)
@@ -146,10 +175,11 @@ def _problems(config: DataConfig, split: Split, size: int) -> tuple[Problem, ...
 def _chains(config: DataConfig, split: Split, clauses: int, size: int) -> list[Chain]:
     """`size` distinct chains that the hash of their text puts into `split`."""
     rng = generator(config.seed, "world", split, clauses)
+    unknown, known = config.unknown_facts, known_facts()
     chains: dict[str, Chain] = {}
     fruitless = 0
     while len(chains) < size:
-        chain = draw_chain(rng, clauses)
+        chain = draw_chain(rng, clauses) if unknown is None else draw_lacking_chain(rng, clauses, unknown, known)
         fruitless += 1
         if chain.text not in chains and split_of(chain.text) == split:
             chains[chain.text] = chain

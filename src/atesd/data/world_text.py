@@ -45,12 +45,11 @@ from atesd.data.world import (
     SOLVE,
     VOCABULARY,
     WORDS_PER_STEP,
+    Bools,
     Chain,
 )
-from atesd.maths.keyed import generator
 
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 _ID = {word: place for place, word in enumerate(VOCABULARY)}
 _DIGIT, _BOXED = _ID[DIGITS[0]], _ID[BOXED[0]]
@@ -77,16 +76,6 @@ class Texts:
 
     ids: Ints
     targets: Bools
-
-
-def known_facts() -> Bools:
-    """Which facts the student can know: [value, operator, operand]; for each clause 2 values of 10 are unknown."""
-    known = np.ones((MODULUS, len(OPERATORS), MAX_OPERAND + 1), dtype=np.bool_)
-    rng = generator(0, "world", "unknown facts")
-    for operator in range(len(OPERATORS)):
-        for operand in range(MIN_OPERAND, MAX_OPERAND + 1):
-            known[rng.choice(MODULUS, size=MODULUS // 5, replace=False), operator, operand] = False
-    return known
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM
 
-from atesd.data.world import COMPLETION_WORDS, MAX_CLAUSES, MESSAGE_WORDS, MIN_CLAUSES
-from atesd.data.world_text import Mixture, draw_texts, known_facts
+from atesd.data.world import COMPLETION_WORDS, MAX_CLAUSES, MESSAGE_WORDS, MIN_CLAUSES, known_facts
+from atesd.data.world_text import Mixture, draw_texts
 from atesd.errors import TrainingError
 from atesd.maths.keyed import generator
 from atesd.records import Problem
