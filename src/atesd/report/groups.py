@@ -104,6 +104,26 @@ def common_updates(groups: Sequence[RunGroup]) -> list[int]:
     return sorted(set.intersection(*each) - {0}) if each else []
 
 
+def shares_at(groups: Sequence[RunGroup], split: str, updates: Mapping[str, int]) -> dict[str, Floats]:
+    """Shares correct [seeds, problems] by group, problems in the order of their names. Refuses what differs in kind."""
+    rows = [(run.name, _found(run, split, updates[group.name])) for group in groups for run in group.runs]
+    first_name, first = rows[0]
+    problems = sorted(first["correct_counts"])
+    for name, row in rows[1:]:
+        if sorted(row["correct_counts"]) != problems:
+            raise RunError(
+                f"{first_name} and {name} were evaluated on different {split} problems; compare runs of the same data "
+                "settings, or evaluate both on one set of problems with atesd evaluate"
+            )
+        if _sampler(row) != _sampler(first):
+            raise RunError(
+                f"{first_name} and {name} were evaluated with different samplers: {_sampler(first)} and "
+                f"{_sampler(row)}; run `atesd evaluate RUN --split {split} --set evaluation...` for both alike"
+            )
+    shares = {name: [row["correct_counts"][problem] / row["samples"] for problem in problems] for name, row in rows}
+    return {group.name: np.array([shares[run.name] for run in group.runs]) for group in groups}
+
+
 def halves_of(problems: int) -> NDArray[np.int64]:
     """A split of problems in two that depends on their number alone: 0 or 1 for each, in the order of their names."""
     sides: NDArray[np.int64] = generator(0, "compare halves", problems).permutation(problems) % 2
@@ -143,7 +163,7 @@ def _require_evaluated(run: RunRows, path: Path) -> None:
 def _last(groups: Sequence[RunGroup]) -> Scores:
     for split in ("test", "validation"):
         if all(_row(run, split, group.last) is not None for group in groups for run in group.runs):
-            tables = _tables(groups, split, {group.name: group.last for group in groups})
+            tables = shares_at(groups, split, {group.name: group.last for group in groups})
             samples = _samples(groups, split, {group.name: [group.last] for group in groups})
             return Scores("fixed last", f"last ({split})", split, True, tables, samples)
     raise RunError("no split was evaluated after the last update of every run; run `atesd evaluate RUN` for each")
@@ -155,7 +175,7 @@ def _best_common(groups: Sequence[RunGroup], updates: Sequence[int]) -> Scores:
     by_group = np.stack([table.mean(axis=1) for table in tables.values()], axis=1)
     best = updates[int(by_group.mean(axis=(1, 2)).argmax())]
     if all(_row(run, "test", best) is not None for group in groups for run in group.runs):
-        held_out = _tables(groups, "test", {group.name: best for group in groups})
+        held_out = shares_at(groups, "test", {group.name: best for group in groups})
         rule = f"best common checkpoint: update {best}, chosen on validation, scored on test"
         samples = _samples(groups, "test", {group.name: [best] for group in groups})
         return Scores(rule, f"best common @{best} (test)", "test", True, held_out, samples)
@@ -186,28 +206,8 @@ def _peaks(groups: Sequence[RunGroup], updates: Sequence[int]) -> list[Scores]:
 
 def _over_updates(groups: Sequence[RunGroup], updates: Sequence[int]) -> dict[str, Floats]:
     """Shares on validation by group: [updates, seeds, problems]."""
-    each = [_tables(groups, "validation", {group.name: update for group in groups}) for update in updates]
+    each = [shares_at(groups, "validation", {group.name: update for group in groups}) for update in updates]
     return {group.name: np.stack([tables[group.name] for tables in each]) for group in groups}
-
-
-def _tables(groups: Sequence[RunGroup], split: str, updates: Mapping[str, int]) -> dict[str, Floats]:
-    """Shares correct [seeds, problems] by group, problems in the order of their names. Refuses what differs in kind."""
-    rows = [(run.name, _found(run, split, updates[group.name])) for group in groups for run in group.runs]
-    first_name, first = rows[0]
-    problems = sorted(first["correct_counts"])
-    for name, row in rows[1:]:
-        if sorted(row["correct_counts"]) != problems:
-            raise RunError(
-                f"{first_name} and {name} were evaluated on different {split} problems; compare runs of the same data "
-                "settings, or evaluate both on one set of problems with atesd evaluate"
-            )
-        if _sampler(row) != _sampler(first):
-            raise RunError(
-                f"{first_name} and {name} were evaluated with different samplers: {_sampler(first)} and "
-                f"{_sampler(row)}; run `atesd evaluate RUN --split {split} --set evaluation...` for both alike"
-            )
-    shares = {name: [row["correct_counts"][problem] / row["samples"] for problem in problems] for name, row in rows}
-    return {group.name: np.array([shares[run.name] for run in group.runs]) for group in groups}
 
 
 def _samples(groups: Sequence[RunGroup], split: str, updates: Mapping[str, Sequence[int]]) -> dict[str, int]:
