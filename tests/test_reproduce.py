@@ -87,7 +87,7 @@ def test_the_whole_fits_ninety_minutes_on_two_cores(scale: Scale):
     updates = scale.seeds * sum(cell.job.config.train.num_updates for cell in cells)
     assert updates * scale.cpu_seconds_per_update / 2 < 90 * 60
     table = budget(scale, ["credit", "policy"], cells, 2)
-    assert [row[:3] for row in table.rows] == [("credit", "4", "800"), ("policy", "2", "400"), table.rows[-1][:3]]
+    assert [row[:3] for row in table.rows] == [("credit", "4", "640"), ("policy", "2", "320"), table.rows[-1][:3]]
 
 
 def test_unknown_experiments_and_scales_are_refused_with_what_there_is():

@@ -186,10 +186,19 @@ def profile(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Serve the page on loopback while the runs go on.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Read by --live; 0: any that is free.")] = 8787,
 ) -> None:
-    """Write one self-contained page about one or several runs."""
+    """Write one self-contained page about one or several runs, or serve it while they go on."""
     from atesd.runs import RunFolder
 
+    if live:
+        if out is not None:
+            raise typer.BadParameter("--live writes no file; leave out one of the two", param_hint="--out")
+        from atesd.cli.live import serve
+
+        serve([RunFolder.open(run).path for run in runs], port)
+        return
     page = out or RunFolder.open(runs[0]).report
 
     from atesd.report.page import write_report

@@ -1,4 +1,4 @@
-"""The Beta policy beside a bandit, a set-point, a search per problem and schedules: same updates, same log."""
+"""The Beta policy beside a bandit, the aligned exposure, a set-point, a search and schedules: same updates, same log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from atesd.experiments.paper.bench import Bench, Findings
 from atesd.experiments.paper.claims import Claim
 from atesd.experiments.paper.drawing import accuracy_dots, contrast_bars
 
-CONTROLLERS = ("sound", "bandit", "setpoint", "search", "linear-up", "linear-down", "random", "full")
+CONTROLLERS = ("sound", "bandit", "aligned", "setpoint", "search", "linear-up", "linear-down", "random", "full")
 
 
 def report(bench: Bench) -> Findings:
