@@ -1,4 +1,4 @@
-"""The Beta policy beside a bandit, the aligned exposure, a set-point, a search and schedules: same updates, same log."""
+"""The Beta policy beside a bandit, the aligned exposure, a set-point, a search, schedules: same updates, same log."""
 
 from __future__ import annotations
 
