@@ -142,6 +142,18 @@ def test_a_comparison_that_eats_its_memory_is_a_timeout_and_not_wrong():
         assert checker.check(boxed(("1" * 100_000, "7"), ("0.5", "1/2"))) == ["timeout", "correct"]
 
 
+LARGE_PARENT = r"""
+held = b"x" * (600 << 20)
+from atesd.data.answers import MathChecker
+print(*MathChecker(workers=1, seconds=20.0, memory_mb=512).check([(r"\boxed{6}", "39"), (r"\boxed{7}", "39")]))
+"""
+
+
+def test_what_the_parent_holds_is_not_counted_as_memory_of_a_comparison():
+    done = subprocess.run([sys.executable, "-c", LARGE_PARENT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["wrong", "wrong"]
+
+
 def test_equal_strings_need_no_process():
     checker = MathChecker()
     assert checker.check(boxed((r"\dfrac{1}{2}", r"$\frac{1}{2}$"))) == ["correct"]

@@ -155,6 +155,16 @@ def test_a_saved_adapter_loads_merged_into_the_base_it_names(folder, tmp_path):
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
 
 
+def test_an_adapter_trained_on_top_of_a_saved_one_is_read_back_with_both(folder, tmp_path):
+    first = moved(load_model(ModelConfig(path=str(folder), lora=LORA)))
+    save_model(first, tmp_path / "first")
+    second = moved(load_model(ModelConfig(path=str(tmp_path / "first"), lora=LORA)))
+    save_model(second, tmp_path / "second")
+    again = load_model(ModelConfig(path=str(tmp_path / "second")))
+    torch.testing.assert_close(logits(again), logits(second))
+    assert not torch.allclose(logits(again), logits(first))
+
+
 def test_an_adapter_on_a_bfloat16_base_is_read_back_bit_for_bit(folder, tmp_path):
     # What training changes is smaller than the rounding of bfloat16 weights: merged, most of it would be lost.
     half = ModelConfig(path=str(folder), dtype="bfloat16")

@@ -3,6 +3,7 @@
 import pytest
 
 from atesd.config import Config, config_from_mapping, load_config, parse_yaml, recipe_names, recipe_text
+from atesd.data.views import shown_segments
 
 MICRO = ("micro", "micro-opsd", "micro-steps", "micro-paper", "micro-bandit")
 # arXiv 2601.18734 (third version) and its repository's README
@@ -52,7 +53,7 @@ def opsd_settings(config: Config) -> dict[str, object]:
 
 
 def test_the_recipes_are_those_of_the_readme():
-    assert set(recipe_names()) == {*MICRO, "smollm2-gsm", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"}
+    assert set(recipe_names()) == {*MICRO, "smollm2-gsm", "smollm2-sums", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -116,3 +117,9 @@ def test_smollm2_is_trained_with_an_adapter_a_chat_template_and_verified_answers
     assert (config.model.path, config.data.source, config.checker) == ("smollm2", "gsm_symbolic", "math")
     assert config.model.lora is not None
     assert config.model.chat_template
+
+
+def test_the_sums_show_every_ratio_of_their_look_ahead_another_view():
+    config = load_config("smollm2-sums")
+    assert (config.data.source, config.checker, config.data.max_difficulty) == ("arithmetic", "exact", 3)
+    assert [shown_segments(ratio, 3) for ratio in config.aligned.ratios] == [0, 1, 2, 3]

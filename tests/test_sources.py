@@ -293,7 +293,7 @@ def test_what_cannot_be_loaded_is_refused_with_what_can(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", gated)
     message = refusal("gsm-symbolic")
     assert "cannot be loaded (ValueError: ask for access)" in message
-    assert message.endswith("world, or gsm_symbolic")
+    assert message.endswith("world, arithmetic, or gsm_symbolic")
     assert "cannot read a '.csv' file" in refusal(str(tmp_path / "p.csv"))
     jsonl(tmp_path / "train.jsonl", ROWS)
     assert f"no such file; did you mean {tmp_path / 'train.jsonl'}?" in refusal(str(tmp_path / "trian.jsonl"))

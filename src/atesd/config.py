@@ -93,7 +93,9 @@ class ColumnsConfig(Component):
 class DataConfig(Component):
     """Where problems come from and how their references are cut."""
 
-    source: str = Field("world", description="world, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id")
+    source: str = Field(
+        "world", description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id"
+    )
     preset: Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None = Field(
         None, description="column map and row filter of a known data set"
     )
@@ -112,7 +114,9 @@ class DataConfig(Component):
         None, description="world only: leaps anywhere with this probability instead of late leaps"
     )
     min_difficulty: int = Field(2, ge=2, le=6, description="world only: fewest clauses in a problem")
-    max_difficulty: int = Field(6, ge=2, le=6, description="world only: most clauses in a problem")
+    max_difficulty: int = Field(
+        6, ge=2, le=6, description="most clauses in a problem of the world, operations in one of arithmetic"
+    )
     unknown_facts: int | None = Field(
         None,
         ge=0,

@@ -95,10 +95,16 @@ def _limit_memory(memory_mb: int) -> None:
 
 
 def _peak_mb() -> float:
-    """The most memory this process ever held, MB; 0 where no limit is enforced (getrusage differs there in unit)."""
+    """The most memory this program ever held, MB; 0 where no limit is enforced.
+
+    From the kernel's account of the address space: that of getrusage begins with the peak of whoever started the
+    process, so that under a parent larger than the limit every comparison would look too large.
+    """
     if not sys.platform.startswith("linux"):
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        peak = next(line for line in status if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) / 2**10
 
 
 def _take_stdout() -> BinaryIO:

@@ -13,7 +13,7 @@ from typing import Any
 
 from atesd.errors import DataError
 
-_FORMATS = "a .jsonl or .parquet file, a folder or hub id that `datasets` loads, world, or gsm_symbolic"
+_FORMATS = "a .jsonl or .parquet file, a folder or hub id that `datasets` loads, world, arithmetic, or gsm_symbolic"
 _OTHER_FORMATS = {".json", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".arrow", ".gz", ".zst", ".zip"}
 NO_ANSWER = "no answer can be found"
 OTHER_ANSWER = ("its solution boxes", "its reasoning ends with", "its reasoning never states")

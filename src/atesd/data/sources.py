@@ -7,14 +7,17 @@ Nothing is dropped in silence.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import get_args
 
 from atesd.config import ColumnsConfig, DataConfig
+from atesd.data.arithmetic import COLUMNS as ARITHMETIC_COLUMNS
+from atesd.data.arithmetic import LEAST_OPERATIONS, arithmetic_rows
 from atesd.data.entries import Entry, Reading, checked, text_hash
-from atesd.data.gsm import COLUMNS, gsm_rows
+from atesd.data.gsm import COLUMNS as GSM_COLUMNS
+from atesd.data.gsm import gsm_rows
 from atesd.data.presets import PRESETS
 from atesd.data.rows import BadRow, Row, open_table, read_columns
 from atesd.data.segments import split_reference
@@ -23,6 +26,7 @@ from atesd.errors import ConfigError, DataError
 from atesd.records import Problem, Split
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
+_GENERATED = ("gsm_symbolic", "arithmetic")
 _LISTED = 20  # bad rows that an error message shows
 
 
@@ -42,7 +46,7 @@ def load_problems(config: DataConfig) -> ProblemSets:
 
         return world_problems(config)
     test = None if config.test_source is None else _read_test(config.test_source, config)
-    generated = config.source == "gsm_symbolic"
+    generated = config.source in _GENERATED
     main = _without_overlap(_generate(config) if generated else _read_main(config), test)
     if not generated:
         _refuse_bad_rows(main, config)
@@ -72,14 +76,20 @@ def load_benchmark(config: DataConfig) -> ProblemSets:
 
 
 def _require_consistent(config: DataConfig) -> None:
-    if config.source in ("world", "gsm_symbolic") and config.preset is not None:
+    if config.source in ("world", *_GENERATED) and config.preset is not None:
         raise ConfigError(f"data.preset: {config.preset} describes a data set; leave it out for {config.source}")
     if config.source == "world" and config.test_source is not None:
         raise ConfigError("data.test_source: the world makes its own test problems; leave it out")
     if config.preset is not None and config.test_source is None and config.columns != ColumnsConfig():
         raise ConfigError(f"data.columns: the preset {config.preset} sets the columns; leave one of the two out")
-    if config.source == "gsm_symbolic" and config.train_size is None:
-        raise ConfigError("data.train_size: none given, but gsm_symbolic has no end; set a number, for example 4096")
+    if config.source in _GENERATED and config.train_size is None:
+        raise ConfigError(
+            f"data.train_size: none given, but {config.source} has no end; set a number, for example 4096"
+        )
+    if config.source == "arithmetic" and config.max_difficulty < LEAST_OPERATIONS:
+        raise ConfigError(
+            f"data.max_difficulty: {config.max_difficulty}: sums have {LEAST_OPERATIONS} operations or more; raise it"
+        )
 
 
 def _read_main(config: DataConfig) -> Reading:
@@ -121,10 +131,13 @@ def _read_test(source: str, config: DataConfig) -> Reading:
 
 
 def _generate(config: DataConfig) -> Reading:
-    """Rows of `gsm_symbolic`: half as many again as the largest split needs, since some are bad or come twice."""
+    """Generated rows: half as many again as the largest split needs, since some are bad or come twice."""
     sizes = _sizes(config)
-    needed = max((sizes[split] or 0) / share for split, share in SHARES)
-    return checked("gsm_symbolic", gsm_rows(config.seed, 2000 + int(1.5 * needed)), COLUMNS, config.checker)
+    count = 2000 + int(1.5 * max((sizes[split] or 0) / share for split, share in SHARES))
+    if config.source == "arithmetic":
+        rows: Iterable[Row | BadRow] = arithmetic_rows(config.seed, count, config.max_difficulty)
+        return checked(config.source, rows, ARITHMETIC_COLUMNS, config.checker)
+    return checked(config.source, gsm_rows(config.seed, count), GSM_COLUMNS, config.checker)
 
 
 def _settings(columns: ColumnsConfig) -> dict[str, str]:
