@@ -161,7 +161,7 @@ def test_an_adapter_trained_on_top_of_a_saved_one_is_read_back_with_both(folder,
     second = moved(load_model(ModelConfig(path=str(tmp_path / "first"), lora=LORA)))
     save_model(second, tmp_path / "second")
     again = load_model(ModelConfig(path=str(tmp_path / "second")))
-    torch.testing.assert_close(logits(again), logits(second))
+    torch.testing.assert_close(logits(again), logits(second), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(again), logits(first))
 
 

@@ -196,9 +196,12 @@ def _with_saved_adapter(config: ModelConfig, adapter: Path) -> PreTrainedModel:
     model = _weights(config.model_copy(update={"path": base}), source, local)
     with _explained(str(adapter)), quiet():
         adapted = _peft().PeftModel.from_pretrained(model, str(adapter))
-        apart = config.dtype == "bfloat16" and config.lora is None
-        found: PreTrainedModel = adapted if apart else adapted.merge_and_unload()
-    return found
+        if config.dtype == "bfloat16" and config.lora is None:
+            return cast(PreTrainedModel, adapted)
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
+    merged.name_or_path = str(adapter.resolve())
+    return merged
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:
