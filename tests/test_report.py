@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import unicodedata
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -24,47 +23,13 @@ from atesd.report.samples import KL_LEVELS, sample_views, teacher_only, token_le
 from atesd.report.text import duration, number, percent, percent_interval, points_interval, visible
 from atesd.runs import RunFolder
 from fake_run import begin_run, evaluation_row, fake_config, metric_row, sample_row, write_fake_run
+from outline import Outline
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 NOISE = np.random.default_rng(0)
 ATTACK = (
     "<script>alert(1)</script><img src=x onerror=alert(1)></style></title>]]>--><svg/onload=alert(1)>"
     '" onmouseover="alert(1)" x="{{ 7 * 7 }}&lt;\u202egnirts\u202c\u2066\u200b\x00\x1b\r\ud800'
 )
-
-
-class Outline(HTMLParser):
-    """What a browser would find: elements, attributes, text, and tags that do not nest."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.faults: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(page)
-        self.close()
-        self.faults += [f"<{tag}> is never closed" for tag in self.open]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if len(dict(attrs)) != len(attrs):
-            self.faults.append(f"<{tag}> has an attribute twice")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(f"</{tag}> closes nothing")
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +38,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     run = write_fake_run(folder / "learned<b>", views={"instruction": ATTACK.replace("\ud800", "")})
     pieces = [ATTACK[start : start + 7] for start in range(0, len(ATTACK), 7)]
+    measured = [float(place - 9) for place in range(len(pieces))]
     texts = {"completion": ATTACK, "student_context": ATTACK, "teacher_context": ATTACK + ATTACK, "problem_id": ATTACK}
-    run.append("samples", sample_row(60, pieces, NOISE, verdict="wrong", **texts))
+    values = {"token_alignment": measured, "token_ratio": [0.5]}
+    run.append("samples", sample_row(60, pieces, NOISE, verdict="wrong", **texts, **values))
     run.append("metrics", metric_row(60, 0.5, NOISE, skipped=ATTACK))
     begin_run(folder / "begun", fake_config(10)).append("evaluations", evaluation_row(0, 0.5, NOISE))
     return [folder / "learned<b>", folder / "begun"]
@@ -313,10 +280,11 @@ def test_only_what_the_student_does_not_read_is_marked():
 def test_tokens_without_a_measured_kl_say_so(tmp_path: Path):
     row = sample_row(0, ["a", "b", "c"], NOISE, token_kl=[2.0])
     (view,) = sample_views(rows_of(tmp_path / "run", samples=(row,)))
-    assert [(token.level, token.words) for token in view.tokens] == [
-        (5, "2.0 nats"),
-        (0, "not measured"),
-        (0, "not measured"),
+    (heat,) = view.heats
+    assert [(token.style, token.words) for token in heat.tokens] == [
+        ("k5", "2.0 nats"),
+        ("k0", "not measured"),
+        ("k0", "not measured"),
     ]
 
 

@@ -102,6 +102,22 @@ def empty_panel(title: str, unit: str, horizontal: str = "update", height: float
     return figure, axes
 
 
+def stacked_panels(
+    title: str, units: Sequence[str], shares: Sequence[float], height: float
+) -> tuple[Figure, list[Axes]]:
+    """Panels over the same updates, one above the other, as wide as one panel; `shares` are those of the height."""
+    figure = Figure(figsize=(4.6, height), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(units), 1, sharex=True, height_ratios=shares))
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("update")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS, integer=True))
+    for axes, unit in zip(panels, units, strict=True):
+        axes.set_ylabel(unit)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=_STEPS))
+    figure.align_ylabels(panels)
+    return figure, panels
+
+
 def draw_series(axes: Axes, updates: Sequence[int], values: NDArray[np.float64], index: int) -> None:
     """A line; a long series as a thin line under the mean of its recent values."""
     if len(values) >= SMOOTH_FROM:

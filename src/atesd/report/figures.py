@@ -28,6 +28,7 @@ from atesd.report.canvas import (
     running_mean,
     styled,
 )
+from atesd.report.decisions import Policy, finished, policies
 from atesd.report.rows import Row, RunRows, natural
 from atesd.report.svg import INK
 from atesd.report.text import duration, finite, number, percent, visible
@@ -47,20 +48,6 @@ class Panel:
     unit: str
     reading: str
     share: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Policy:
-    """The Beta of one decision, over the updates [start, end) that it held."""
-
-    start: int
-    end: int
-    concentration1: float
-    concentration0: float
-
-    @property
-    def mean(self) -> float:
-        return self.concentration1 / (self.concentration1 + self.concentration0)
 
 
 LEARNING = (
@@ -118,7 +105,7 @@ def accuracy(runs: Sequence[RunRows], split: str) -> Chart | None:
         if len(rows) == 1:
             axes.vlines(updates, low, high, color=colour(index), linewidth=1.2)
         words.append(f"{plain(run.name)} from {value[0]:.1f} % at update {updates[0]} to {value[-1]:.1f} %")
-    fit_updates(axes, _last_update(runs))
+    fit_updates(axes, last_update(runs))
     draw_key(axes, [(index, run.name) for index, run, _ in shown])
     reading = "Band: 95 % bootstrap interval over problems. It does not cover the choice of seed."
     return Chart(f"accuracy-{split}", f"{title}: {'; '.join(words)}", reading, figure)
@@ -137,7 +124,7 @@ def metric(runs: Sequence[RunRows], panel: Panel, scope: str = "all") -> Chart |
         draw_series(axes, updates, values, index)
         words.append(f"{plain(run.name)} from {number(float(values[0]))} to {number(float(values[-1]))}")
     fit_vertical(axes, panel.share)
-    fit_updates(axes, _last_update(runs))
+    fit_updates(axes, last_update(runs))
     if len(shown) == 1:
         _mark_skipped(axes, shown[0][1])
     draw_key(axes, [(index, run.name) for index, run, _, _ in shown])
@@ -152,21 +139,21 @@ def exposure(run: RunRows, scope: str = "all") -> Chart | None:
         return None
     figure, axes = empty_panel("Reveal ratio", "share of segments shown", height=3.1)
     last, crowded = updates[-1] + 1, len(updates) > CROWDED
-    policies = _policies(run)
-    if policies:
-        _draw_density(axes, policies)
-        for policy in policies:
+    drawn_from = policies(run)
+    if drawn_from:
+        _draw_density(axes, drawn_from)
+        for policy in drawn_from:
             axes.plot([policy.start, policy.end], [policy.mean] * 2, color=PALETTE[1], linewidth=1.5, zorder=2.5)
     axes.step(
         [*updates, last], [*ratios, ratios[-1]], where="post", color=PALETTE[0], linewidth=0.6 if crowded else 1.4
     )
     _draw_effective(axes, run, size=1.0 if crowded else 5.0)
     axes.set_ylim(-0.03, 1.03)
-    fit_updates(axes, _last_update([run]))
+    fit_updates(axes, last_update([run]))
     words = f"Reveal ratio: mean {np.mean(ratios):.2f}, last {ratios[-1]:.2f}, {len(run.decisions)} decisions"
     reading = "Line: the ratio in force (1: the teacher sees the whole reference; 0: the answer alone). "
     reading += "Dots: the effective ratio, where whole segments or length made it another. "
-    if policies:
+    if drawn_from:
         reading += "Orange: the policy's mean; shade: its density, each column scaled to its own peak."
     return Chart(f"{scope}-exposure", words, reading, figure)
 
@@ -184,7 +171,7 @@ def exposures(runs: Sequence[RunRows]) -> Chart | None:
 @styled
 def credit(run: RunRows, key: str, scope: str = "all") -> Chart | None:
     """A component of the decisions' credit (progress, grounding, reward or advantage) by decision."""
-    rows = [(int(row["update"]), finite(row.get(key))) for row in _finished(run)]
+    rows = [(int(row["update"]), finite(row.get(key))) for row in finished(run)]
     known = [(update, value) for update, value in rows if value is not None]
     if not known or not any(value for _, value in known):
         return None
@@ -199,7 +186,7 @@ def credit(run: RunRows, key: str, scope: str = "all") -> Chart | None:
         axes.vlines(updates, 0, values, colors=colours, linewidth=1.1)
         axes.scatter(updates, values, s=11, color=colours, zorder=3)
         axes.axhline(0, color=INK, linewidth=0.6)
-    fit_updates(axes, _last_update([run]))
+    fit_updates(axes, last_update([run]))
     mean = float(np.mean(values))
     return Chart(f"{scope}-{key}", f"{key} of {len(known)} decisions: mean {mean:.3g}", _CREDIT_READING[key], figure)
 
@@ -223,7 +210,7 @@ _CREDIT_READING = {
 def reward_by_ratio(run: RunRows, scope: str = "all") -> Chart | None:
     """Reward against the reveal ratio of the decision; later decisions stronger in colour."""
     triples = [
-        (finite(row.get("reveal_ratio")), finite(row.get("reward")), int(row["update"])) for row in _finished(run)
+        (finite(row.get("reveal_ratio")), finite(row.get("reward")), int(row["update"])) for row in finished(run)
     ]
     known = [(ratio, reward, update) for ratio, reward, update in triples if ratio is not None and reward is not None]
     if len(known) < 3:
@@ -294,13 +281,9 @@ def phase_seconds(run: RunRows) -> dict[str, float]:
     return {phase: seconds for phase, seconds in totals.items() if seconds}
 
 
-def _last_update(runs: Sequence[RunRows]) -> int:
+def last_update(runs: Sequence[RunRows]) -> int:
+    """The number of updates that the longest of the runs has planned, or done."""
     return max(max(run.config.train.num_updates, run.updates_done) for run in runs)
-
-
-def _finished(run: RunRows) -> list[Row]:
-    """Decisions whose window has closed; the credit of the others is not whole."""
-    return [row for row in run.decisions if row.get("status") != "pending"]
 
 
 def _mark_skipped(axes: Axes, run: RunRows) -> None:
@@ -309,13 +292,13 @@ def _mark_skipped(axes: Axes, run: RunRows) -> None:
             axes.axvline(int(row["update"]), color=PALETTE[1], linewidth=0.8, linestyle=":")
 
 
-def _draw_density(axes: Axes, policies: Sequence[_Policy]) -> None:
-    first, last = policies[0].start, policies[-1].end
+def _draw_density(axes: Axes, drawn_from: Sequence[Policy]) -> None:
+    first, last = drawn_from[0].start, drawn_from[-1].end
     grid = (np.arange(DENSITY_ROWS) + 0.5) / DENSITY_ROWS
     columns = np.linspace(first, last, min(last - first, MAX_COLUMNS), endpoint=False)
     image = np.zeros((DENSITY_ROWS, len(columns), 4))
     image[..., :3] = to_rgb(PALETTE[1])
-    for policy in policies:
+    for policy in drawn_from:
         density = beta.pdf(grid, policy.concentration1, policy.concentration0)
         held = (columns >= policy.start) & (columns < policy.end)
         image[:, held, 3] = 0.42 * (density / density.max())[:, None]
@@ -333,15 +316,3 @@ def _draw_effective(axes: Axes, run: RunRows, size: float) -> None:
 
 def _percents(rows: Sequence[Row], part: str) -> list[float]:
     return [100 * float(row["average"][part]) for row in rows]
-
-
-def _policies(run: RunRows) -> list[_Policy]:
-    """The policy at each logged decision; empty for an exposure that has none."""
-    starts = [int(row["update"]) for row in run.decisions]
-    ends = [start + run.config.credit.hold_updates for start in starts]
-    policies = []
-    for row, start, end, following in zip(run.decisions, starts, ends, [*starts[1:], *ends[-1:]], strict=True):
-        first, second = finite(row.get("concentration1")), finite(row.get("concentration0"))
-        if first is not None and second is not None:
-            policies.append(_Policy(start, min(end, following), first, second))
-    return policies

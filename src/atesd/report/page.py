@@ -15,11 +15,12 @@ from markupsafe import Markup
 
 from atesd.config import dump_config
 from atesd.control.words import method_name
-from atesd.report import figures
+from atesd.report import figures, lookahead
 from atesd.report.alarms import Alarm, find_alarms
 from atesd.report.canvas import Chart
+from atesd.report.decisions import LATEST, decisions_table, ridge, timeline
 from atesd.report.rows import Row, RunRows, read_runs
-from atesd.report.samples import KL_LEVELS, SampleView, sample_views
+from atesd.report.samples import ALIGNMENT_LEVELS, KL_LEVELS, RATIO_LEVELS, SampleView, sample_views
 from atesd.report.seeds import seeds_table
 from atesd.report.tables import Table, changed_settings, differences_table, evaluation_table, results_table
 from atesd.report.text import MISSING, duration, visible
@@ -42,9 +43,13 @@ class RunView:
     name: str
     status: str
     has_updates: bool
-    decides: bool
+    unrewarded: str
     learning: tuple[Figure, ...]
     exposure: tuple[Figure, ...]
+    lookahead: tuple[Figure, ...]
+    decisions: tuple[Figure, ...]
+    latest_decisions: Table
+    all_decisions: Table | None
     credit: tuple[Figure, ...]
     signals: tuple[Figure, ...]
     health: tuple[Figure, ...]
@@ -53,6 +58,9 @@ class RunView:
     evaluations: Table
     samples: tuple[SampleView, ...]
     samples_logged: int
+    has_alignment: bool
+    has_ratio: bool
+    has_gate: bool
     settings: Table
     config_text: str
 
@@ -90,6 +98,8 @@ def render_page(runs: Sequence[RunRows]) -> str:
             comparison=_comparison(runs) if several else (),
             runs=[_run_view(run, f"run{index}", alone=not several) for index, run in enumerate(runs, start=1)],
             levels=KL_LEVELS,
+            shares=ALIGNMENT_LEVELS,
+            ratios=RATIO_LEVELS,
         )
     )
 
@@ -169,14 +179,22 @@ def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
     credit = [figures.credit(run, key, anchor) for key in ("progress", "grounding", "reward", "advantage")]
     difficulty = [figures.by_difficulty(run, split, anchor) for split in run.splits]
     learning = [figures.metric([run], panel, anchor) for panel in figures.LEARNING]
+    looks = [lookahead.alignment(run, anchor), lookahead.alignment_map(run, anchor)]
+    gate = [figures.metric([run], panel, anchor) for panel in lookahead.GATE]
+    many = len(run.decisions) > LATEST
+    latest = f"The last {LATEST} of {len(run.decisions)} decisions" if many else "Decisions"
     return RunView(
         anchor=anchor,
         name="The run" if alone else run.name,
         status=status(run),
         has_updates=bool(run.metrics),
-        decides=run.config.exposure.decides,
+        unrewarded=_unrewarded(run),
         learning=_figures([*learning, *difficulty]),
         exposure=_figures([figures.exposure(run, anchor), figures.reward_by_ratio(run, anchor)]),
+        lookahead=_figures([*looks, *gate]),
+        decisions=_figures([timeline(run, anchor), ridge(run, anchor)]),
+        latest_decisions=decisions_table(run, run.decisions[-LATEST:], latest),
+        all_decisions=decisions_table(run, run.decisions, f"All {len(run.decisions)} decisions") if many else None,
         credit=_figures(credit),
         signals=_figures(figures.metric([run], panel, anchor) for panel in figures.SIGNALS),
         health=_figures(figures.metric([run], panel, anchor) for panel in figures.HEALTH),
@@ -185,8 +203,20 @@ def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
         evaluations=evaluation_table(run),
         samples=tuple(sample_views(run)),
         samples_logged=len(run.samples),
+        has_alignment=any(row.get("token_alignment") for row in run.samples),
+        has_ratio=any(row.get("token_ratio") for row in run.samples),
+        has_gate=run.config.loss.token_gate == "aligned",
         settings=changed_settings(run.config),
         config_text=dump_config(run.config),
+    )
+
+
+def _unrewarded(run: RunRows) -> str:
+    """Why there is no credit to show."""
+    if run.config.exposure.kind == "aligned":
+        return "No decision is rewarded: the ratios come from the look-ahead."
+    return "No decision has been rewarded" + (
+        "." if run.config.exposure.decides else ": the ratios were fixed before the run."
     )
 
 

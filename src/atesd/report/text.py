@@ -53,6 +53,17 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{found:.{max(0, decimals)}f}"
 
 
+def signed(value: Any, digits: int = 2) -> str:
+    """A number with its sign, and `digits` significant digits; a dash where there is none."""
+    found = finite(value)
+    return MISSING if found is None else f"{'+' if found > 0 else ''}{number(found, digits)}"
+
+
+def spelt(text: str) -> str:
+    """The text on one line, its white space as signs: a token that is a space or a line break is seen."""
+    return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
+
+
 def percent(share: Any) -> str:
     """A share in [0, 1] as percent with one decimal."""
     found = finite(share)
