@@ -15,7 +15,7 @@ from benchmarks.harness import Result, Settings, Size
 from benchmarks.record import RESULTS, ROOT, write
 from benchmarks.table import lines, update_docs
 
-ON_CPU = ("loss", "step", "rollout", "prefix", "control", "demo")
+ON_CPU = ("loss", "step", "rollout", "prefix", "control", "lookahead", "demo")
 ON_GPU = ("gpu-calibration", "gpu-loss", "gpu-decode", "gpu-step-1.7B", "gpu-step-8B", "gpu-prefix")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import control, demo, gpu, loss, prefix, rollout, step
+from benchmarks import control, demo, gpu, lookahead, loss, prefix, rollout, step
 from benchmarks.children import in_child, peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, in_turns, ratio, seconds_of, single
 from benchmarks.record import ROOT, provenance, read, write
@@ -191,3 +191,11 @@ def test_control_and_demo_run_end_to_end() -> None:
     shares = (control.run(SMALL).cases[0].figures or {}).values()
     assert all(sum(row.values()) == pytest.approx(1) for row in shares)
     assert demo.run(SMALL).goals[1].is_met
+
+
+def test_the_look_ahead_is_timed_in_its_own_arms_alone() -> None:
+    found = lookahead.run(SMALL)
+    assert len(found.goals) == len(lookahead.ARMS) - 1
+    assert all(0.05 < goal.measured.median < 1 for goal in found.goals), "nothing looked ahead"
+    plain = lookahead.train_a_little("micro", [*lookahead.SMALL, "exposure.kind=full"], 8)
+    assert plain["share"] < 0.05, "full exposure looks ahead at nothing"
