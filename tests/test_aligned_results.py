@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from atesd.errors import RunError
-from atesd.experiments.aligned_measure import Estimate, Gap, Scored, WorldResult, measure, paces_of
+from atesd.experiments.aligned_measure import Estimate, Gap, Scored, WorldResult, mean_with_interval, measure, paces_of
 from atesd.experiments.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
 from atesd.experiments.grid import write_index
 from atesd.experiments.pivot import SweptTable, read_cells, read_tables
@@ -147,9 +147,19 @@ def test_the_interval_of_an_accuracy_covers_seeds_and_problems(swept: Path, leap
     error = np.sqrt((max(ms_seeds, floor) + max(0, ms_problems - ms_rest)) / (s * p))
     gate = leaps.arm("gate")
     assert gate is not None
-    half = (gate.last.high - gate.last.low) / 2
+    half = gate.last.value - gate.last.low
     assert stats.t.ppf(0.975, p + s) * error <= half <= stats.t.ppf(0.975, s - 1) * error * (1 + 1e-9)
-    assert (gate.last.high + gate.last.low) / 2 == pytest.approx(grand)
+    assert gate.last.value == pytest.approx(grand)
+    assert gate.last.high == pytest.approx(min(1, grand + half))
+
+
+def test_the_interval_of_an_accuracy_ends_where_a_share_does():
+    # All but four of 40 answers are right in one seed, all in the other: Student's interval reaches beyond 1.
+    shares = np.ones((2, PROBLEMS))
+    shares[0, :4] = 0
+    found = paired_difference(np.zeros_like(shares), shares)
+    assert found.high > 1
+    assert mean_with_interval(shares) == Estimate(float(found.value), float(found.low), 1.0)
 
 
 def test_a_checkpoint_counts_once_in_the_stricter_interval(swept: Path, leaps: WorldResult):

@@ -221,7 +221,7 @@ class Scored:
             seeds=group.seeds,
             wanted=self._table.wanted[arm],
             base=float(self._base[arm].mean()),
-            last=_mean(self._last[arm]),
+            last=mean_with_interval(self._last[arm]),
             gaps={name: self.gap(rival, arm) for name, rival in rivals.items()},
             timed={name: self.timed(rival, arm) for name, rival in rivals.items() if self.is_timed(rival, arm)},
             kept_share=_kept_share(group),
@@ -352,9 +352,10 @@ def _kept_share(group: RunGroup) -> float | None:
     return fmean(values) if values else None
 
 
-def _mean(shares: Floats) -> Estimate:
-    """The mean of [seeds, problems] with its interval: the difference from nothing."""
-    return Estimate(*_numbers(paired_difference(np.zeros_like(shares), shares)))
+def mean_with_interval(shares: Floats) -> Estimate:
+    """The mean of [seeds, problems] with its interval, cut to [0, 1]: the difference from nothing."""
+    value, low, high = _numbers(paired_difference(np.zeros_like(shares), shares))
+    return Estimate(value, max(low, 0.0), min(high, 1.0))
 
 
 def _numbers(found: Difference) -> tuple[float, float, float]:

@@ -68,7 +68,8 @@ def _group(runs: Sequence[RunRows], split: str) -> SeedGroup | None:
 
 def _estimate(group: SeedGroup) -> str:
     found = paired_difference(np.zeros_like(group.correct), group.correct)
-    return percent_interval({"value": float(found.value), "low": float(found.low), "high": float(found.high)})
+    low, high = np.clip([found.low, found.high], 0, 1)  # a share is in [0, 1]; Student's interval need not be
+    return percent_interval({"value": float(found.value), "low": float(low), "high": float(high)})
 
 
 def _difference(first: SeedGroup, second: SeedGroup) -> str:
