@@ -184,14 +184,28 @@ def profile(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not; or the folder of one sweep.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first folder.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Serve the page on loopback while the runs go on.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Read by --live; 0: any that is free.")] = 8787,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="ARM", help="Of a sweep: compare with this arm. Default: the plan's first.")
+    ] = None,
 ) -> None:
-    """Write one self-contained page about one or several runs, or serve it while they go on."""
+    """Write one self-contained page about runs or about a whole sweep, or serve that of runs while they go on."""
+    from atesd.cli.pages import sweep_among
     from atesd.runs import RunFolder
 
+    sweep = sweep_among(runs, live=live)
+    if sweep is not None:
+        from atesd.experiments.sweep_report import write_sweep_report
+
+        typer.echo(f"report: {write_sweep_report(sweep, out, baseline)}")
+        return
+    if baseline is not None:
+        raise typer.BadParameter("is read for a sweep's folder alone; leave it out", param_hint="--baseline")
     if live:
         if out is not None:
             raise typer.BadParameter("--live writes no file; leave out one of the two", param_hint="--out")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from atesd.errors import RunError
 from atesd.report.groups import RunGroup, group_of
@@ -18,6 +19,7 @@ from atesd.report.text import visible
 from atesd.runs import RunFolder
 
 INDEX = "cells.json"
+ARM = "arm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,18 @@ class SweptCell:
     def state(self) -> str:
         """Finished, or how far it has come."""
         return str(RunFolder.open(self.folder).manifest["status"]) if RunFolder.exists(self.folder) else "not begun"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the axes of a sweep become tables: a row per point of `arm`, a table per combination of points of `tables`.
+
+    `blocks` are the axes on which each seed has one place, such as the starting checkpoint: they make no table.
+    """
+
+    arm: str
+    tables: tuple[str, ...]
+    blocks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +72,71 @@ class SweptTable:
         return [run for group in self.groups.values() for run in group.runs]
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether it is the folder of a sweep, and no run folder."""
+    return (folder / INDEX).is_file() and not RunFolder.exists(folder)
+
+
 def read_cells(out: Path) -> list[SweptCell]:
     """What a sweep's folder should hold. Raises `RunError` without a readable cells.json."""
     path = out / INDEX
     try:
-        rows = json.loads(path.read_text("utf-8"))
-        return [SweptCell(out / row["folder"], row["points"], row["seed"]) for row in rows]
+        return [_swept(out, row) for row in json.loads(path.read_text("utf-8"))]
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}; expected the --out of an `atesd sweep`") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: is no list of cells ({error!r}); `atesd sweep PLAN --out {out}` writes it") from None
+
+
+def _swept(out: Path, row: Mapping[str, Any]) -> SweptCell:
+    points = {str(axis): str(point) for axis, point in dict(row["points"]).items()}
+    return SweptCell(out / str(row["folder"]), points, int(row["seed"]))
+
+
+def layout_of(cells: Sequence[SweptCell]) -> Layout:
+    """Arms are the points of the axis `arm`, or else of the last axis that has several; see `Layout` for the rest.
+
+    Raises `RunError` for no cells, and for cells that stand on different axes.
+    """
+    if not cells:
+        raise RunError(f"{INDEX} lists no cell; `atesd sweep PLAN --out FOLDER` writes it anew")
+    axes = list(cells[0].points)
+    other = next((cell for cell in cells if set(cell.points) != set(axes)), None)
+    if other is not None:
+        raise RunError(
+            f"{INDEX}: cell {other.folder.name} has the axes {', '.join(other.points) or 'none'}, the first cell "
+            f"{', '.join(axes) or 'none'}; the cells of one page share their axes"
+        )
+    varied = [axis for axis in axes if len({cell.points[axis] for cell in cells}) > 1]
+    arm = ARM if ARM in axes else (varied or axes or [""])[-1]
+    rest = [axis for axis in varied if axis != arm]
+    blocks = [axis for axis in rest if len({(cell.seed, cell.points[axis]) for cell in cells}) == _seeds(cells)]
+    return Layout(arm, tuple(axis for axis in rest if axis not in blocks), tuple(blocks))
+
+
+def _seeds(cells: Sequence[SweptCell]) -> int:
+    return len({cell.seed for cell in cells})
+
+
+def cells_by_table(
+    cells: Sequence[SweptCell], layout: Layout, whole: str
+) -> dict[str, dict[str, dict[int, SweptCell]]]:
+    """The cells by table, arm and seed, in the order of the plan; what has no axis of its own is called `whole`.
+
+    Raises `RunError` where two cells are one arm and seed of one table.
+    """
+    tables: dict[str, dict[str, dict[int, SweptCell]]] = {}
+    for cell in cells:
+        name = ", ".join(cell.points[axis] for axis in layout.tables) or whole
+        arm = cell.points.get(layout.arm, whole)
+        seeds = tables.setdefault(name, {}).setdefault(arm, {})
+        if cell.seed in seeds:
+            raise RunError(
+                f"{INDEX}: {seeds[cell.seed].folder.name} and {cell.folder.name} are both {arm}, seed {cell.seed}; "
+                "a cell is one run"
+            )
+        seeds[cell.seed] = cell
+    return tables
 
 
 def read_tables(out: Path, *, table_axis: str, arm_axis: str) -> Iterator[SweptTable]:
@@ -108,17 +177,18 @@ def _table(name: str, cells: Sequence[SweptCell], table_axis: str, arm_axis: str
             lost = ", ".join(f"{folder.name} ({state})" for folder, state in states.items() if state != "finished")
             missing.append(f"{arm}: {len(paths)} of {len(mine)} runs are finished; not there: {lost}.")
     runs = [run for group in groups.values() for run in group.runs]
-    return SweptTable(visible(name), groups, wanted, blocks, (*missing, *_mixtures(runs)))
+    mixed = mixtures(map(commits_of, runs), map(machine_of, runs))
+    return SweptTable(visible(name), groups, wanted, blocks, (*missing, *mixed))
 
 
-def _mixtures(runs: Sequence[RunRows]) -> Iterator[str]:
-    """What the runs of one table should have in common and have not."""
-    commits = Counter(" then ".join(commits_of(run)) for run in runs)
-    if len(commits) > 1 or any(" then " in commit for commit in commits):
-        yield f"The runs are of several commits ({_counted(commits)}): a difference of arms may be one of programs."
-    machines = Counter(machine_of(run) for run in runs)
-    if len(machines) > 1:
-        yield f"The runs are of several machines or settings of them ({_counted(machines)}): times do not compare."
+def mixtures(commits: Iterable[Sequence[str]], machines: Iterable[str]) -> Iterator[str]:
+    """What some runs should have in common and have not, from the commits and the machine of each."""
+    by_commit = Counter(map(" then ".join, commits))
+    if len(by_commit) > 1 or any(" then " in commit for commit in by_commit):
+        yield f"The runs are of several commits ({_counted(by_commit)}): a difference of arms may be one of programs."
+    by_machine = Counter(machines)
+    if len(by_machine) > 1:
+        yield f"The runs are of several machines or settings of them ({_counted(by_machine)}): times do not compare."
 
 
 def commits_of(run: RunRows) -> list[str]:

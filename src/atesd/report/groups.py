@@ -67,6 +67,11 @@ def group_of(name: str, paths: Sequence[Path]) -> RunGroup:
     runs = read_runs(list(paths))
     for run, path in zip(runs, paths, strict=True):
         _require_evaluated(run, path)
+    return grouped(name, runs)
+
+
+def grouped(name: str, runs: Sequence[RunRows]) -> RunGroup:
+    """Finished and evaluated runs as a group. Raises `RunError` for a seed twice, and for what is not one method."""
     ordered = sorted(runs, key=lambda run: run.config.train.seed)
     seeds = [run.config.train.seed for run in ordered]
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
@@ -91,11 +96,21 @@ def selections(groups: Sequence[RunGroup]) -> list[Scores]:
     on the half of the validation problems that did not choose it. The last rule scores the peak on the problems that
     chose it, as papers do, and says so.
     """
-    found = [_last(groups)]
+    found = [fixed_last(groups)]
     updates = common_updates(groups)
     if len(updates) > 1:
         found += [_best_common(groups, updates), *_peaks(groups, updates)]
     return found
+
+
+def fixed_last(groups: Sequence[RunGroup]) -> Scores:
+    """Scores after the last update, which nothing has chosen: on test where every run has it, else on validation."""
+    for split in ("test", "validation"):
+        if all(_row(run, split, group.last) is not None for group in groups for run in group.runs):
+            tables = shares_at(groups, split, {group.name: group.last for group in groups})
+            samples = _samples(groups, split, {group.name: [group.last] for group in groups})
+            return Scores("fixed last", f"last ({split})", split, True, tables, samples)
+    raise RunError("no split was evaluated after the last update of every run; run `atesd evaluate RUN` for each")
 
 
 def common_updates(groups: Sequence[RunGroup]) -> list[int]:
@@ -158,15 +173,6 @@ def _require_evaluated(run: RunRows, path: Path) -> None:
             f"{path} has no evaluation after its last update, {end}; run `atesd evaluate {path}`, or train with "
             "train.evaluate_every above 0"
         )
-
-
-def _last(groups: Sequence[RunGroup]) -> Scores:
-    for split in ("test", "validation"):
-        if all(_row(run, split, group.last) is not None for group in groups for run in group.runs):
-            tables = shares_at(groups, split, {group.name: group.last for group in groups})
-            samples = _samples(groups, split, {group.name: [group.last] for group in groups})
-            return Scores("fixed last", f"last ({split})", split, True, tables, samples)
-    raise RunError("no split was evaluated after the last update of every run; run `atesd evaluate RUN` for each")
 
 
 def _best_common(groups: Sequence[RunGroup], updates: Sequence[int]) -> Scores:

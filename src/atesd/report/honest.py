@@ -14,7 +14,7 @@ import numpy as np
 
 from atesd.errors import RunError
 from atesd.maths.differences import Difference, Needed, needed, paired_difference, sampling_noise, unpaired_difference
-from atesd.report.groups import RunGroup, Scores, group_of, notes_on, selections
+from atesd.report.groups import RunGroup, Scores, fixed_last, group_of, notes_on, selections
 from atesd.report.tables import Table
 from atesd.report.text import MISSING, percent, points_interval
 from atesd.runs import RunFolder
@@ -87,6 +87,11 @@ def compare_groups(baseline: RunGroup, candidate: RunGroup) -> Report:
     return Report(baseline.name, candidate.name, comparisons, (_pairing_note(groups, paired), *_notes(groups, found)))
 
 
+def compare_last(baseline: RunGroup, candidate: RunGroup) -> Comparison:
+    """`compare_groups` after the last update alone, where no checkpoint is selected."""
+    return _compare(fixed_last((baseline, candidate)), baseline, candidate, are_paired(baseline, candidate))
+
+
 def are_paired(baseline: RunGroup, candidate: RunGroup) -> bool:
     """Whether the two have the same seeds and the same problems, so that seed s is one experiment of both."""
     return baseline.seeds == candidate.seeds and baseline.fingerprints == candidate.fingerprints
@@ -102,7 +107,7 @@ def comparison_table(report: Report) -> Table:
             percent(one.candidate),
             points_interval(one.difference, *one.interval),
             _noise(one),
-            _short_verdict(one),
+            short_verdict(one),
         )
         for one in ordered
     )
@@ -117,6 +122,16 @@ def comparison_table(report: Report) -> Table:
     title = f"Average@k in %: {report.candidate} against {report.baseline}"
     verdicts = [f"{_capital(one.rule)}: {one.verdict}" for one in report.comparisons if one.honest]
     return Table(title, columns, rows, (*verdicts, *report.notes))
+
+
+def short_verdict(one: Comparison) -> str:
+    """The verdict in a word or two."""
+    if not one.honest:
+        return "none: selected on itself"
+    if not one.distinguishable:
+        return "not distinguishable"
+    word = "better" if one.difference > 0 else "worse"
+    return word if one.covers_seeds else f"{word}, for this seed"
 
 
 def results_table(
@@ -138,7 +153,7 @@ def results_table(
         cells += [percent(float(scores.shares[name].mean())) for scores in reversed(found)]
         against = [] if name == baseline else _against(fair, read[baseline], group)
         cells += [points_interval(one.difference, *one.interval) for one in reversed(against)] or [MISSING] * len(fair)
-        cells += [_noise(against[0]), _short_verdict(against[0])] if against else [MISSING, MISSING]
+        cells += [_noise(against[0]), short_verdict(against[0])] if against else [MISSING, MISSING]
         rows.append(tuple(cells))
     columns = ["arm", *(["paper"] if paper is not None else []), "seeds", *(one.short for one in reversed(found))]
     columns += [f"{one.short} - {baseline}, points" for one in reversed(fair)]
@@ -229,15 +244,6 @@ def _ways(one: Needed, seeds: int, problems: int, samples: int) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _short_verdict(one: Comparison) -> str:
-    if not one.honest:
-        return "none: selected on itself"
-    if not one.distinguishable:
-        return "not distinguishable"
-    word = "better" if one.difference > 0 else "worse"
-    return word if one.covers_seeds else f"{word}, for this seed"
 
 
 def _noise(one: Comparison) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def render_page(runs: Sequence[RunRows]) -> str:
     tables += [table for split in splits if (table := differences_table(runs, split))]
     tables += [table for split in splits if (table := seeds_table(runs, split))]
     return (
-        _environment()
+        page_environment()
         .get_template("page.html.jinja")
         .render(
             title=", ".join(run.name for run in runs),
@@ -94,7 +94,7 @@ def render_page(runs: Sequence[RunRows]) -> str:
             several=several,
             facts=facts_table(runs),
             results=_notes_once(tables),
-            accuracy=_figures(figures.accuracy(runs, split) for split in splits),
+            accuracy=figures_of(figures.accuracy(runs, split) for split in splits),
             comparison=_comparison(runs) if several else (),
             runs=[_run_view(run, f"run{index}", alone=not several) for index, run in enumerate(runs, start=1)],
             levels=KL_LEVELS,
@@ -172,7 +172,7 @@ def _notes_once(tables: Sequence[Table]) -> list[Table]:
 
 def _comparison(runs: Sequence[RunRows]) -> tuple[Figure, ...]:
     panels = [*figures.LEARNING, figures.HEALTH[0], figures.HEALTH[1], figures.HEALTH[2]]
-    return _figures([figures.exposures(runs), *(figures.metric(runs, panel, "several") for panel in panels)])
+    return figures_of([figures.exposures(runs), *(figures.metric(runs, panel, "several") for panel in panels)])
 
 
 def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
@@ -189,16 +189,16 @@ def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
         status=status(run),
         has_updates=bool(run.metrics),
         unrewarded=_unrewarded(run),
-        learning=_figures([*learning, *difficulty]),
-        exposure=_figures([figures.exposure(run, anchor), figures.reward_by_ratio(run, anchor)]),
-        lookahead=_figures([*looks, *gate]),
-        decisions=_figures([timeline(run, anchor), ridge(run, anchor)]),
+        learning=figures_of([*learning, *difficulty]),
+        exposure=figures_of([figures.exposure(run, anchor), figures.reward_by_ratio(run, anchor)]),
+        lookahead=figures_of([*looks, *gate]),
+        decisions=figures_of([timeline(run, anchor), ridge(run, anchor)]),
         latest_decisions=decisions_table(run, run.decisions[-LATEST:], latest),
         all_decisions=decisions_table(run, run.decisions, f"All {len(run.decisions)} decisions") if many else None,
-        credit=_figures(credit),
-        signals=_figures(figures.metric([run], panel, anchor) for panel in figures.SIGNALS),
-        health=_figures(figures.metric([run], panel, anchor) for panel in figures.HEALTH),
-        time=_figures([figures.time_by_phase(run, anchor)]),
+        credit=figures_of(credit),
+        signals=figures_of(figures.metric([run], panel, anchor) for panel in figures.SIGNALS),
+        health=figures_of(figures.metric([run], panel, anchor) for panel in figures.HEALTH),
+        time=figures_of([figures.time_by_phase(run, anchor)]),
         alarms=tuple(find_alarms(run)),
         evaluations=evaluation_table(run),
         samples=tuple(sample_views(run)),
@@ -220,7 +220,7 @@ def _unrewarded(run: RunRows) -> str:
     )
 
 
-def _figures(charts: Any) -> tuple[Figure, ...]:
+def figures_of(charts: Iterable[Chart | None]) -> tuple[Figure, ...]:
     """Drawn charts; those without anything to show are left out."""
     return tuple(_figure(chart) for chart in charts if chart is not None)
 
@@ -229,7 +229,7 @@ def _figure(chart: Chart) -> Figure:
     return Figure(Markup(chart.svg()), chart.reading)  # matplotlib's own markup, its texts escaped there
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
     """Templates in which every value is made visible and then escaped, and a misspelt name is an error."""
     return Environment(
         loader=PackageLoader("atesd.report"),
