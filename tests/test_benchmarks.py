@@ -193,9 +193,18 @@ def test_control_and_demo_run_end_to_end() -> None:
     assert demo.run(SMALL).goals[1].is_met
 
 
-def test_the_look_ahead_is_timed_in_its_own_arms_alone() -> None:
+def test_every_arm_but_full_exposure_looks_ahead() -> None:
     found = lookahead.run(SMALL)
     assert len(found.goals) == len(lookahead.ARMS) - 1
-    assert all(0.05 < goal.measured.median < 1 for goal in found.goals), "nothing looked ahead"
-    plain = lookahead.train_a_little("micro", [*lookahead.SMALL, "exposure.kind=full"], 8)
-    assert plain["share"] < 0.05, "full exposure looks ahead at nothing"
+    for arm, own in lookahead.ARMS.items():
+        one = lookahead.train_a_little("micro", [*lookahead.SMALL, *own], 8)
+        share = one["control"] / one["update"]
+        assert share < 0.05 if arm == lookahead.BASE else share > 0.1, arm
+
+
+def test_a_share_of_the_look_ahead_is_what_an_arm_takes_longer() -> None:
+    # By hand: 4 s beside 3 s is a quarter, 6 s a half.
+    row = dict.fromkeys(lookahead.ARMS, 4.0) | {lookahead.BASE: 3.0, "token gate": 6.0}
+    *others, gate = lookahead.goals_of(Case("work", [row]))
+    assert [goal.measured.median for goal in others] == [0.25] * 3
+    assert (gate.measured.median, gate.is_met) == (0.5, False)
