@@ -138,7 +138,7 @@ def test_differences_and_verdicts_are_those_of_compare(swept: Path):
         last = compare_groups(groups["full"], groups[arm]).comparisons[0]
         low, high = last.interval
         assert scores[arm].difference == f"{100 * last.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        assert scores[arm].verdict == short_verdict(last)
+        assert (scores[arm].verdict, scores[arm].sentence) == (short_verdict(last), last.verdict)
     assert [scores[arm].verdict for arm in ARMS] == ["baseline", "better", "not distinguishable"]
 
 
@@ -296,6 +296,14 @@ def test_links_hold_from_wherever_the_page_is_written(broken: Path, tmp_path: Pa
     links = [str(a["href"]) for a in Outline(out.read_text("utf-8")).named("a") if not str(a["href"]).startswith("#")]
     assert links
     assert all(Path(os.path.normpath(out.parent / unquote(link))).read_text() == "its page" for link in links)
+
+
+def test_a_folder_whose_name_is_no_unicode_is_linked_by_its_bytes(tmp_path: Path):
+    name = os.fsdecode(b"w-\xff-0")
+    write_run(tmp_path / name, 0.5, 0).report.write_text("its page")
+    page = write_sweep_report(index(tmp_path, [(name, {"arm": "a"}, 0)])).read_text("utf-8")
+    assert 'href="w-%FF-0/report.html"' in page
+    assert "w-⟦U+DCFF⟧-0" in page
 
 
 def test_the_same_folder_gives_the_same_bytes(broken: Path, page: str):

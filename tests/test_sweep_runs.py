@@ -82,6 +82,7 @@ def test_the_sweep_says_what_came_out_and_where(swept: tuple[Path, str]):
     out, text = swept[0] / "out", swept[1]
     assert (out / "table.txt").read_text() in text
     assert f"run folders: {out}" in text
+    assert f"one page about all of them: atesd report {out}" in text
     listed = json.loads((out / "cells.json").read_text())
     assert listed[0] == {"folder": "full-seed-3", "group": "full", "points": {"arm": "full"}, "seed": 3}
     log = (out / "sound-seed-3.log").read_text()

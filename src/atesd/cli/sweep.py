@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ def run_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> tuple[
     if unfinished:
         lines.append(f"{len(unfinished)} of {len(board)} cells are not finished; the same command tries them again")
     lines.append(f"run folders: {out}, one per cell, each with its log beside it; table: {out / 'table.txt'}")
+    lines.append(f"one page about all of them: atesd report {shlex.quote(str(out))}")
     return "\n".join(lines), len(unfinished)
 
 

@@ -108,7 +108,7 @@ def _block_notes(rows: Mapping[str, Mapping[int, SweptCell]], layout: Layout) ->
 def _read(cell: SweptCell, page: Path, seen: Seen) -> GridCell:
     """The cell with its rows, or with the reason why it has none."""
     folder, own = cell.folder.name, cell.folder / PAGE
-    link = quote(os.path.relpath(own, page.parent)) if own.is_file() else None
+    link = quote(os.fsencode(os.path.relpath(own, page.parent))) if own.is_file() else None
     if not RunFolder.exists(cell.folder):
         seen.states[NOT_BEGUN] += 1
         return GridCell(folder, link, NOT_BEGUN, "there is no run in the folder; `atesd sweep` begins it", None)

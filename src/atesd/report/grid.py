@@ -13,7 +13,7 @@ import numpy as np
 from atesd.errors import RunError
 from atesd.maths.differences import paired_difference
 from atesd.report.groups import RunGroup, fixed_last, grouped
-from atesd.report.honest import compare_last, short_verdict
+from atesd.report.honest import Comparison, compare_last, short_verdict
 from atesd.report.rows import Row, RunRows
 from atesd.report.text import MISSING, percent_interval, points_interval
 
@@ -64,13 +64,17 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ArmScore:
-    """What an arm came to after the last update: the share of each seed, the mean, and the difference in words."""
+    """What an arm came to after the last update: the share of each seed, the mean, and the difference in words.
+
+    `verdict` is a word or two, `sentence` the whole of it, with what would settle an open difference.
+    """
 
     arm: str
     shares: Mapping[int, float]
     mean: Share | None
     difference: str
     verdict: str
+    sentence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +184,12 @@ def _score(
     if baseline is None or baseline not in groups:
         return ArmScore(arm, shares, mean, MISSING, MISSING)
     try:
-        difference, verdict = _against(groups[baseline], groups[arm], notes)
+        found = _against(groups[baseline], groups[arm], notes)
     except RunError as error:
         notes.append(f"{arm} is not compared with {baseline}: {error}.")
-        difference, verdict = MISSING, "not compared"
-    return ArmScore(arm, shares, mean, difference, verdict)
+        return ArmScore(arm, shares, mean, MISSING, "not compared")
+    difference = points_interval(found.difference, *found.interval)
+    return ArmScore(arm, shares, mean, difference, short_verdict(found), found.verdict)
 
 
 def mean_of(group: RunGroup) -> Share:
@@ -197,8 +202,8 @@ def mean_of(group: RunGroup) -> Share:
     return Share(float(found.value), max(0.0, float(found.low)), min(1.0, float(found.high)))
 
 
-def _against(baseline: RunGroup, candidate: RunGroup, notes: list[str]) -> tuple[str, str]:
-    """The difference with its interval, and the verdict; over the seeds that both have, if there are any."""
+def _against(baseline: RunGroup, candidate: RunGroup, notes: list[str]) -> Comparison:
+    """The comparison after the last update, over the seeds that both have, if there are any."""
     common = set(baseline.seeds) & set(candidate.seeds)
     if common and set(baseline.seeds) != set(candidate.seeds):
         seeds = ", ".join(map(str, sorted(common)))
@@ -207,7 +212,7 @@ def _against(baseline: RunGroup, candidate: RunGroup, notes: list[str]) -> tuple
     found = compare_last(baseline, candidate)
     if not found.paired:
         notes.append(f"{candidate.name} against {baseline.name}: not paired, as they differ in seeds or problems.")
-    return points_interval(found.difference, *found.interval), short_verdict(found)
+    return found
 
 
 def _kept(group: RunGroup, seeds: set[int]) -> RunGroup:

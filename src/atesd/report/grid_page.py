@@ -134,7 +134,11 @@ def _overview(tables: Sequence[ScoredTable], scale: Scale) -> HeatTable:
     arms = dict.fromkeys(score.arm for table in tables for score in table.scores)
     means = [{score.arm: score for score in table.scores} for table in tables]
     rows = tuple((arm, tuple(_mean(by_arm.get(arm), scale) for by_arm in means)) for arm in arms)
-    notes = (f"{MISSING}: no finished and evaluated run, or the arm is not in that table.",)
+    splits = ", ".join(dict.fromkeys(table.split for table in tables))
+    notes = (
+        f"Means with 95 % intervals over seeds and problems, on {splits}. {MISSING}: no finished and evaluated run, or "
+        "the arm is not in that table.",
+    )
     return HeatTable("Accuracy after the last update, %", ("", *(table.name for table in tables)), rows, notes)
 
 
@@ -164,7 +168,7 @@ def _view(part: Part, scale: Scale, anchor: str, parts: int) -> PartView:
 
 def _row(table: ScoredTable, score: ArmScore, scale: Scale) -> tuple[HeatCell, ...]:
     cells = [_cell(table.cells[score.arm].get(seed), score.shares.get(seed), scale) for seed in table.seeds]
-    word = HeatCell(score.verdict, STYLES.get(score.verdict.partition(",")[0], ""))
+    word = HeatCell(score.verdict, STYLES.get(score.verdict.partition(",")[0], ""), title=score.sentence)
     return (*cells, _mean(score, scale), HeatCell(score.difference), word)
 
 
