@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from atesd.cli.reproduce import run_experiments
 from atesd.config import parse_yaml
 from atesd.errors import ConfigError, RunError
 from atesd.experiments.paper import numbers, sweep, tokens
-from atesd.experiments.paper.bench import RATIOS, Bench
+from atesd.experiments.paper.bench import RATIOS, Bench, shares
 from atesd.experiments.paper.claims import Claim, Contrast, over_seeds
 from atesd.experiments.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
 from atesd.experiments.paper.scale import Scale, budget, cells_for, load_scale
 from atesd.experiments.plan import Cell
+from atesd.maths.differences import paired_difference
+from atesd.report.groups import halves_of
+from atesd.report.rows import RunRows
 from atesd.report.text import MISSING
 from atesd.runs import RunFolder, new_manifest
 from fake_run import decision_row, evaluation_row, metric_row, sample_row
@@ -202,6 +206,33 @@ def test_a_mismatch_that_rises_in_every_seed_agrees_with_figure_2b(scale: Scale,
     assert (start.verdict, late.verdict, start.printed) == ("agrees", "agrees", "monotone increasing")
     # write_cell: the mean of 0.01 a, 0.001 and 0.1 a, or 0.101 a, rises by 0.1105 / 12 from ratio to ratio
     assert [one.value for one in start.contrasts] == pytest.approx([0.1105 / 12] * 4)
+
+
+def test_at_selected_checkpoints_no_problem_is_scored_where_it_chose(scale: Scale, three: tuple[Path, list[Cell]]):
+    # By hand: each half of the validation problems is scored at the update that is best on the other half.
+    bench = Bench(three[1], scale.wanted(["tokens"]))
+
+    def by_hand(run: RunRows) -> list[float]:
+        first, last = (shares([row])[0] for row in run.evaluated("validation")[1:])
+        halves = halves_of(len(last))
+        late = [last[halves != half].mean() > first[halves != half].mean() for half in (0, 1)]
+        return [float(last[i] if late[halves[i]] else first[i]) for i in range(len(last))]
+
+    scored = [[by_hand(run) for run in bench.runs("leaps", arm)] for arm in ("fixed-0.5", "full")]
+    found, expected = bench.selected("leaps", "fixed-0.5", "full"), paired_difference(*scored)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (100 * expected.value, 100 * expected.low, 100 * expected.high)
+    )
+
+
+def test_selection_needs_two_checkpoints(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
+    for cell in cells:
+        write_cell(cell)
+        rows = [evaluation_row(20, 0.5, np.random.default_rng(0), split) for split in ("validation", "test")]
+        (cell.job.folder / "evaluations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    with pytest.raises(RunError, match=r"leaps: fixed-0\.5 and full share fewer than two .* train\.evaluate_every"):
+        Bench(cells, scale.wanted(["tokens"])).selected("leaps", "fixed-0.5", "full")
 
 
 def test_one_rollout_is_followed_through_all_ratios(three: tuple[Path, list[Cell]]):

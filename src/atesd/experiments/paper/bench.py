@@ -13,10 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from atesd.errors import RunError
 from atesd.experiments.paper.claims import Claim, Contrast
 from atesd.experiments.plan import Cell
 from atesd.maths.differences import paired_difference
-from atesd.report.honest import results_table
+from atesd.report.groups import group_of
+from atesd.report.honest import compare_groups, results_table
 from atesd.report.rows import Row, RunRows, read_run
 from atesd.report.tables import Table
 from atesd.report.text import MISSING, percent
@@ -86,6 +88,22 @@ class Bench:
         """The gain of a candidate over a baseline at the last update on test, in points, paired by seed and problem."""
         a, b = (shares(self.last_test(world, arm), problems) for arm in (baseline, candidate))
         return _points(f"{candidate} - {baseline}", a, b)
+
+    def selected(self, world: str, baseline: str, candidate: str) -> Contrast:
+        """The gain at each run's own best checkpoint, chosen on one half of validation and scored on the other.
+
+        Raises `RunError` where there is nothing to choose from.
+        """
+        groups = (group_of(arm, self._folders[world, arm]) for arm in (baseline, candidate))
+        found = compare_groups(*groups).comparisons
+        one = next((one for one in found if one.honest and one.short.startswith("peak")), None)
+        if one is None:
+            raise RunError(
+                f"{world}: {baseline} and {candidate} share fewer than two validations after the start, so that no "
+                "checkpoint can be selected; set train.evaluate_every to half of train.num_updates or less"
+            )
+        value, low, high = (100 * number for number in (one.difference, *one.interval))
+        return Contrast(f"{candidate} - {baseline}, selected", value, low, high)
 
     def gain(self, world: str, arm: str) -> Contrast:
         """What training with an arm brought, in points of test, paired by seed and problem."""
