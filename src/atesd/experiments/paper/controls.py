@@ -33,5 +33,10 @@ def report(bench: Bench) -> Findings:
         tuple(bench.table(world, arms, "full") for world in bench.worlds),
         {"accuracy": accuracy_dots(bench, bench.worlds, arms, {})},
         tuple(claims),
-        ("The paper has no such controls. fixed-0: the teacher sees the answer and no segment.",),
+        (
+            "The paper has no such controls. fixed-0: the teacher sees the answer and no segment.",
+            "Views of the embedded worlds have one length, and their filler word stands wherever nothing is shown: no "
+            "reference and filler are the same view there, that of the student, and train nothing. Only text tells them "
+            "apart.",
+        ),
     )
