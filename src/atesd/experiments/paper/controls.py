@@ -36,7 +36,6 @@ def report(bench: Bench) -> Findings:
         (
             "The paper has no such controls. fixed-0: the teacher sees the answer and no segment.",
             "Views of the embedded worlds have one length, and their filler word stands wherever nothing is shown: no "
-            "reference and filler are the same view there, that of the student, and train nothing. Only text tells them "
-            "apart.",
+            "reference and filler are the same view there, that of the student, and train nothing.",
         ),
     )

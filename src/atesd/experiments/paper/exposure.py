@@ -71,9 +71,13 @@ def optimum_table(bench: Bench) -> Table:
     rows = []
     for world in bench.worlds:
         best = bench.best_fixed(world)
+        as_good = [
+            ratio for arm, ratio in RATIOS.items() if arm == best or bench.difference(world, best, arm).high >= 0
+        ]
         for arm in LEARNED:
             late = bench.late_ratios(world, arm)
             off = fmean(late) - RATIOS[best]
+            near = min(abs(fmean(late) - ratio) for ratio in as_good)
             rivals = _against(bench.difference, world, arm, best)
             spread = f"{fmean(late):.2f} ({min(late):.2f} to {max(late):.2f})"
             rows.append(
@@ -81,16 +85,21 @@ def optimum_table(bench: Bench) -> Table:
                     world,
                     arm,
                     f"{RATIOS[best]:g}",
+                    ", ".join(f"{ratio:g}" for ratio in as_good if ratio != RATIOS[best]) or MISSING,
                     spread,
                     f"{'yes' if abs(off) <= CLOSE else 'no'} ({off:+.2f})",
+                    "yes" if near <= CLOSE else "no",
                     *rivals,
                 )
             )
-    columns = ("world", "controller", "best fixed ratio", "late ratio", f"within {CLOSE}")
+    columns = ("world", "controller", "best fixed ratio", "not told from it", "late ratio", f"within {CLOSE} of it")
+    columns = (*columns, f"within {CLOSE} of one of these")
     notes = (
         "Differences in points at the last update on test, paired, with 95 % intervals. The best fixed ratio took a "
         "sweep to find.",
         "The best fixed ratio is that of the whole run; where the best ratio moves it is not the best at the end.",
+        "Not told from it: the other fixed ratios whose difference from it at the last update is not below 0 by its "
+        "interval. These, with the best itself, are those of the last column.",
         "Shuffled reward and shuffled replay are the controller's own; `paper` has none.",
     )
     return Table(
