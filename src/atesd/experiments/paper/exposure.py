@@ -92,8 +92,8 @@ def optimum_table(bench: Bench) -> Table:
                     *rivals,
                 )
             )
-    columns = ("world", "controller", "best fixed ratio", "not told from it", "late ratio", f"within {CLOSE} of it")
-    columns = (*columns, f"within {CLOSE} of one of these")
+    near_it, near_one = f"within {CLOSE} of it", f"within {CLOSE} of one of these"
+    columns = ("world", "controller", "best fixed ratio", "not told from it", "late ratio", near_it, near_one)
     notes = (
         "Differences in points at the last update on test, paired, with 95 % intervals. The best fixed ratio took a "
         "sweep to find.",
