@@ -181,7 +181,7 @@ def draw_profile(profile: Profile, name: str, path: Path) -> None:
     for axes in (kl, teacher, alignment, answer):
         axes.axvline(profile.suggestion.reveal_ratio, color=GREY, linewidth=6, alpha=0.15, zorder=0)
         axes.set(xlabel="reveal ratio", xticks=profile.ratios, xlim=(-0.06, 1.06))
-    kl.legend()
+    kl.legend(loc="upper left", ncols=2)
     lines, labels = answer.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=8, title="difficulty", title_fontsize=9)
     dotted = "" if profile.student is None else "; dotted: the student"
@@ -206,7 +206,10 @@ def _draw_mismatch(axes: Axes, rows: Sequence[RatioProfile]) -> None:
     }
     for index, (label, values) in enumerate(curves.items()):
         axes.plot(ratios, values, marker="o", markersize=4, color=colour(index), linestyle=dash(index), label=label)
-    axes.set(title="KL of teacher and student per token", ylabel="nats", ylim=(0, None))
+    top = max(max(values) for values in curves.values())
+    axes.set(
+        title="KL of teacher and student per token", ylabel="nats", ylim=(0, 1.4 * top or None)
+    )  # room for a legend
 
 
 def _draw_rows(
