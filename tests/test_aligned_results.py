@@ -14,12 +14,12 @@ import pytest
 from scipy import stats
 
 from atesd.errors import RunError
-from atesd.experiments.aligned_measure import Estimate, Gap, Scored, WorldResult, mean_with_interval, measure, paces_of
+from atesd.experiments.aligned_measure import Estimate, Gap, Scored, WorldResult, measure, paces_of
 from atesd.experiments.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
 from atesd.experiments.grid import write_index
 from atesd.experiments.pivot import SweptTable, read_cells, read_tables
 from atesd.experiments.plan import cells_of, plan_from_mapping
-from atesd.maths.differences import paired_difference
+from atesd.maths.differences import mean_share, paired_difference
 from atesd.runs import RunFolder, new_manifest
 from fake_run import evaluation_row, metric_row
 
@@ -159,7 +159,7 @@ def test_the_interval_of_an_accuracy_ends_where_a_share_does():
     shares[0, :4] = 0
     found = paired_difference(np.zeros_like(shares), shares)
     assert found.high > 1
-    assert mean_with_interval(shares) == Estimate(float(found.value), float(found.low), 1.0)
+    assert mean_share(shares) == (float(found.value), float(found.low), 1.0)
 
 
 def test_a_checkpoint_counts_once_in_the_stricter_interval(swept: Path, leaps: WorldResult):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from atesd.config import Config, ExposureConfig
 from atesd.errors import RunError
 from atesd.experiments.pivot import SweptCell, SweptTable
-from atesd.maths.differences import Difference, paired_difference
+from atesd.maths.differences import Difference, mean_share, paired_difference
 from atesd.report.groups import RunGroup, common_updates, shares_at
 from atesd.report.text import points_interval
 from atesd.runs import RunFolder
@@ -221,7 +221,7 @@ class Scored:
             seeds=group.seeds,
             wanted=self._table.wanted[arm],
             base=float(self._base[arm].mean()),
-            last=mean_with_interval(self._last[arm]),
+            last=Estimate(*mean_share(self._last[arm])),
             gaps={name: self.gap(rival, arm) for name, rival in rivals.items()},
             timed={name: self.timed(rival, arm) for name, rival in rivals.items() if self.is_timed(rival, arm)},
             kept_share=_kept_share(group),
@@ -350,12 +350,6 @@ def _kept_share(group: RunGroup) -> float | None:
     """The mean share of tokens that were distilled, over all updates of all runs; None where no gate was measured."""
     values = [fmean(kept) for run in group.runs if (kept := run.series("kept_share")[1])]
     return fmean(values) if values else None
-
-
-def mean_with_interval(shares: Floats) -> Estimate:
-    """The mean of [seeds, problems] with its interval, cut to [0, 1]: the difference from nothing."""
-    value, low, high = _numbers(paired_difference(np.zeros_like(shares), shares))
-    return Estimate(value, max(low, 0.0), min(high, 1.0))
 
 
 def _numbers(found: Difference) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ from atesd.runs import RunFolder
 
 INDEX = "cells.json"
 ARM = "arm"
+NOT_BEGUN = "not begun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class SweptCell:
     @property
     def state(self) -> str:
         """Finished, or how far it has come."""
-        return str(RunFolder.open(self.folder).manifest["status"]) if RunFolder.exists(self.folder) else "not begun"
+        return str(RunFolder.open(self.folder).manifest["status"]) if RunFolder.exists(self.folder) else NOT_BEGUN
 
 
 @dataclass(frozen=True, slots=True)

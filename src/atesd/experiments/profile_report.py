@@ -206,10 +206,8 @@ def _draw_mismatch(axes: Axes, rows: Sequence[RatioProfile]) -> None:
     }
     for index, (label, values) in enumerate(curves.items()):
         axes.plot(ratios, values, marker="o", markersize=4, color=colour(index), linestyle=dash(index), label=label)
-    top = max(max(values) for values in curves.values())
-    axes.set(
-        title="KL of teacher and student per token", ylabel="nats", ylim=(0, 1.4 * top or None)
-    )  # room for a legend
+    top = 1.4 * max(max(values) for values in curves.values())  # room for a legend
+    axes.set(title="KL of teacher and student per token", ylabel="nats", ylim=(0, top or None))
 
 
 def _draw_rows(

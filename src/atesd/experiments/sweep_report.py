@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from atesd.errors import AtesdError, ConfigError
 from atesd.experiments.pivot import (
+    NOT_BEGUN,
     Layout,
     SweptCell,
     cells_by_table,
@@ -31,7 +32,6 @@ from atesd.report.text import MISSING, duration
 from atesd.runs import RunFolder, write_atomic
 
 PAGE = "report.html"
-NOT_BEGUN = "not begun"
 UNREADABLE = "unreadable"
 STATES = (FINISHED, "running", "stopped", "failed", NOT_BEGUN, UNREADABLE)
 

@@ -92,6 +92,12 @@ def paired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: float
     )
 
 
+def mean_share(shares: ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
+    """The mean of shares [seeds, problems] and the ends of its interval, the difference from nothing, cut to [0, 1]."""
+    found = paired_difference(np.zeros_like(shares), shares, level=level)
+    return float(found.value), max(0.0, float(found.low)), min(1.0, float(found.high))
+
+
 def unpaired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: float = 0.95) -> Difference:
     """The difference candidate - baseline where the seeds of [..., seeds, problems] differ and the problems do not.
 

@@ -69,14 +69,18 @@ def push(row: Row) -> float | None:
     return advantage * float(np.mean(logit(draws)) - (digamma(first) - digamma(second)))
 
 
+def moments(decisions: int) -> list[int]:
+    """Which of so many decisions a ridge shows: at most `RIDGES`, evenly over training, first and last among them."""
+    return sorted({round(place) for place in np.linspace(0, decisions - 1, min(RIDGES, decisions))})
+
+
 @styled
 def ridge(run: RunRows, scope: str = "all") -> Chart | None:
     """The policy's Beta densities at moments of training, one above the other; None without a policy."""
     known = policies(run)
     if not known:
         return None
-    places = sorted({round(place) for place in np.linspace(0, len(known) - 1, min(RIDGES, len(known)))})
-    shown = [known[place] for place in places]
+    shown = [known[place] for place in moments(len(known))]
     figure, axes = empty_panel("The policy over training", "decision before update", "reveal ratio", height=3.6)
     densities = [beta.pdf(_GRID, policy.concentration1, policy.concentration0) for policy in shown]
     tallest = max(float(density.max()) for density in densities)
@@ -119,7 +123,8 @@ def timeline(run: RunRows, scope: str = "all") -> Chart | None:
         ratio, (opened, closed) = float(row["reveal_ratio"]), row["window"]
         above.plot([start, end], [ratio] * 2, color=_tone(row)[0], linewidth=3.2, solid_capstyle="butt", zorder=3)
         above.plot([opened, closed], [ratio - 0.03] * 2, color=_tone(row)[0], linewidth=0.9, marker="|", markersize=4)
-    for policy in policies(run):
+    held = policies(run)
+    for policy in held:
         if policy.start >= rows[0]["update"]:
             above.plot([policy.start, policy.end], [policy.mean] * 2, color=INK, linewidth=1.2, zorder=2.5)
     _draw_rewards(below, rows)
@@ -138,7 +143,7 @@ def timeline(run: RunRows, scope: str = "all") -> Chart | None:
         "lower panel has the reward. Blue, upward: it earned more than its batch (its advantage is positive); orange, "
     )
     reading += "downward: less; ring: not yet learned from. Dotted: a policy update."
-    if policies(run):
+    if held:
         reading += " Line across: the policy's mean, which moves toward blue and away from orange."
     words = f"The last {len(rows)} of {len(run.decisions)} decisions, from update {first} to {last}"
     return Chart(f"{scope}-timeline", words, reading, figure)
@@ -146,8 +151,7 @@ def timeline(run: RunRows, scope: str = "all") -> Chart | None:
 
 def decisions_table(run: RunRows, rows: Sequence[Row], title: str) -> Table:
     """What each decision was drawn from, when it held and was watched, what it earned, and where that pushed."""
-    held = [policy.mean for policy in policies(run)]
-    means = dict(zip([policy.start for policy in policies(run)], held, strict=True))
+    means = {policy.start: policy.mean for policy in policies(run)}
     columns = ("before update", "held", "look-ahead", "policy's mean", "ratio", "effective", "progress", "grounding")
     cells = [
         (

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from atesd.errors import RunError
-from atesd.maths.differences import paired_difference
+from atesd.maths.differences import mean_share
 from atesd.report.groups import RunGroup, fixed_last, grouped
 from atesd.report.honest import Comparison, compare_last, short_verdict
 from atesd.report.rows import Row, RunRows
@@ -35,6 +33,11 @@ class GridCell:
     detail: str
     run: RunRows | None
 
+    @property
+    def counted(self) -> RunRows | None:
+        """The rows that may count in a mean: those of a finished run."""
+        return self.run if self.state == FINISHED else None
+
 
 @dataclass(frozen=True, slots=True)
 class GridTable:
@@ -43,11 +46,6 @@ class GridTable:
     name: str
     arms: Mapping[str, Mapping[int, GridCell]]
     notes: tuple[str, ...] = ()
-
-    @property
-    def seeds(self) -> list[int]:
-        """Every seed that an arm of it has."""
-        return sorted({seed for cells in self.arms.values() for seed in cells})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,7 @@ def score_table(table: GridTable, baseline: str | None = None) -> ScoredTable:
     notes = list(table.notes)
     groups = {}
     for arm, by_seed in cells.items():
-        runs = [cell.run for cell in by_seed.values() if cell.state == FINISHED and cell.run is not None]
+        runs = [run for cell in by_seed.values() if (run := cell.counted) is not None]
         try:
             if runs:
                 groups[arm] = grouped(arm, runs)
@@ -144,7 +142,7 @@ def _split(table: GridTable) -> str:
 
 
 def _size(cells: Mapping[str, Mapping[int, GridCell]], split: str) -> str:
-    runs = [cell.run for row in cells.values() for cell in row.values() if cell.state == FINISHED and cell.run]
+    runs = [run for row in cells.values() for cell in row.values() if (run := cell.counted) is not None]
     rows = [row for run in runs if (row := end_row(run, split)) is not None]
     sizes = sorted({(int(row["problems"]), int(row["samples"])) for row in rows})
     return " or ".join(f"{problems} problems x {samples}" for problems, samples in sizes) or "no evaluation"
@@ -152,9 +150,10 @@ def _size(cells: Mapping[str, Mapping[int, GridCell]], split: str) -> str:
 
 def _required(cell: GridCell, split: str) -> GridCell:
     """The cell, which counts only if it is finished and was evaluated on the table's split after its last update."""
-    if cell.state != FINISHED or cell.run is None or end_row(cell.run, split) is not None:
+    run = cell.counted
+    if run is None or end_row(run, split) is not None:
         return cell
-    end = cell.run.config.train.num_updates
+    end = run.config.train.num_updates
     detail = f"finished, but has no {split} evaluation after its last update, {end}; `atesd evaluate` its folder"
     return GridCell(cell.folder, cell.link, NOT_EVALUATED, detail, cell.run)
 
@@ -170,7 +169,7 @@ def _score(
     shares = {
         seed: float(row["average"]["value"])
         for seed, cell in cells.items()
-        if cell.state == FINISHED and cell.run is not None and (row := end_row(cell.run, split)) is not None
+        if (run := cell.counted) is not None and (row := end_row(run, split)) is not None
     }
     if arm not in groups:
         return ArmScore(arm, shares, None, MISSING, MISSING)
@@ -197,9 +196,7 @@ def mean_of(group: RunGroup) -> Share:
 
     Raises `RunError` for runs that cannot be averaged.
     """
-    shares = fixed_last([group]).shares[group.name]
-    found = paired_difference(np.zeros_like(shares), shares)
-    return Share(float(found.value), max(0.0, float(found.low)), min(1.0, float(found.high)))
+    return Share(*mean_share(fixed_last([group]).shares[group.name]))
 
 
 def _against(baseline: RunGroup, candidate: RunGroup, notes: list[str]) -> Comparison:

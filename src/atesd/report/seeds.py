@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from atesd.config import dump_config
 from atesd.control.words import method_name
-from atesd.maths.differences import paired_difference
+from atesd.maths.differences import mean_share, paired_difference
 from atesd.report.rows import Row, RunRows
 from atesd.report.tables import Table
 from atesd.report.text import percent_interval, points_interval
@@ -67,9 +67,8 @@ def _group(runs: Sequence[RunRows], split: str) -> SeedGroup | None:
 
 
 def _estimate(group: SeedGroup) -> str:
-    found = paired_difference(np.zeros_like(group.correct), group.correct)
-    low, high = np.clip([found.low, found.high], 0, 1)  # a share is in [0, 1]; Student's interval need not be
-    return percent_interval({"value": float(found.value), "low": float(low), "high": float(high)})
+    value, low, high = mean_share(group.correct)
+    return percent_interval({"value": value, "low": low, "high": high})
 
 
 def _difference(first: SeedGroup, second: SeedGroup) -> str:

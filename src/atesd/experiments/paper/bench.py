@@ -17,7 +17,7 @@ from atesd.errors import RunError
 from atesd.experiments.paper.claims import Claim, Contrast
 from atesd.experiments.plan import Cell
 from atesd.maths.differences import paired_difference
-from atesd.report.groups import group_of
+from atesd.report.groups import grouped
 from atesd.report.honest import compare_groups, results_table
 from atesd.report.rows import Row, RunRows, read_run
 from atesd.report.tables import Table
@@ -94,7 +94,7 @@ class Bench:
 
         Raises `RunError` where there is nothing to choose from.
         """
-        groups = (group_of(arm, self._folders[world, arm]) for arm in (baseline, candidate))
+        groups = (grouped(arm, self.runs(world, arm)) for arm in (baseline, candidate))
         found = compare_groups(*groups).comparisons
         one = next((one for one in found if one.honest and one.short.startswith("peak")), None)
         if one is None:

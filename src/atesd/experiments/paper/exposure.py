@@ -19,6 +19,7 @@ from atesd.experiments.paper.claims import Claim, Contrast
 from atesd.experiments.paper.drawing import accuracy_dots, draw_seeds, panels
 from atesd.experiments.paper.numbers import printed
 from atesd.report.canvas import running_mean, styled
+from atesd.report.decisions import policies
 from atesd.report.rows import RunRows
 from atesd.report.svg import INK
 from atesd.report.tables import Table
@@ -209,6 +210,5 @@ def _draw_ratios(bench: Bench) -> Figure:
 
 def policy_means(run: RunRows) -> tuple[list[int], list[float]]:
     """The update and the mean of the Beta of every decision."""
-    rows = [row for row in run.decisions if row["concentration1"] is not None]
-    means = [row["concentration1"] / (row["concentration1"] + row["concentration0"]) for row in rows]
-    return [int(row["update"]) for row in rows], means
+    held = policies(run)
+    return [policy.start for policy in held], [policy.mean for policy in held]

@@ -14,13 +14,13 @@ from atesd.experiments.paper.drawing import panels
 from atesd.experiments.paper.exposure import policy_means
 from atesd.experiments.paper.numbers import printed
 from atesd.report.canvas import colour, styled
+from atesd.report.decisions import moments, policies
 from atesd.report.rows import RunRows
 from atesd.report.svg import INK
 from atesd.report.tables import Table
 from atesd.report.text import MISSING
 
 GRID = (np.arange(400) + 0.5) / 400
-RIDGES = 9
 
 
 def report(bench: Bench) -> Findings:
@@ -50,17 +50,18 @@ def density_table(bench: Bench, world: str, arm: str) -> Table:
     runs = bench.runs(world, arm)
     paper = printed("policy_over_training")
     rows = []
-    moments = _moments(len(_betas(runs[0])))
-    for place in moments:
+    held = policies(runs[0])
+    places = moments(len(held))
+    for place in places:
         density = mixture(runs, place)
         mass = np.cumsum(density) / density.sum()
         low, high = (float(GRID[np.searchsorted(mass, share)]) for share in (0.05, 0.95))
         words = {
-            moments[0]: f"mean {paper['start_mean']}",
-            moments[-1]: f"mode {paper['late_mode']}, mass {paper['mass']}",
+            places[0]: f"mean {paper['start_mean']}",
+            places[-1]: f"mode {paper['late_mode']}, mass {paper['mass']}",
         }
         mean, mode = float((GRID * density).sum() / density.sum()), float(GRID[density.argmax()])
-        update = str(_betas(runs[0])[place][0])
+        update = str(held[place].start)
         rows.append((update, words.get(place, MISSING), f"{mean:.2f}", f"{mode:.2f}", f"{low:.2f} to {high:.2f}"))
     columns = ("update", "paper", "mean", "mode", "90 % of the mass")
     return Table(f"{world}, {arm}: the policy's density over training", columns, tuple(rows))
@@ -68,22 +69,11 @@ def density_table(bench: Bench, world: str, arm: str) -> Table:
 
 def mixture(runs: list[RunRows], place: int) -> NDArray[np.float64]:
     """The mean over runs of the Beta density at a decision, on `GRID`."""
-    density: NDArray[np.float64] = np.mean([beta.pdf(GRID, *_betas(run)[place][1:]) for run in runs], axis=0)
+    each = [policies(run)[place] for run in runs]
+    density: NDArray[np.float64] = np.mean(
+        [beta.pdf(GRID, one.concentration1, one.concentration0) for one in each], axis=0
+    )
     return density
-
-
-def _betas(run: RunRows) -> list[tuple[int, float, float]]:
-    """(update, concentration1, concentration0) of every decision."""
-    return [
-        (int(row["update"]), float(row["concentration1"]), float(row["concentration0"]))
-        for row in run.decisions
-        if row["concentration1"] is not None
-    ]
-
-
-def _moments(decisions: int) -> list[int]:
-    """Which decisions are shown: at most `RIDGES`, evenly over training, first and last among them."""
-    return sorted({round(place) for place in np.linspace(0, decisions - 1, min(RIDGES, decisions))})
 
 
 @styled
@@ -98,12 +88,13 @@ def _draw_ridges(bench: Bench, world: str) -> Figure:
 
 
 def _draw_ridge(axes: Axes, runs: list[RunRows], index: int) -> None:
-    moments = _moments(len(_betas(runs[0])))
-    densities = [mixture(runs, place) for place in moments]
+    held = policies(runs[0])
+    places = moments(len(held))
+    densities = [mixture(runs, place) for place in places]
     tallest = max(float(density.max()) for density in densities)
     for step, density in enumerate(densities):
         height = 1.6 * density / tallest - step
         axes.fill_between(GRID, -step, height, color="white", linewidth=0, zorder=step + 2)
         axes.fill_between(GRID, -step, height, color=colour(index), alpha=0.45, linewidth=0, zorder=step + 2)
         axes.plot(GRID, height, color=INK, linewidth=0.7, zorder=step + 2)
-    axes.set_yticks([-step for step in range(len(moments))], [str(_betas(runs[0])[place][0]) for place in moments])
+    axes.set_yticks([-step for step in range(len(places))], [str(held[place].start) for place in places])
