@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from atesd.engine.sample import Request, Sampler, sample
 from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel
-from atesd.models.sample import Request, Sampler, sample
 from benchmarks.harness import Case, Goal, Result, Settings, Work, in_turns, spread
 from benchmarks.models import SPECIAL, TOY, ModelShape, about_12m, random_model
 

@@ -14,13 +14,13 @@ import pytest
 from scipy import stats
 
 from atesd.errors import RunError
-from atesd.experiments.aligned_measure import Estimate, Gap, Scored, WorldResult, measure, paces_of
-from atesd.experiments.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
-from atesd.experiments.grid import write_index
-from atesd.experiments.pivot import SweptTable, read_cells, read_tables
-from atesd.experiments.plan import cells_of, plan_from_mapping
-from atesd.maths.differences import mean_share, paired_difference
 from atesd.runs import RunFolder, new_manifest
+from atesd_lab.paper.aligned_measure import Estimate, Gap, Scored, WorldResult, measure, paces_of
+from atesd_lab.paper.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
+from atesd_lab.stats.differences import mean_share, paired_difference
+from atesd_lab.sweep.grid import write_index
+from atesd_lab.sweep.pivot import SweptTable, read_cells, read_tables
+from atesd_lab.sweep.plan import cells_of, plan_from_mapping
 from fake_run import evaluation_row, metric_row
 
 PROBLEMS = 40

@@ -15,9 +15,13 @@ import torch
 from atesd import cli
 from atesd.build import build, close
 from atesd.config import load_config
+from atesd.engine.sample import sample
 from atesd.errors import ConfigError
-from atesd.experiments import audit
-from atesd.experiments.audit import (
+from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
+from atesd.train.loop import objective
+from atesd.train.step import Row, distill
+from atesd_lab.audit import audit
+from atesd_lab.audit.audit import (
     Audit,
     Bench,
     RewardAudit,
@@ -30,14 +34,10 @@ from atesd.experiments.audit import (
     other_rewards,
     run_audit,
 )
-from atesd.experiments.audit_measure import MeasuredStudent, Reading, fresh_success, read_batches
-from atesd.experiments.audit_text import readings_table, rewards_table, sentences
-from atesd.experiments.null_measure import ScoredRollout, ScoredRollouts, as_batches, measure, redrawn, score_rollouts
-from atesd.experiments.null_test import MeasuredBatch, MeasuredRatio, noise
-from atesd.models.sample import sample
-from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
-from atesd.train.loop import objective
-from atesd.train.step import Row, distill
+from atesd_lab.audit.measure import MeasuredStudent, Reading, fresh_success, read_batches
+from atesd_lab.audit.null_measure import ScoredRollout, ScoredRollouts, as_batches, measure, redrawn, score_rollouts
+from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, noise
+from atesd_lab.audit.text import readings_table, rewards_table, sentences
 from quick import SMALL, quick
 
 Loss = Callable[[float, float], float]

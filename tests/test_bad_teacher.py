@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from atesd.config import load_config
-from atesd.experiments.bad_teacher import ARMS, Ending, draw_endings, endings_table, job_of, read_ending
+from atesd_lab.studies.bad_teacher import ARMS, Ending, draw_endings, endings_table, job_of, read_ending
 from fake_run import write_fake_run
 
 

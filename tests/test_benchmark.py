@@ -14,16 +14,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.config import DataConfig, ModelConfig, ViewsConfig
 from atesd.data.answers import ExactChecker
-from atesd.data.world import WorldRenderer, world_problems
+from atesd.engine.sample import Sampler
 from atesd.errors import DataError
 from atesd.evaluate import benchmark, probes
 from atesd.evaluate.benchmark import Graded, evaluate_problems, is_looping, summarise
 from atesd.evaluate.probes import probe_nll, probe_success
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.prompts import PromptEncoder
-from atesd.models.sample import Sampler
 from atesd.models.score import Scorer
 from atesd.records import Problem, Rollout
+from atesd.world.problems import WorldRenderer, world_problems
 
 SAMPLER = Sampler(temperature=1.0, top_p=0.9, top_k=0, min_p=0.0, completion_tokens=40, batch_size=4)
 RENDERER = SimpleNamespace(student=lambda problem: problem.text)

@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atesd.card import exposure_curve, fenced, hub_id, model_card, plain, sparkline, write_model_card
 from atesd.config import Config, config_from_mapping
 from atesd.runs import RunFolder, new_manifest
-from atesd.train.card import exposure_curve, fenced, hub_id, model_card, plain, sparkline, write_model_card
 
 
 def config(**groups: dict[str, Any]) -> Config:

@@ -13,15 +13,15 @@ import pytest
 from rich.console import Console
 
 from atesd import cli
-from atesd.cli.comparison import print_rich
 from atesd.errors import RunError
-from atesd.experiments.grid import comparisons
-from atesd.experiments.jobs import Job
-from atesd.experiments.plan import Cell
-from atesd.maths.differences import paired_difference
-from atesd.report.groups import common_updates, group_of, halves_of, selections
-from atesd.report.honest import Report, compare_groups, comparison_table, markdown, results_table
 from atesd.runs import RunFolder
+from atesd_lab.cli.comparison import print_rich
+from atesd_lab.report.groups import common_updates, group_of, halves_of, selections
+from atesd_lab.report.honest import Report, compare_groups, comparison_table, markdown, results_table
+from atesd_lab.stats.differences import paired_difference
+from atesd_lab.sweep.grid import comparisons
+from atesd_lab.sweep.jobs import Job
+from atesd_lab.sweep.plan import Cell
 from fake_run import begin_run, evaluation_row, fake_config, write_fake_run
 
 Counts = dict[str, int]

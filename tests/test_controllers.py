@@ -10,11 +10,11 @@ import pytest
 
 from atesd.config import Config, SearchConfig, SetpointConfig, config_from_mapping
 from atesd.control.controlled import ControlledExposure
+from atesd.control.factory import OFFERED, controlled, make_exposure
 from atesd.control.interface import Exposure
-from atesd.control.make import OFFERED, controlled, make_exposure
+from atesd.control.labels import method_name
 from atesd.control.search import GroupSearch
 from atesd.control.setpoint import Setpoint
-from atesd.control.words import method_name
 from atesd.errors import ConfigError
 from atesd.maths.keyed import generator
 from atesd.records import UpdateStats

@@ -12,10 +12,10 @@ from atesd.data.answers import last_boxed, normalise
 from atesd.data.controls import controlled
 from atesd.data.numbers import another_number, plain_value
 from atesd.data.views import TextRenderer
-from atesd.data.world import VOCABULARY, draw_chain, world_problem
 from atesd.errors import DataError
 from atesd.maths.keyed import generator
 from atesd.records import Problem
+from atesd.world.problems import VOCABULARY, draw_chain, world_problem
 
 
 def problem(name: str, answer: str = "12", difficulty: int = 0) -> Problem:

@@ -24,14 +24,14 @@ from transformers import (
 )
 
 from atesd.config import TeacherConfig
+from atesd.engine import layers
+from atesd.engine.captured import StaticSteps
+from atesd.engine.decode import Decoder
+from atesd.engine.sample import Request, Sampler, _Batch, draw, engine_note, engine_of, sample
 from atesd.errors import ModelError
 from atesd.maths.keyed import uniforms
-from atesd.models import layers
-from atesd.models.captured import StaticSteps
-from atesd.models.decode import Decoder
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
-from atesd.models.sample import Request, Sampler, _Batch, draw, engine_note, engine_of, sample
 from atesd.models.teacher import Teacher
 from tiny import tiny_model
 

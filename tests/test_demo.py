@@ -12,10 +12,11 @@ import pytest
 
 from atesd.config import load_config
 from atesd.errors import RunError
-from atesd.experiments import demo, jobs
-from atesd.experiments.demo import ARMS, Arm, Scores, best_fixed, curve, demo_text, job_of, run_demo
-from atesd.experiments.demo_figure import draw_demo
 from atesd.runs import RunFolder
+from atesd_lab.studies import demo
+from atesd_lab.studies.demo import ARMS, Arm, Scores, best_fixed, curve, demo_text, job_of, run_demo
+from atesd_lab.studies.demo_figure import draw_demo
+from atesd_lab.sweep import jobs
 from fake_run import write_fake_run
 from quick import SMALL
 

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from atesd.experiments.coverage import Regime, coverage_table, draw_groups, measure, optimism, regimes
-from atesd.maths.differences import Needed, cross_fitted, needed, paired_difference, sampling_noise, unpaired_difference
 from atesd.maths.keyed import generator
+from atesd_lab.stats.differences import (
+    Needed,
+    cross_fitted,
+    needed,
+    paired_difference,
+    sampling_noise,
+    unpaired_difference,
+)
+from validation.coverage import Regime, coverage_table, draw_groups, measure, optimism, regimes
 
 
 def table(seeds: int = 4, problems: int = 30, key: str = "table") -> np.ndarray:

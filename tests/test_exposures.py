@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atesd.config import Config
+from atesd.control.factory import make_exposure
 from atesd.control.fixed import FixedExposure, ramp, random_ratios, replayed
 from atesd.control.learned import LearnedExposure
-from atesd.control.make import make_exposure
 from atesd.errors import ConfigError
 from atesd.records import UpdateStats
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from atesd.config import LoraConfig, ModelConfig
+from atesd.engine.sample import Request, Sampler, sample
 from atesd.errors import ModelError
 from atesd.maths.keyed import uniforms
 from atesd.models import fetch
 from atesd.models.fetch import fetch_smollm2, models_cache, smollm2_folder
 from atesd.models.load import load_model, save_model, trainable_parameters
 from atesd.models.prompts import PromptEncoder
-from atesd.models.sample import Request, Sampler, sample
 from tiny import tiny_model, tiny_tokenizer
 
 

@@ -14,20 +14,19 @@ from hypothesis import strategies as st
 from matplotlib import rcParams
 from PIL import Image
 
-from atesd.report import figures
-from atesd.report.canvas import DASHES, PALETTE, Chart, empty_panel, plain, running_mean
-from atesd.report.rows import RunRows, read_run, read_runs
-from atesd.report.seeds import seeds_table
-from atesd.report.svg import INK, inline_svg
-from atesd.report.tables import (
-    Table,
+from atesd.table import Table, render_text
+from atesd_lab.report import figures
+from atesd_lab.report.canvas import DASHES, PALETTE, Chart, empty_panel, plain, running_mean
+from atesd_lab.report.rows import RunRows, read_run, read_runs
+from atesd_lab.report.seeds import seeds_table
+from atesd_lab.report.svg import INK, inline_svg
+from atesd_lab.report.tables import (
     best_common_update,
     changed_settings,
     differences_table,
     evaluation_table,
     paired_points,
     peak,
-    render_text,
     results_table,
 )
 from fake_run import begin_run, decision_row, evaluation_row, fake_config, metric_row, write_fake_run

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from atesd.build import build, close
-from atesd.experiments import foresight
-from atesd.experiments.foresight import Foresight, check, held_out, true_change
-from atesd.experiments.foresight_figure import draw_foresight
 from atesd.models.load import trainable_parameters
 from quick import quick
+from validation import foresight
+from validation.foresight import Foresight, check, held_out, true_change
+from validation.foresight_figure import draw_foresight
 
 SETTINGS = ("exposure.kind=fixed", "loss.token_gate=aligned", "aligned.min_correct=1", "train.batch_size=8")
 

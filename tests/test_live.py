@@ -13,10 +13,10 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from atesd.cli.live import ADDRESS, live_server
 from atesd.errors import ConfigError
-from atesd.report.page import render_page
-from atesd.report.rows import read_runs
+from atesd_lab.cli.live import ADDRESS, live_server
+from atesd_lab.report.page import render_page
+from atesd_lab.report.rows import read_runs
 from fake_run import metric_row, write_fake_run
 
 

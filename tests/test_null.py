@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from atesd.config import CreditConfig, PolicyConfig
-from atesd.experiments.null_test import MeasuredBatch, MeasuredRatio, _stats_at, null_band, simulate
+from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, _stats_at, null_band, simulate
 
 SEEDS = range(10)
 

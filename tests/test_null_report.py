@@ -6,9 +6,9 @@ import pytest
 
 from atesd.build import build, close
 from atesd.config import CreditConfig, PolicyConfig
-from atesd.experiments.null_measure import measure
-from atesd.experiments.null_report import Drift, draw_null, run_null_test
-from atesd.experiments.null_test import simulate
+from atesd_lab.audit.null_measure import measure
+from atesd_lab.audit.null_report import Drift, draw_null, run_null_test
+from atesd_lab.audit.null_simulation import simulate
 from quick import quick
 
 FROZEN = quick("train.batch_size=8", "train.micro_batch_size=8")
@@ -40,7 +40,7 @@ def test_the_verdict_is_in_words(ends: tuple[float, ...], verdict: str):
 
 
 def test_table_and_figure_hold_every_reward_and_the_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("atesd.experiments.null_report.NOISE_SEEDS", 3)
+    monkeypatch.setattr("atesd_lab.audit.null_report.NOISE_SEEDS", 3)
     text, figures = run_null_test(FROZEN, decisions=20, seeds=2, batches=2)
     for name in ("sound", "paper", "paper, no grounding", "pure noise"):
         assert name in text

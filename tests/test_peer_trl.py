@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from atesd.config import Config, ExposureConfig, LoraConfig, LossConfig, ModelConfig, SamplingConfig, ViewsConfig
-from atesd.control.make import make_exposure
+from atesd.control.factory import make_exposure
 from atesd.data.views import TextRenderer
 from atesd.models.load import load_model, save_model, trainable_parameters
 from atesd.models.prompts import PromptEncoder

@@ -13,14 +13,14 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.config import DataConfig, ViewsConfig
-from atesd.data.world import COMPLETION_WORDS, END, MESSAGE_WORDS, VOCABULARY, Chain, WorldRenderer, world_problem
-from atesd.data.world import world_problems as problems_of
 from atesd.errors import TrainingError
-from atesd.train import gates
 from atesd.train import pretrain as module
-from atesd.train.gates import GateFigures, Gates, measure_gates, word_ids
-from atesd.train.pretrain import RECIPES, PretrainRecipe, pretrain, pretrain_command, pretrain_until_gated
-from atesd.train.world_model import save_world_model, world_tokenizer
+from atesd.world import acceptance
+from atesd.world.acceptance import GateFigures, Gates, measure_gates, word_ids
+from atesd.world.model import save_world_model, world_tokenizer
+from atesd.world.pretrain import RECIPES, PretrainRecipe, pretrain, pretrain_command, pretrain_until_gated
+from atesd.world.problems import COMPLETION_WORDS, END, MESSAGE_WORDS, VOCABULARY, Chain, WorldRenderer, world_problem
+from atesd.world.problems import world_problems as problems_of
 
 SHIPPED = Path(str(files("atesd") / "world_models"))
 GOOD = ("a", "b", "c")
@@ -85,15 +85,20 @@ def test_a_first_mistake_is_the_first_wrong_digit_and_a_right_completion_has_non
     problem = world_problem(Chain(4, (("+", 3), ("-", 9))))  # a 7 ; b 8 ; \boxed{8}
     rows = ("a 7 ; b 8 ; \\boxed{8} <end>", "a 7 ; b 1 ; \\boxed{1} <end>", "a 0 ; b 1 ; \\boxed{8} <end>", "a 7 ;")
     completions = [word_ids(row) for row in rows]
-    assert [gates._first_mistake(ids, problem) for ids in completions] == [COMPLETION_WORDS, 4, 1, COMPLETION_WORDS]
-    assert [gates._solved(ids, problem) for ids in completions] == [True, False, True, False]
+    assert [acceptance._first_mistake(ids, problem) for ids in completions] == [
+        COMPLETION_WORDS,
+        4,
+        1,
+        COMPLETION_WORDS,
+    ]
+    assert [acceptance._solved(ids, problem) for ids in completions] == [True, False, True, False]
 
 
 def test_gate_completions_are_samples_of_the_model_that_end_once(few):
     model = AutoModelForCausalLM.from_pretrained(SHIPPED / "a").eval()
     prompt = word_ids(WorldRenderer(ViewsConfig()).student(few[0]))
     copies = [replace(few[0], id=str(place)) for place in range(600)]
-    completions = gates._complete(model, copies, [prompt] * 600, "test")
+    completions = acceptance._complete(model, copies, [prompt] * 600, "test")
     expected = model(torch.tensor([[*prompt, completions[0][0]]])).logits[0, -1].softmax(-1)
     seen = torch.bincount(torch.tensor([ids[1] for ids in completions]), minlength=len(VOCABULARY)) / 600
     assert (seen - expected).abs().max() < 0.08  # four standard errors of 600 draws at 1/2
@@ -105,8 +110,8 @@ def test_the_kl_of_a_message_with_itself_is_zero_and_is_measured_on_the_completi
     renderer = WorldRenderer(ViewsConfig())
     student, teacher = word_ids(renderer.student(few[0])), word_ids(renderer.teacher(few[0], 9, True))
     completion = word_ids(few[0].reference)
-    assert gates._kl(model, [student], [student], [completion])[0].abs().max() < 1e-6
-    kl, exists = gates._kl(model, [teacher], [student], [completion])
+    assert acceptance._kl(model, [student], [student], [completion])[0].abs().max() < 1e-6
+    kl, exists = acceptance._kl(model, [teacher], [student], [completion])
     assert exists[0].tolist() == [place < len(completion) for place in range(COMPLETION_WORDS)]
     p, q = (
         Categorical(logits=model(torch.tensor([[*prompt, *completion]])).logits[0]) for prompt in (teacher, student)
@@ -142,7 +147,7 @@ def test_the_command_writes_a_folder_with_its_record(tmp_path, monkeypatch):
     steps: list[tuple[int, int]] = []
     record = pretrain_command(3, 1, tmp_path, progress=lambda seed, step, _: steps.append((seed, step)))
     assert steps == [(3, 0), (3, 1), (3, 2)]
-    assert json.loads((tmp_path / "gates.json").read_text())["seed"] == record["seed"] == 3
+    assert json.loads((tmp_path / "acceptance.json").read_text())["seed"] == record["seed"] == 3
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), pretrain(3, SHORT))
 
 
@@ -173,20 +178,20 @@ def test_shipped_checkpoints_load_by_the_ordinary_route(name):
 @pytest.mark.parametrize("name", [*GOOD, "bad"])
 def test_shipped_checkpoints_have_the_gate_figures_they_record(name, few):
     figures = measure_gates(AutoModelForCausalLM.from_pretrained(SHIPPED / name).eval(), few)
-    record = json.loads((SHIPPED / name / "gates.json").read_text())
+    record = json.loads((SHIPPED / name / "acceptance.json").read_text())
     recorded = GateFigures(**record["figures"])
     assert recorded.passed(RECIPES[record["recipe"]].gates)
     # 100 problems against the recorded 500: standard errors .02 and .05
     assert figures.teacher_accuracy == pytest.approx(recorded.teacher_accuracy, abs=0.06)
     assert figures.student_accuracy == pytest.approx(recorded.student_accuracy, abs=0.15)
-    low, high = RECIPES[record["recipe"]].gates.kl_after_mistake
+    low, high = RECIPES[record["recipe"]].acceptance.kl_after_mistake
     assert low <= figures.kl_after_mistake <= high
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*GOOD, "bad"])
 def test_shipped_checkpoints_are_made_again_by_the_recorded_command(name, tmp_path):
-    record = json.loads((SHIPPED / name / "gates.json").read_text())
+    record = json.loads((SHIPPED / name / "acceptance.json").read_text())
     again = pretrain_command(record["seed"], 1, tmp_path, record["recipe"])
     assert GateFigures(**again["figures"]).passed(RECIPES[record["recipe"]].gates)
-    assert json.loads((tmp_path / "gates.json").read_text())["settings"] == record["settings"]
+    assert json.loads((tmp_path / "acceptance.json").read_text())["settings"] == record["settings"]

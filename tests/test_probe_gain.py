@@ -10,8 +10,8 @@ import torch
 
 from atesd.build import build, close
 from atesd.config import CreditConfig, PolicyConfig
-from atesd.experiments.null_test import MeasuredBatch, MeasuredRatio, simulate
 from atesd.maths.credit import WEIGHT_CAP, reweighted_gain
+from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, simulate
 from quick import quick
 
 GAIN = frozenset({"probe_gain"})

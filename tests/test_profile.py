@@ -13,12 +13,18 @@ from typer.testing import CliRunner
 
 from atesd.build import build, close
 from atesd.cli.commands import app
-from atesd.cli.profile import print_profile
 from atesd.config import DataConfig, ViewsConfig, dump_config, load_config
 from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
-from atesd.experiments.profile import (
+from atesd.maths.keyed import uniforms
+from atesd.models.load import trainable_parameters
+from atesd.train.batches import draw_batch
+from atesd.train.checkpoint import digest
+from atesd.train.parts import Parts
+from atesd_lab.cli.profile import print_profile
+from atesd_lab.profile.measure import align, score, show, teacher_verdicts
+from atesd_lab.profile.profile import (
     Profile,
     data_profile,
     default_problems,
@@ -26,14 +32,8 @@ from atesd.experiments.profile import (
     mismatch,
     profiled_config,
 )
-from atesd.experiments.profile_measure import align, score, show, teacher_verdicts
-from atesd.experiments.profile_report import draw_profile, profile_text, recipe_of, suggested_config, write_profile
-from atesd.experiments.suggestion import AlignmentRows, Suggestion, suggest
-from atesd.maths.keyed import uniforms
-from atesd.models.load import trainable_parameters
-from atesd.train.batches import draw_batch
-from atesd.train.checkpoint import digest
-from atesd.train.parts import Parts
+from atesd_lab.profile.report import draw_profile, profile_text, recipe_of, suggested_config, write_profile
+from atesd_lab.profile.suggestion import AlignmentRows, Suggestion, suggest
 from quick import quick
 
 RATIOS = (0.0, 0.5, 1.0)

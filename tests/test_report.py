@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atesd.control.words import method_name
+from atesd.control.labels import method_name
 from atesd.errors import RunError
-from atesd.report.alarms import find_alarms
-from atesd.report.page import content_policy, facts_table, render_page, status, write_report
-from atesd.report.rows import RunRows, natural, read_run, read_runs
-from atesd.report.samples import KL_LEVELS, sample_views, teacher_only, token_level
-from atesd.report.text import duration, number, percent, percent_interval, points_interval, visible
 from atesd.runs import RunFolder
+from atesd.text import duration, number, percent, percent_interval, points_interval, visible
+from atesd_lab.report.alarms import find_alarms
+from atesd_lab.report.page import content_policy, facts_table, render_page, status, write_report
+from atesd_lab.report.rows import RunRows, natural, read_run, read_runs
+from atesd_lab.report.samples import KL_LEVELS, sample_views, teacher_only, token_level
 from fake_run import begin_run, evaluation_row, fake_config, metric_row, sample_row, write_fake_run
 from outline import Outline
 
@@ -137,7 +137,7 @@ def test_every_section_is_there_for_every_run(outline: Outline):
 
 
 def test_the_same_folders_give_the_same_bytes_in_another_process(runs: list[Path], page: str, tmp_path: Path):
-    code = "import sys; from pathlib import Path; from atesd.report.page import write_report\n"
+    code = "import sys; from pathlib import Path; from atesd_lab.report.page import write_report\n"
     code += "out, *runs = map(Path, sys.argv[1:]); write_report(runs, out); print('torch' in sys.modules)"
     arguments = [str(tmp_path / "page.html"), *map(str, runs)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from atesd.report.canvas import PALETTE
-from atesd.report.decisions import LATEST, RIDGES, decisions_table, policies, push, ridge, timeline
-from atesd.report.page import render_page
-from atesd.report.rows import RunRows, read_run
+from atesd_lab.report.canvas import PALETTE
+from atesd_lab.report.decisions import LATEST, RIDGES, decisions_table, policies, push, ridge, timeline
+from atesd_lab.report.page import render_page
+from atesd_lab.report.rows import RunRows, read_run
 from fake_run import begin_run, decision_row, fake_config, metric_row, write_fake_run
 from outline import Outline
 

@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 
 from atesd.cli.commands import app
 from atesd.errors import ConfigError, RunError
-from atesd.experiments.pivot import cells_by_table, layout_of, read_cells
-from atesd.experiments.sweep_report import write_sweep_report
-from atesd.report.grid import GridCell, GridTable, absent, score_table
-from atesd.report.grid_figures import BESIDE, accuracies, ratios
-from atesd.report.grid_page import LEVELS, Scale
-from atesd.report.groups import group_of
-from atesd.report.honest import compare_groups, short_verdict
-from atesd.report.rows import read_run
 from atesd.runs import RunFolder
+from atesd_lab.report.grid import GridCell, GridTable, absent, score_table
+from atesd_lab.report.grid_figures import BESIDE, accuracies, ratios
+from atesd_lab.report.grid_page import LEVELS, Scale
+from atesd_lab.report.groups import group_of
+from atesd_lab.report.honest import compare_groups, short_verdict
+from atesd_lab.report.rows import read_run
+from atesd_lab.sweep.page import write_sweep_report
+from atesd_lab.sweep.pivot import cells_by_table, layout_of, read_cells
 from fake_run import begin_run, evaluation_row, fake_config, metric_row, write_fake_run
 from outline import Outline
 
@@ -322,7 +322,7 @@ def test_the_number_stands_in_every_shaded_cell(page: str):
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_on_every_shade_has_the_contrast_that_wcag_asks_for(scheme: int):
-    folder = importlib.resources.files("atesd.report") / "templates"
+    folder = importlib.resources.files("atesd_lab.report") / "templates"
     base, heat = ((folder / name).read_text("utf-8") for name in ("page.css", "grid.css"))
     ink, card = (to_rgb(re.findall(rf"--{name}: (#\w+)", base)[scheme]) for name in ("ink", "card"))
     shade = [int(part) / 255 for part in re.findall(r"--helps: (\d+), (\d+), (\d+)", base)[scheme]]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atesd.report import lookahead
-from atesd.report.canvas import PALETTE, Chart
-from atesd.report.page import render_page
-from atesd.report.rows import RunRows, read_run
+from atesd_lab.report import lookahead
+from atesd_lab.report.canvas import PALETTE, Chart
+from atesd_lab.report.page import render_page
+from atesd_lab.report.rows import RunRows, read_run
 from fake_run import begin_run, fake_config, metric_row
 from outline import Outline
 

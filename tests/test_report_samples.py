@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atesd.report.page import render_page
-from atesd.report.rows import RunRows, read_run
-from atesd.report.samples import SORTED_TOKENS, SampleView, alignment_level, sample_views
-from atesd.report.text import signed, spelt
+from atesd.text import signed, spelt
+from atesd_lab.report.page import render_page
+from atesd_lab.report.rows import RunRows, read_run
+from atesd_lab.report.samples import SORTED_TOKENS, SampleView, alignment_level, sample_views
 from fake_run import begin_run, fake_config, sample_row
 from outline import Outline
 
@@ -112,14 +112,14 @@ def test_white_space_is_spelt_out_and_signs_are_written():
 
 def style_sheet(scheme: str) -> dict[str, str]:
     """The style sheet's variables as a scheme of the reader sets them."""
-    text = (importlib.resources.files("atesd.report") / "templates" / "page.css").read_text("utf-8")
+    text = (importlib.resources.files("atesd_lab.report") / "templates" / "page.css").read_text("utf-8")
     blocks = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
     pairs = [dict(re.findall(r"--([\w-]+): ([^;]+);", block)) for block in blocks]
     return pairs[0] | (pairs[1] if scheme == "dark" else {})
 
 
 def shades() -> list[tuple[str, str, float]]:
-    text = (importlib.resources.files("atesd.report") / "templates" / "page.css").read_text("utf-8")
+    text = (importlib.resources.files("atesd_lab.report") / "templates" / "page.css").read_text("utf-8")
     return [
         (name, colour, float(alpha))
         for name, colour, alpha in re.findall(

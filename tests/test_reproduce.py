@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atesd.cli.reproduce import run_experiments
 from atesd.config import parse_yaml
 from atesd.errors import ConfigError, RunError
-from atesd.experiments.paper import numbers, sweep, tokens
-from atesd.experiments.paper.bench import RATIOS, Bench, shares
-from atesd.experiments.paper.claims import Claim, Contrast, over_seeds
-from atesd.experiments.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
-from atesd.experiments.paper.scale import Scale, budget, cells_for, load_scale
-from atesd.experiments.plan import Cell
-from atesd.maths.differences import paired_difference
-from atesd.report.groups import halves_of
-from atesd.report.rows import RunRows
-from atesd.report.text import MISSING
 from atesd.runs import RunFolder, new_manifest
+from atesd.text import MISSING
+from atesd_lab.cli.reproduce import run_experiments
+from atesd_lab.paper import numbers, sweep, tokens
+from atesd_lab.paper.bench import RATIOS, Bench, shares
+from atesd_lab.paper.claims import Claim, Contrast, over_seeds
+from atesd_lab.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
+from atesd_lab.paper.scale import Scale, budget, cells_for, load_scale
+from atesd_lab.report.groups import halves_of
+from atesd_lab.report.rows import RunRows
+from atesd_lab.stats.differences import paired_difference
+from atesd_lab.sweep.plan import Cell
 from fake_run import decision_row, evaluation_row, metric_row, sample_row
 from quick import SMALL
 

@@ -13,11 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
 
 from atesd.config import LoraConfig, ModelConfig
+from atesd.engine.cache import RoomyLayer
+from atesd.engine.sample import Request, Sampler, draw, sample
 from atesd.errors import TrainingError
 from atesd.maths.keyed import uniforms
-from atesd.models.cache import RoomyLayer
 from atesd.models.load import LoadedModel, load_model
-from atesd.models.sample import Request, Sampler, draw, sample
 from atesd.records import Rollout
 from tiny import tiny_folder, tiny_model
 

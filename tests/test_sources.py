@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from atesd.build import problem_sets
 from atesd.config import ColumnsConfig, DataConfig
 from atesd.data.sources import load_problems
 from atesd.data.splits import split_of
-from atesd.data.world import world_problems
 from atesd.errors import ConfigError, DataError
 from atesd.records import Problem
+from atesd.world.problems import world_problems
 
 
 def row(i: int, **changes: Any) -> dict[str, Any]:
@@ -399,7 +400,7 @@ def test_settings_that_contradict_each_other_are_refused(changes, named):
 
 def test_the_world_is_a_source():
     config = DataConfig(train_size=20, validation_size=5, probe_size=5, test_size=5)
-    assert load_problems(config) == world_problems(config)
+    assert problem_sets(config) == world_problems(config)
 
 
 GSM = DataConfig(source="gsm_symbolic", train_size=60, validation_size=10, probe_size=8, test_size=10, seed=3)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from atesd.cli.sweep import LiveSweep, PlainSweep, SweepProgress
 from atesd.config import load_config
 from atesd.errors import ConfigError, RunError
-from atesd.experiments import jobs, workers
-from atesd.experiments.grid import command_lines, scores, write_shared
-from atesd.experiments.jobs import Entry, Job, run_all
-from atesd.experiments.plan import Cell, Plan, cells_of, load_plan, plan_from_mapping, plan_names, stages
-from atesd.experiments.workers import Ending, slots, visible_gpus
+from atesd_lab.cli.sweep import LiveSweep, PlainSweep, SweepProgress
+from atesd_lab.sweep import jobs, workers
+from atesd_lab.sweep.grid import command_lines, scores, write_shared
+from atesd_lab.sweep.jobs import Entry, Job, run_all
+from atesd_lab.sweep.plan import Cell, Plan, cells_of, load_plan, plan_from_mapping, plan_names, stages
+from atesd_lab.sweep.workers import Ending, slots, visible_gpus
 from fake_run import begin_run, fake_config, metric_row, write_fake_run
 from quick import SWEPT_ARMS
 
@@ -532,7 +532,7 @@ def test_before_a_cell_has_finished_the_pace_is_that_of_the_running_one_since_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     clock = [100.0]
-    monkeypatch.setattr("atesd.cli.sweep.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("atesd_lab.cli.sweep.time.monotonic", lambda: clock[0])
     found = fake_cells(tmp_path, "a", "b")
     board = [Entry(cell.job, "waiting") for cell in found]
     progress = SweepProgress(found, processes=1)

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from atesd.config import parse_yaml
-from atesd.experiments import jobs
-from atesd.experiments.grid import sweep_tables
-from atesd.experiments.plan import cells_of, load_plan
 from atesd.runs import RunFolder
+from atesd_lab.sweep import jobs
+from atesd_lab.sweep.grid import sweep_tables
+from atesd_lab.sweep.plan import cells_of, load_plan
 from quick import SMALL, SWEPT_ARMS, fingerprint, finished
 
 

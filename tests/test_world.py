@@ -14,7 +14,10 @@ from atesd.config import DataConfig, ViewsConfig
 from atesd.data.answers import last_boxed
 from atesd.data.controls import controlled
 from atesd.data.splits import fingerprint, split_of
-from atesd.data.world import (
+from atesd.errors import DataError
+from atesd.maths.keyed import generator
+from atesd.records import Problem
+from atesd.world.problems import (
     BOXED,
     COMPLETION_WORDS,
     DIGITS,
@@ -32,10 +35,7 @@ from atesd.data.world import (
     world_problem,
     world_problems,
 )
-from atesd.data.world_text import Mixture, draw_texts, training_chains
-from atesd.errors import DataError
-from atesd.maths.keyed import generator
-from atesd.records import Problem
+from atesd.world.texts import Mixture, draw_texts, training_chains
 
 SMALL = DataConfig(train_size=200, validation_size=50, probe_size=20, test_size=100)
 clauses = st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 9)), min_size=2, max_size=6)

@@ -16,20 +16,19 @@ from typing import Any, Literal, final
 
 import torch
 
-from atesd.config import Config, dump_config
-from atesd.control.make import make_exposure
+from atesd.config import Config, DataConfig, dump_config
+from atesd.control.factory import make_exposure
 from atesd.data.answers import Checker, make_checker
-from atesd.data.sources import load_problems
+from atesd.data.sources import load_problems, require_consistent
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
-from atesd.data.world import WorldRenderer
+from atesd.engine.sample import Sampler, engine_note, engine_of
 from atesd.errors import ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import evaluate_problems, is_looping, student_prompts
 from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import LoadedModel, load_model, trainable_parameters
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import ALONE, Ranks, joined
-from atesd.models.sample import Sampler, engine_note, engine_of
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem, Split, Verdict
@@ -41,6 +40,7 @@ from atesd.train.parts import Listener, Parts
 from atesd.train.step import Choose, Gate
 from atesd.train.success import SuccessDirection
 from atesd.train.token_gate import AlignedChoice, AlignedGate, RandomGate, RankedGate, correct_gate
+from atesd.world.problems import WorldRenderer, world_problems
 
 
 @final
@@ -184,7 +184,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
     """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    problems = problems or load_problems(config.data)
+    problems = problems or problem_sets(config.data)
     loaded = replace(load_model(config.model, config.train.seed), ranks=ranks)
     engine_of(loaded, config.sampling.engine)  # one that cannot decode this model is refused before anything is run
     encoder = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids)
@@ -244,6 +244,15 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         gate=make_gate(config, lookahead),
         choose=make_choice(config, lookahead),
     )
+
+
+def problem_sets(config: DataConfig) -> ProblemSets:
+    """The problems of `data.source`: the embedded world's, or those of a file, a data set or a generator.
+
+    Raises `DataError` or `ConfigError` that names the row or the setting.
+    """
+    require_consistent(config)
+    return world_problems(config) if config.source == "world" else load_problems(config)
 
 
 def close(parts: Parts) -> None:

@@ -17,8 +17,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from atesd.config import Config
-from atesd.report.text import MISSING, duration, number, percent, percent_interval, visible
 from atesd.runs import RunFolder
+from atesd.text import MISSING, duration, number, percent, percent_interval, visible
 
 PHASES = ("sample", "teacher", "student", "loss_backward", "control", "evaluate")
 

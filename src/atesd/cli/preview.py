@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from atesd.build import make_renderer
+from atesd.build import make_renderer, problem_sets
 from atesd.config import Config
-from atesd.data.sources import load_problems
 from atesd.errors import DataError
 from atesd.models.load import load_tokenizer
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem
-from atesd.report.text import visible
+from atesd.text import visible
 from atesd.train.batches import teacher_view
 
 
 def preview_text(config: Config, index: int, reveal_ratios: Sequence[float]) -> str:
     """Both contexts of a training problem, the teacher's at each ratio. Raises `DataError` beyond the last problem."""
-    problems = load_problems(config.data).train
+    problems = problem_sets(config.data).train
     if index >= len(problems):
         raise DataError(f"--problem {index}: there are {len(problems)} training problems, 0 to {len(problems) - 1}")
     encoder = PromptEncoder(load_tokenizer(config.model), config.model)

@@ -12,9 +12,9 @@ from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
 from atesd.models.ranks import joined
 from atesd.records import Split
-from atesd.report.tables import Table, render_text
-from atesd.report.text import number, percent, percent_interval
 from atesd.runs import RunFolder
+from atesd.table import Table, render_text
+from atesd.text import number, percent, percent_interval
 
 FILES = (".jsonl", ".parquet")
 RECIPE_FILES = (".yaml", ".yml")

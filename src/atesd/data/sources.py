@@ -31,7 +31,7 @@ _LISTED = 20  # bad rows that an error message shows
 
 
 def load_problems(config: DataConfig) -> ProblemSets:
-    """The problems of `data.source`: checked, split, and cut into segments.
+    """The problems of a file, a data set or a generator: checked, split, and cut into segments.
 
     The split of a problem depends on its text alone, and so does which problems are taken where a split has more than
     its size. With `data.test_source` that file is the test split (all of it, up to `data.test_size`), and what would
@@ -40,11 +40,7 @@ def load_problems(config: DataConfig) -> ProblemSets:
     Raises `DataError` for bad rows, a missing column or package, or a split smaller than its size; `ConfigError` for
     settings that contradict each other.
     """
-    _require_consistent(config)
-    if config.source == "world":
-        from atesd.data.world import world_problems
-
-        return world_problems(config)
+    require_consistent(config)
     test = None if config.test_source is None else _read_test(config.test_source, config)
     generated = config.source in _GENERATED
     main = _without_overlap(_generate(config) if generated else _read_main(config), test)
@@ -75,7 +71,8 @@ def load_benchmark(config: DataConfig) -> ProblemSets:
     return ProblemSets((), (), (), problems, reading.skipped, fingerprint((), (), (), problems))
 
 
-def _require_consistent(config: DataConfig) -> None:
+def require_consistent(config: DataConfig) -> None:
+    """Raise `ConfigError` for settings of `data` that contradict each other."""
     if config.source in ("world", *_GENERATED) and config.preset is not None:
         raise ConfigError(f"data.preset: {config.preset} describes a data set; leave it out for {config.source}")
     if config.source == "world" and config.test_source is not None:

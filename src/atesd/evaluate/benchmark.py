@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
+from atesd.engine.sample import Request, Sampler, sample
 from atesd.errors import DataError
 from atesd.maths.keyed import uniforms
 from atesd.maths.statistics import average_at_k, bootstrap_interval, pass_at_k
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
-from atesd.models.sample import Request, Sampler, sample
 from atesd.records import Problem, Rollout, Split, Verdict
 
 

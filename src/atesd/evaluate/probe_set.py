@@ -11,6 +11,7 @@ import torch
 from atesd.control.interface import Measurement
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
+from atesd.engine.sample import Sampler, sample
 from atesd.errors import ConfigError
 from atesd.evaluate.probes import Answered, graded, probe_nll, probe_requests, probe_success
 from atesd.maths.credit import reweighted_gain
@@ -18,7 +19,6 @@ from atesd.maths.divergence import Objective
 from atesd.maths.fused import divergence_profile
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
-from atesd.models.sample import Sampler, sample
 from atesd.models.score import Pair, Scorer, completion_logprobs, completion_tokens
 from atesd.models.teacher import Teacher
 from atesd.records import Problem

@@ -11,11 +11,11 @@ from statistics import fmean
 
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
+from atesd.engine.sample import Request, Sampler, sample
 from atesd.evaluate.benchmark import student_prompts
 from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
-from atesd.models.sample import Request, Sampler, sample
 from atesd.models.score import Scorer, completion_logprobs
 from atesd.records import Problem, Rollout
 

@@ -16,10 +16,10 @@ from atesd.config import Config
 from atesd.control.aligned import LooksAhead
 from atesd.data.controls import controlled
 from atesd.data.views import Renderer, make_view
+from atesd.engine.sample import Request, Sampler, sample
 from atesd.errors import NonFiniteError
 from atesd.maths.keyed import generator, uniforms
 from atesd.models.prompts import PromptEncoder
-from atesd.models.sample import Request, Sampler, sample
 from atesd.records import Alignment, Problem, Rollout, Verdict, View
 from atesd.train.lookahead import grouped
 from atesd.train.parts import Parts

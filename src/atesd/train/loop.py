@@ -14,6 +14,7 @@ from typing import Any, Literal, final
 
 import torch
 
+from atesd.card import write_model_card
 from atesd.config import Config
 from atesd.errors import ModelError, NonFiniteError, TrainingError
 from atesd.maths.divergence import Objective
@@ -21,7 +22,6 @@ from atesd.models.load import save_model, trainable_parameters
 from atesd.records import Split, UpdateStats
 from atesd.runs import RowKind, RunFolder
 from atesd.train.batches import Batch, batch_at, draw_batch, group_of, with_answer
-from atesd.train.card import write_model_card
 from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint
 from atesd.train.optimiser import Optimiser, learning_rate
 from atesd.train.parts import Listener, Parts

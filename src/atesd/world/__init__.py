@@ -1,0 +1,1 @@
+"""The embedded task: problems, texts, model, pretraining, acceptance."""

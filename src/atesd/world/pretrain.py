@@ -1,0 +1,169 @@
+"""Makes the embedded world models: pretraining from a seed until a checkpoint passes its gates.
+
+The seed decides how well a tiny model learns to use a reference, so a checkpoint is only usable once its gates are
+measured: `pretrain_until_gated` tries seed after seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen3ForCausalLM
+
+from atesd.errors import TrainingError
+from atesd.maths.keyed import generator
+from atesd.records import Problem
+from atesd.world.acceptance import GateFigures, Gates, measure_gates
+from atesd.world.model import save_world_model, world_config
+from atesd.world.problems import COMPLETION_WORDS, MAX_CLAUSES, MESSAGE_WORDS, MIN_CLAUSES, known_facts
+from atesd.world.texts import Mixture, draw_texts
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """How a world model is pretrained, and the gates it must pass."""
+
+    steps: int = 1400
+    batch_size: int = 64
+    muon_learning_rate: float = 0.02  # matrices
+    adamw_learning_rate: float = 3e-3  # embedding and norms
+    muon_weight_decay: float = 0.0
+    decay_share: float = 0.3  # last share of the steps: linear decay to 0
+    curriculum_share: float = 0.5  # first share of the steps: problems grow from 2 to 6 clauses
+    mixture: Mixture = field(default_factory=Mixture)
+    gates: Gates = field(default_factory=Gates)
+
+
+RECIPES: dict[str, PretrainRecipe] = {
+    "good": PretrainRecipe(),
+    "bad": PretrainRecipe(
+        steps=1200,
+        mixture=Mixture(reference=0.3, off_track=0.0, late_leaps=0.0, leaps_anywhere=0.0, own_leaps=0.0),
+        gates=Gates(kl_after_mistake=(1.0, math.inf)),
+    ),
+}
+"""good: one checkpoint serves every leap share. bad: without off-track texts the teacher, right by itself, does not
+know what to do after a student's mistake, so that in its hands more exposure is worse."""
+
+
+def pretrain(
+    seed: int, recipe: PretrainRecipe, progress: Callable[[int, float], None] | None = None
+) -> Qwen3ForCausalLM:
+    """A world model pretrained from `seed`; calls `progress(step, loss in nats per target)` after each step.
+
+    Weights and texts are functions of the seed alone; one thread, so that the bits do not depend on the number of
+    cores. Raises `TrainingError` on a non-finite loss.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _pretrain(seed, recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pretrain(seed: int, recipe: PretrainRecipe, progress: Callable[[int, float], None] | None) -> Qwen3ForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(seed, "pretrain", "weights").integers(2**62)))
+        model = Qwen3ForCausalLM(world_config())
+    model.train()
+    optimisers = _optimisers(model, recipe)
+    known = known_facts()
+    for step in range(recipe.steps):
+        rng = generator(seed, "pretrain", "texts", step)
+        texts = draw_texts(rng, recipe.batch_size, _longest(step, recipe), recipe.mixture, known)
+        loss = _text_loss(model, torch.from_numpy(texts.ids), torch.from_numpy(texts.targets))
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"pretraining seed {seed}: loss {value} at step {step}; try another seed")
+        factor = min(1.0, (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps))
+        for optimiser, learning_rate in optimisers:
+            optimiser.param_groups[0]["lr"] = learning_rate * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if progress:
+            progress(step, value)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _longest(step: int, recipe: PretrainRecipe) -> int:
+    """Most clauses of a text at this step: from 2 to 6 over the curriculum."""
+    share = step / max(1.0, recipe.curriculum_share * recipe.steps)
+    return min(MAX_CLAUSES, MIN_CLAUSES + int(share * (MAX_CLAUSES - MIN_CLAUSES + 1)))
+
+
+def _optimisers(model: Qwen3ForCausalLM, recipe: PretrainRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices of the layers, AdamW for the embedding and the norms, each with its learning rate."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=recipe.muon_learning_rate, weight_decay=recipe.muon_weight_decay)
+    adamw = torch.optim.AdamW(others, lr=recipe.adamw_learning_rate, weight_decay=0.0)
+    return [(muon, recipe.muon_learning_rate), (adamw, recipe.adamw_learning_rate)]
+
+
+def _text_loss(model: Qwen3ForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the target completion tokens, nats."""
+    logits = model(ids[:, :-1], logits_to_keep=COMPLETION_WORDS, use_cache=False).logits
+    return F.cross_entropy(logits[targets].float(), ids[:, MESSAGE_WORDS:][targets])
+
+
+def pretrain_until_gated(
+    seed: int,
+    attempts: int,
+    recipe: PretrainRecipe,
+    problems: Sequence[Problem] = (),
+    progress: Callable[[int, int, float], None] | None = None,
+) -> tuple[Qwen3ForCausalLM, int, GateFigures]:
+    """The first checkpoint among seeds `seed`, `seed` + 1, ... that passes the gates, its seed and its figures.
+
+    The gates are measured as in `measure_gates`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists
+    every attempt's figures.
+    """
+    failures = []
+    for candidate in range(seed, seed + attempts):
+        model = pretrain(candidate, recipe, partial(progress, candidate) if progress else None)
+        figures = measure_gates(model, problems)
+        if figures.passed(recipe.gates):
+            return model, candidate, figures
+        failures.append(f"seed {candidate}: {asdict(figures)}")
+    raise TrainingError(
+        f"no checkpoint passed {recipe.gates} in {attempts} attempts; raise --attempts\n" + "\n".join(failures)
+    )
+
+
+def pretrain_command(
+    seed: int,
+    attempts: int,
+    out: Path,
+    recipe: str = "good",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """`atesd world pretrain`: make a gated checkpoint from `seed` on, write it to `out`, return its record.
+
+    The record holds the command that makes it again, the seed that passed, the settings and the gate figures; it is
+    also `out/gates.json`.
+    """
+    model, passed, figures = pretrain_until_gated(seed, attempts, RECIPES[recipe], progress=progress)
+    record = gate_record(recipe, passed, figures)
+    save_world_model(model, out, record)
+    return record
+
+
+def gate_record(recipe: str, seed: int, figures: GateFigures) -> dict[str, Any]:
+    """What `gates.json` holds: command, seed, gate figures, settings of the recipe. JSON has no infinity: null."""
+    settings = asdict(RECIPES[recipe])
+    low, high = RECIPES[recipe].gates.kl_after_mistake
+    settings["gates"]["kl_after_mistake"] = [low, high if math.isfinite(high) else None]
+    command = f"atesd world pretrain {recipe} --seed {seed} --attempts 1"
+    return {"command": command, "recipe": recipe, "seed": seed, "figures": asdict(figures), "settings": settings}

@@ -1,0 +1,71 @@
+"""What `atesd audit` prints: tables in colours on a terminal, plain elsewhere, JSON on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from atesd.config import Config
+from atesd.table import Table, render_text
+from atesd.text import visible
+from atesd_lab.audit.audit import Audit, run_audit
+from atesd_lab.audit.text import readings_table, rewards_table, sentences
+
+WIDTH = 120
+COLOURS = {"sound": "green", "drifts up": "red", "drifts down": "red"}
+
+
+def print_audit(
+    config: Config,
+    *,
+    rollouts: int,
+    repeats: int,
+    decisions: int,
+    seeds: int,
+    effect: float | None,
+    as_json: bool = False,
+) -> None:
+    """Measure, simulate and print; progress goes to stderr."""
+    audit = run_audit(
+        config,
+        rollouts=rollouts,
+        repeats=repeats,
+        decisions=decisions,
+        seeds=seeds,
+        effect=effect,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(audit.as_json(), indent=1, allow_nan=False))
+    elif sys.stdout.isatty():
+        print_rich(audit, Console())
+    else:
+        for table in (readings_table(audit), rewards_table(audit)):
+            typer.echo(render_text(table))
+        for line in sentences(audit):
+            typer.echo(textwrap.fill(line, WIDTH, subsequent_indent="  "))
+
+
+def print_rich(audit: Audit, console: Console) -> None:
+    """Both tables, the verdicts in colour, and the sentences."""
+    for table in (readings_table(audit), rewards_table(audit)):
+        console.print(_rich(table))
+        for note in table.notes:
+            console.print(Text(visible(note)))
+    for line in sentences(audit):
+        console.print(Text(visible(line)))
+
+
+def _rich(table: Table) -> RichTable:
+    shown = RichTable(title=Text(visible(table.title)), title_justify="left")
+    for place, column in enumerate(table.columns):
+        shown.add_column(Text(visible(column)), justify="left" if place in (0, len(table.columns) - 1) else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(visible(cell), style=COLOURS.get(cell, "")) for cell in row))
+    return shown

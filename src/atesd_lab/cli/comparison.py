@@ -1,0 +1,63 @@
+"""What `atesd compare` prints: a table in colours on a terminal, plain elsewhere, JSON or Markdown on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from atesd.control.labels import method_name
+from atesd.errors import ConfigError
+from atesd.table import render_text
+from atesd.text import visible
+from atesd_lab.report.groups import group_of
+from atesd_lab.report.honest import Report, compare_groups, comparison_table, markdown
+from atesd_lab.report.rows import read_run
+
+SIDES = ("baseline", "candidate")
+
+
+def print_comparison(
+    baseline: Sequence[Path], candidate: Sequence[Path], *, as_json: bool = False, as_markdown: bool = False
+) -> None:
+    """Compare and print. Raises `ConfigError` without a second group, or for both formats at once."""
+    if not candidate:
+        raise ConfigError("compare: no candidate; write the baseline's runs, then --, then the candidate's")
+    if as_json and as_markdown:
+        raise ConfigError("compare: --json and --markdown exclude each other; choose one")
+    names = group_names(baseline[0], candidate[0])
+    report = compare_groups(group_of(names[0], baseline), group_of(names[1], candidate))
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=1, allow_nan=False))
+    elif as_markdown:
+        typer.echo(markdown(comparison_table(report)), nl=False)
+    elif sys.stdout.isatty():
+        print_rich(report, Console())
+    else:
+        typer.echo(render_text(comparison_table(report)), nl=False)
+
+
+def group_names(baseline: Path, candidate: Path) -> tuple[str, str]:
+    """What the sides are called: their methods, or baseline and candidate where these are the same."""
+    first, second = (method_name(read_run(path).config) for path in (baseline, candidate))
+    return (first, second) if first != second else (SIDES[0], SIDES[1])
+
+
+def print_rich(report: Report, console: Console) -> None:
+    """The table with its verdicts in colour, and the notes below."""
+    table = comparison_table(report)
+    shown = RichTable(title=Text(visible(table.title)), title_justify="left")
+    for place, column in enumerate(table.columns):
+        shown.add_column(Text(visible(column)), justify="left" if place in (0, len(table.columns) - 1) else "right")
+    for row in table.rows:
+        verdict = Text(row[-1], style={"better": "green", "worse": "red"}.get(row[-1].partition(",")[0], "yellow"))
+        shown.add_row(*(Text(visible(cell)) for cell in row[:-1]), verdict)
+    console.print(shown)
+    for note in table.notes:
+        console.print(Text(visible(note)))

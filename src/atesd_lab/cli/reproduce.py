@@ -1,0 +1,23 @@
+"""Train the cells of some experiments and write what they say, for `atesd reproduce`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from atesd_lab.cli.sweep import train_cells
+from atesd_lab.paper.reproduce import verdict_lines, write_experiments
+from atesd_lab.paper.scale import FOLDER, Scale
+from atesd_lab.sweep.plan import Cell
+
+
+def run_experiments(
+    scale: Scale, names: Sequence[str], cells: Sequence[Cell], processes: int | None, out: Path
+) -> tuple[str, bool]:
+    """Train what is not finished and write every experiment that can be; what to print, and whether all were."""
+    board = train_cells(cells, processes, out / FOLDER)
+    finished = {entry.job.folder for entry in board if entry.status == "finished"}
+    written = write_experiments(scale, names, cells, finished, out)
+    lines = [verdict_lines(written), *(entry.reason for entry in board if entry.status != "finished")]
+    lines.append(f"results: {out / 'results.md'}, a page per experiment beside it; figures: {out / 'figures'}")
+    return "\n".join(lines), all(one.findings is not None for one in written)

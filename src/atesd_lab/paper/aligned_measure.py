@@ -1,0 +1,418 @@
+"""What the arms of `atesd sweep aligned` came to in one world: scores, paired gaps, equal time, verdicts by interval.
+
+All intervals are 95 % over seeds and problems, by `maths.differences`. Where the seeds stand on several starting
+checkpoints, each gap has a second interval in which a checkpoint counts once, so that it covers a new checkpoint too:
+wide with three, and the stricter reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atesd.config import Config, ExposureConfig
+from atesd.errors import RunError
+from atesd.runs import RunFolder
+from atesd.text import points_interval
+from atesd_lab.report.groups import RunGroup, common_updates, shares_at
+from atesd_lab.stats.differences import Difference, mean_share, paired_difference
+from atesd_lab.sweep.pivot import SweptCell, SweptTable
+
+Floats = NDArray[np.float64]
+
+BEST_FIXED = "best fixed"
+GRPO = "grpo"
+GATE = "gate"
+NULL_CONTROLS = ("gate-shuffled", "gate-random")
+NOT_ANSWERED = "not answered"
+Word = Literal["ahead", "behind", "not distinguishable", "one seed, no verdict"]
+AHEAD_BY = 0.15  # of every fixed ratio: what prototypes made expect of the gate in the leap worlds
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and the ends of its interval, or of its range."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """candidate - baseline as shares, over the seeds that both have, paired.
+
+    `by_block` is the mean of each starting checkpoint, `over_blocks` the interval in which each counts once (empty and
+    None for one checkpoint).
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: tuple[int, ...]
+    by_block: Mapping[str, float]
+    over_blocks: tuple[float, float] | None
+
+    @property
+    def word(self) -> Word:
+        """By the interval over seeds and problems; one without width distinguishes nothing."""
+        if len(self.seeds) == 1:
+            return "one seed, no verdict"
+        if self.low < self.high and self.low > 0:
+            return "ahead"
+        if self.low < self.high and self.high < 0:
+            return "behind"
+        return "not distinguishable"
+
+    def __str__(self) -> str:
+        return points_interval(self.value, self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedGap:
+    """A gap on validation at equal time: after so many updates of the baseline and of the candidate."""
+
+    gap: Gap
+    baseline_updates: float
+    candidate_updates: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One arm. Accuracies are shares; `gaps` and `timed` are against full exposure, the best fixed ratio and GRPO.
+
+    `pace` is seconds per update relative to full exposure. `curve` is the mean on validation after each evaluated
+    update. `ratio` is that of an arm that is nothing but a fixed ratio.
+    """
+
+    arm: str
+    ratio: float | None
+    seeds: tuple[int, ...]
+    wanted: tuple[int, ...]
+    base: float
+    last: Estimate
+    gaps: Mapping[str, Gap]
+    timed: Mapping[str, TimedGap]
+    kept_share: float | None
+    pace: Estimate | None
+    curve: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A question that the sweep was to answer, the answer by rule, and the difference that it rests on.
+
+    `detail` says against which arm the difference is, or why there is no answer.
+    """
+
+    question: str
+    answer: str
+    detail: str
+    gap: Gap | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorldResult:
+    """One world: every arm in the order of the plan, which fixed ratio validation chose, verdicts, what is odd."""
+
+    world: str
+    leaps: bool
+    updates: int
+    test: tuple[int, int]
+    validation: tuple[int, int]
+    best_fixed: str | None
+    arms: tuple[ArmResult, ...]
+    absent: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    def arm(self, name: str) -> ArmResult | None:
+        """The arm of this name, if it has a finished run; `best fixed` is the one that validation chose."""
+        wanted = self.best_fixed if name == BEST_FIXED else name
+        return next((one for one in self.arms if one.arm == wanted), None)
+
+
+def measure(table: SweptTable, baseline: str, paces: Mapping[str, Estimate]) -> WorldResult:
+    """Everything of one world, with the `paces` of the arms, where they are known.
+
+    Raises `RunError` where `baseline` has no finished run, or evaluations do not compare.
+    """
+    if baseline not in table.groups:
+        raise RunError(
+            f"{table.name}: the baseline {baseline!r} has no finished run; with finished runs: "
+            f"{', '.join(table.groups) or 'none'}"
+        )
+    scored = Scored(table, baseline, paces)
+    config = scored.group(baseline).runs[0].config
+    test, validation = (scored.protocol(split) for split in ("test", "validation"))
+    return WorldResult(
+        world=table.name,
+        leaps=config.data.leap_share > 0,
+        updates=scored.last_update,
+        test=test,
+        validation=validation,
+        best_fixed=scored.best_fixed,
+        arms=tuple(scored.result(arm) for arm in table.groups),
+        absent=tuple(arm for arm in table.wanted if arm not in table.groups),
+        verdicts=tuple(_verdicts(scored)),
+        notes=table.notes,
+    )
+
+
+@final
+class Scored:
+    """The shares correct of every arm: [seeds, problems], on test at both ends, on validation at every evaluation."""
+
+    def __init__(self, table: SweptTable, baseline: str, paces: Mapping[str, Estimate]) -> None:
+        groups = list(table.groups.values())
+        lengths = {group.name: group.last for group in groups}
+        if len(set(lengths.values())) > 1:
+            raise RunError(f"{table.name}: arms of different train.num_updates do not share a table: {lengths}")
+        self._table = table
+        self.baseline = baseline
+        self.last_update = groups[0].last
+        self._base, self._last = (shares_at(groups, "test", dict.fromkeys(lengths, at)) for at in (0, self.last_update))
+        self._updates = [0, *common_updates(groups)]
+        self._validation = [shares_at(groups, "validation", dict.fromkeys(lengths, at)) for at in self._updates]
+        self.fixed = _fixed_ratios(table.groups, baseline)
+        self.best_fixed = self._choose_fixed()
+        self._paces = paces
+
+    def group(self, arm: str) -> RunGroup:
+        """The finished runs of an arm."""
+        return self._table.groups[arm]
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms with a finished run, in the order of the plan."""
+        return list(self._table.groups)
+
+    def has(self, arm: str) -> bool:
+        """Whether the arm has a finished run."""
+        return arm in self._table.groups
+
+    def common(self, baseline: str, candidate: str) -> tuple[int, ...]:
+        """The seeds that both arms have, in order."""
+        theirs = set(self.group(baseline).seeds)
+        return tuple(seed for seed in self.group(candidate).seeds if seed in theirs)
+
+    def protocol(self, split: str) -> tuple[int, int]:
+        """How many problems of a split, and how many samples of each."""
+        row = self.group(self.baseline).runs[0].evaluated(split)[-1]
+        return int(row["problems"]), int(row["samples"])
+
+    def rivals(self, arm: str) -> dict[str, str]:
+        """What an arm is compared with, by name: full exposure, the best fixed ratio, GRPO; never itself."""
+        named = {self.baseline: self.baseline, BEST_FIXED: self.best_fixed, GRPO: GRPO}
+        return {name: rival for name, rival in named.items() if rival and self.has(rival) and rival != arm}
+
+    def result(self, arm: str) -> ArmResult:
+        """Everything of one arm."""
+        group = self.group(arm)
+        rivals = {name: rival for name, rival in self.rivals(arm).items() if self.common(rival, arm)}
+        return ArmResult(
+            arm=arm,
+            ratio=self.fixed.get(arm),
+            seeds=group.seeds,
+            wanted=self._table.wanted[arm],
+            base=float(self._base[arm].mean()),
+            last=Estimate(*mean_share(self._last[arm])),
+            gaps={name: self.gap(rival, arm) for name, rival in rivals.items()},
+            timed={name: self.timed(rival, arm) for name, rival in rivals.items() if self.is_timed(rival, arm)},
+            kept_share=_kept_share(group),
+            pace=self._paces.get(arm),
+            curve={at: float(by[arm].mean()) for at, by in zip(self._updates, self._validation, strict=True)},
+        )
+
+    def gap(self, baseline: str, candidate: str) -> Gap:
+        """The candidate less the baseline on test after the last update. Raises `RunError` without a common seed."""
+        return self._gap(self._last[baseline], self._last[candidate], baseline, candidate)
+
+    def timed(self, baseline: str, candidate: str) -> TimedGap:
+        """The candidate less the baseline on validation, at the time when the faster has made all its updates.
+
+        The slower is stopped there. Between two evaluations the score of each (seed, problem) is on the line.
+        """
+        pace = self._paces[candidate].value / self._paces[baseline].value
+        ours, theirs = self.last_update * min(1.0, 1 / pace), self.last_update * min(1.0, pace)
+        gap = self._gap(self.validated(baseline, theirs), self.validated(candidate, ours), baseline, candidate)
+        return TimedGap(gap, theirs, ours)
+
+    def is_timed(self, *arms: str) -> bool:
+        """Whether the pace of all these arms is known."""
+        return all(arm in self._paces for arm in arms)
+
+    def validated(self, arm: str, update: float) -> Floats:
+        """Shares on validation [seeds, problems] after so many updates, between two evaluations on the line."""
+        after = int(np.searchsorted(self._updates, update))
+        if self._updates[min(after, len(self._updates) - 1)] == update:
+            return self._validation[after][arm]
+        first, second = self._updates[after - 1], self._updates[after]
+        weight = (update - first) / (second - first)
+        return (1 - weight) * self._validation[after - 1][arm] + weight * self._validation[after][arm]
+
+    def _choose_fixed(self) -> str | None:
+        """The fixed ratio with the highest mean validation after the last update, the lowest of equals.
+
+        Over the seeds that all of them have; None where there is no such seed.
+        """
+        common = set.intersection(*(set(self.group(arm).seeds) for arm in self.fixed))
+        if not common:
+            return None
+
+        def validated(arm: str) -> float:
+            rows = [index for index, seed in enumerate(self.group(arm).seeds) if seed in common]
+            return float(self._validation[-1][arm][rows].mean())
+
+        return max(sorted(self.fixed, key=self.fixed.__getitem__), key=validated)
+
+    def _gap(self, a: Floats, b: Floats, baseline: str, candidate: str) -> Gap:
+        pairs = self._pairs(baseline, candidate)
+        a, b = a[[theirs for theirs, _ in pairs]], b[[ours for _, ours in pairs]]
+        seeds = self.common(baseline, candidate)
+        blocks = [self._table.blocks[seed] for seed in seeds]
+        found, members = paired_difference(a, b), {block: np.array(blocks) == block for block in dict.fromkeys(blocks)}
+        sides = [np.stack([side[rows].mean(axis=0) for rows in members.values()]) for side in (a, b)]
+        over = paired_difference(*sides) if len(members) > 1 else None
+        return Gap(
+            *_numbers(found),
+            seeds=seeds,
+            by_block={block: float((b[rows] - a[rows]).mean()) for block, rows in members.items() if over is not None},
+            over_blocks=_numbers(over)[1:] if over is not None else None,
+        )
+
+    def _pairs(self, baseline: str, candidate: str) -> list[tuple[int, int]]:
+        """The places of each common seed in both arms."""
+        common = self.common(baseline, candidate)
+        if not common:
+            raise RunError(f"{self._table.name}: {baseline} and {candidate} have no seed in common; finish the sweep")
+        theirs, ours = self.group(baseline).seeds, self.group(candidate).seeds
+        return [(theirs.index(seed), ours.index(seed)) for seed in common]
+
+
+def paces_of(cells: Sequence[SweptCell], baseline: str) -> dict[str, Estimate]:
+    """Seconds per update of each arm over those of the baseline's paired cells: median and range over all pairs."""
+    seconds: dict[str, dict[tuple[str, int], float]] = {}
+    for cell in cells:
+        if cell.state == "finished":
+            by_place = seconds.setdefault(cell.points["arm"], {})
+            by_place[cell.rest("arm"), cell.seed] = seconds_per_update(RunFolder.open(cell.folder))
+    reference = seconds.get(baseline, {})
+    found = {}
+    for arm, by_place in seconds.items():
+        ratios = [value / reference[place] for place, value in by_place.items() if place in reference]
+        if ratios:
+            found[arm] = Estimate(median(ratios), min(ratios), max(ratios))
+    return found
+
+
+def seconds_per_update(run: RunFolder) -> float:
+    """Mean wall-clock seconds of an update without evaluations.
+
+    The mean, not the median: a look-ahead is renewed once a hold, and a median over updates would not see it.
+    """
+    rows = [row["seconds"] for row in run.rows("metrics") if row["seconds"]]  # a skipped update has none
+    if not rows:
+        raise RunError(f"{run.path}: no row of metrics.jsonl has `seconds`; equal time cannot be worked out")
+    return fmean(sum(value for phase, value in seconds.items() if phase != "evaluate") for seconds in rows)
+
+
+def _fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, float]:
+    """The arms that differ from the baseline in nothing but a fixed ratio, the baseline included, with their ratios."""
+    reference = _apart_from_exposure(groups[baseline].runs[0].config)
+    found = {}
+    for name, group in groups.items():
+        config = group.runs[0].config
+        if config.exposure.kind in ("full", "fixed") and _apart_from_exposure(config) == reference:
+            found[name] = 1.0 if config.exposure.kind == "full" else config.exposure.reveal_ratio
+    if baseline not in found:
+        raise RunError(f"{baseline} has exposure.kind {groups[baseline].runs[0].config.exposure.kind}; expected full")
+    return found
+
+
+def _apart_from_exposure(config: Config) -> Config:
+    """The config without what seeds, starting checkpoints and exposures make differ."""
+    return config.model_copy(
+        update={
+            "exposure": ExposureConfig(),
+            "train": config.train.model_copy(update={"seed": 0}),
+            "model": config.model.model_copy(update={"path": ""}),
+        }
+    )
+
+
+def _kept_share(group: RunGroup) -> float | None:
+    """The mean share of tokens that were distilled, over all updates of all runs; None where no gate was measured."""
+    values = [fmean(kept) for run in group.runs if (kept := run.series("kept_share")[1])]
+    return fmean(values) if values else None
+
+
+def _numbers(found: Difference) -> tuple[float, float, float]:
+    return float(found.value), float(found.low), float(found.high)
+
+
+def _verdicts(scored: Scored) -> Iterator[Verdict]:
+    """The questions of the sweep, in words; one whose arms are not there is asked and not answered."""
+    for arm in _aligned_arms(scored) or ["aligned"]:
+        yield _against(scored, arm, scored.best_fixed, f"{arm}, against the best fixed ratio")
+    if scored.group(scored.baseline).runs[0].config.data.leap_share > 0:
+        yield _ahead_of_every_fixed(scored)
+    yield _against(scored, GATE, scored.best_fixed, "gate, against the best fixed ratio")
+    for control in NULL_CONTROLS:
+        yield _against(scored, control, GATE, f"null control {control}, against the gate")
+    yield _against(scored, GATE, GRPO, "gate, against GRPO at equal rollouts")
+    yield _against(scored, GATE, GRPO, "gate, against GRPO at equal time (validation)", timed=True)
+    yield _against(
+        scored, GATE, scored.best_fixed, "gate, against the best fixed ratio at equal time (validation)", timed=True
+    )
+
+
+def _aligned_arms(scored: Scored) -> list[str]:
+    return [arm for arm in scored.arms if scored.group(arm).runs[0].config.exposure.kind == "aligned"]
+
+
+def _against(scored: Scored, candidate: str, rival: str | None, question: str, timed: bool = False) -> Verdict:
+    lacking = _lacking(scored, candidate, [rival], timed)
+    if rival is None or lacking:
+        return Verdict(question, NOT_ANSWERED, lacking, None)
+    gap = scored.timed(rival, candidate).gap if timed else scored.gap(rival, candidate)
+    return Verdict(question, gap.word, rival, gap)
+
+
+def _ahead_of_every_fixed(scored: Scored) -> Verdict:
+    """Yes if every interval lies above the margin, no if one lies below it, otherwise what was measured."""
+    margin = f"{100 * AHEAD_BY:.0f}"
+    question = f"gate, ahead of every fixed ratio by at least {margin} points"
+    lacking = _lacking(scored, GATE, list(scored.fixed), timed=False)
+    if lacking:
+        return Verdict(question, NOT_ANSWERED, lacking, None)
+    gaps = {arm: scored.gap(arm, GATE) for arm in scored.fixed}
+    nearest = min(gaps, key=lambda arm: gaps[arm].value)
+    if min(len(gap.seeds) for gap in gaps.values()) == 1:
+        answer = "one seed, no verdict"
+    elif all(gap.low >= AHEAD_BY for gap in gaps.values()):
+        answer = "yes"
+    elif any(gap.high < AHEAD_BY for gap in gaps.values()):
+        answer = "no"
+    else:
+        answer = f"measured {'yes' if gaps[nearest].value >= AHEAD_BY else 'no'}, not beyond doubt"
+    return Verdict(question, answer, nearest, gaps[nearest])
+
+
+def _lacking(scored: Scored, candidate: str, rivals: Sequence[str | None], timed: bool) -> str:
+    """Why a question about these arms cannot be answered; empty if it can."""
+    for arm in (candidate, *rivals):
+        if arm is None:
+            return "the fixed ratios have no seed in common"
+        if not scored.has(arm):
+            return f"{arm} has no finished run"
+        if not scored.common(arm, candidate):
+            return f"{candidate} and {arm} have no finished runs of one seed"
+        if timed and not scored.is_timed(arm):
+            return f"the pace of {arm} is not known"
+    return ""

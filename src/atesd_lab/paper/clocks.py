@@ -1,0 +1,86 @@
+"""Two clocks: how much the teacher sees, and which weights it has; whether the one changes what the other is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from atesd.table import Table
+from atesd.text import percent
+from atesd_lab.paper.bench import Bench, Findings
+from atesd_lab.paper.claims import Claim, Contrast, over_seeds
+from atesd_lab.paper.drawing import panels
+from atesd_lab.report.canvas import colour, plain, styled
+
+WEIGHTS: Mapping[str, str] = {"steps": "frozen", "ema": "EMA", "refresh": "refresh", "live": "live"}
+ARMS = ("full", "fixed-0.5", "sound")
+
+
+def report(bench: Bench) -> Findings:
+    """Accuracy and late ratio by weights and exposure, a table for each weights, and the interactions."""
+    moving = [world for world in WEIGHTS if world != "steps"]
+    claims = [
+        Claim(
+            f"{WEIGHTS[world]} weights: what full exposure adds to a fixed ratio of 0.5 differs from frozen weights",
+            "ours",
+            "-",
+            (_two_sided(interaction(bench, world)),),
+        )
+        for world in moving
+    ]
+    return Findings(
+        "Exposure and the teacher's weights: two clocks",
+        (clock_table(bench), *(bench.table(world, ARMS, "full") for world in bench.worlds)),
+        {"clocks": _draw(bench)},
+        tuple(claims),
+        ("The paper keeps the teacher's weights frozen. All in the steps world.",),
+    )
+
+
+def clock_table(bench: Bench) -> Table:
+    """Mean accuracy in % of every exposure under every weights, with the range over seeds."""
+    rows = []
+    for world, name in WEIGHTS.items():
+        cells = []
+        for arm in ARMS:
+            values = bench.accuracies(world, arm)
+            cells.append(f"{percent(fmean(values))} ({percent(min(values))} to {percent(max(values))})")
+        rows.append((name, *cells, f"{fmean(bench.late_ratios(world, 'sound')):.2f}"))
+    columns = ("teacher's weights", *ARMS, "late ratio of sound")
+    return Table("Average@k on test after the last update, %: mean and range over seeds", columns, tuple(rows))
+
+
+def interaction(bench: Bench, world: str) -> Contrast:
+    """(full - fixed 0.5) under these weights minus the same under frozen weights, over seeds."""
+    full, half, frozen_full, frozen_half = (
+        bench.accuracies(where, arm) for where in (world, "steps") for arm in ("full", "fixed-0.5")
+    )
+    gaps = [100 * ((a - b) - (c - d)) for a, b, c, d in zip(full, half, frozen_full, frozen_half, strict=True)]
+    return over_seeds(f"{WEIGHTS[world]}: (full - 0.5) - the same with frozen weights", gaps, "points")
+
+
+def _two_sided(one: Contrast) -> Contrast:
+    """A difference of either sign speaks for an interaction: the contrast with the sign that it has."""
+    return one if one.value >= 0 else Contrast(f"minus {one.name}", -one.value, -one.high, -one.low, one.unit)
+
+
+@styled
+def _draw(bench: Bench) -> Figure:
+    figure, all_axes = panels(len(WEIGHTS), width=3.4)
+    for axes, (world, name) in zip(all_axes, WEIGHTS.items(), strict=True):
+        for index, arm in enumerate(ARMS):
+            rows = [run.evaluated("validation") for run in bench.runs(world, arm)]
+            updates = [int(row["update"]) for row in rows[0]]
+            values = [[100 * row["average"]["value"] for row in some] for some in rows]
+            axes.plot(
+                updates, np.mean(values, axis=0), color=colour(index), linewidth=2, marker="o", markersize=3, label=arm
+            )
+            for one in values:
+                axes.plot(updates, one, color=colour(index), linewidth=0.5, alpha=0.4)
+        axes.set(title=plain(f"teacher: {name}"), xlabel="update", ylim=(0, 100))
+    all_axes[0].set_ylabel("Average@k on validation, %")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

@@ -1,0 +1,132 @@
+"""Every experiment by name, and what is written of it: tables and claims as Markdown, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from atesd.errors import AtesdError, ConfigError
+from atesd.runs import write_atomic
+from atesd.table import Table, render_text
+from atesd_lab.paper import (
+    clocks,
+    controllers,
+    controls,
+    credit,
+    exposure,
+    granularity,
+    main,
+    policy,
+    sweep,
+    tokens,
+)
+from atesd_lab.paper.bench import Bench, Findings
+from atesd_lab.paper.claims import Claim, Verdict
+from atesd_lab.paper.drawing import write_figure
+from atesd_lab.paper.numbers import source
+from atesd_lab.paper.scale import Scale
+from atesd_lab.report.honest import markdown
+from atesd_lab.sweep.plan import Cell
+
+EXPERIMENTS: Mapping[str, Callable[[Bench], Findings]] = {
+    "sweep": sweep.report,
+    "main": main.report,
+    "credit": credit.report,
+    "exposure": exposure.report,
+    "policy": policy.report,
+    "tokens": tokens.report,
+    "controls": controls.report,
+    "clocks": clocks.report,
+    "granularity": granularity.report,
+    "controllers": controllers.report,
+}
+RULE = (
+    "Verdict: agrees if every 95 % interval of the claim's differences is above 0, disagrees if one is below "
+    "0, otherwise not distinguishable. Where a claim has several differences no allowance is made for their number.",
+    "The worlds are embedded toys of a 101,056-parameter model; the leap world is made so that its best ratio is "
+    "interior. A verdict here is about a mechanism and no evidence about language models.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An experiment that was written, or why it was not."""
+
+    name: str
+    findings: Findings | None
+    missing: str = ""
+
+
+def named(name: str) -> list[str]:
+    """One experiment, or all of them. Raises `ConfigError` for an unknown name."""
+    if name == "all":
+        return list(EXPERIMENTS)
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"reproduce {name}: expected all or one of {', '.join(EXPERIMENTS)}")
+    return [name]
+
+
+def write_experiments(
+    scale: Scale, names: Sequence[str], cells: Sequence[Cell], finished: Set[Path], out: Path
+) -> list[Written]:
+    """Write NAME.md and figures/NAME-*.svg and .png for every experiment whose cells are finished, and results.md."""
+    written = [_write(name, scale, cells, finished, out) for name in names]
+    write_atomic(out / "results.md", summary(written).encode())
+    return written
+
+
+def _write(name: str, scale: Scale, cells: Sequence[Cell], finished: Set[Path], out: Path) -> Written:
+    pairs = scale.wanted([name])
+    mine = [cell for cell in cells if (cell.points["world"], cell.points["arm"]) in pairs]
+    left = [cell for cell in mine if cell.job.folder not in finished]
+    if left:
+        return Written(name, None, f"{len(left)} of {len(mine)} cells are not finished, such as {left[0].job.name}")
+    try:
+        findings = EXPERIMENTS[name](Bench(mine, pairs))
+    except AtesdError as error:
+        return Written(name, None, str(error))
+    for key, figure in findings.figures.items():
+        write_figure(figure, out / "figures" / f"{name}-{key}")
+    write_atomic(out / f"{name}.md", page(name, findings).encode())
+    return Written(name, findings)
+
+
+def page(name: str, findings: Findings) -> str:
+    """Everything of one experiment as Markdown."""
+    figures = [f"![{name}: {key}](figures/{name}-{key}.svg)" for key in findings.figures]
+    parts = [f"# {findings.title}", markdown(claims_table(findings.claims)), *figures]
+    parts += [markdown(table) for table in findings.tables]
+    return "\n\n".join([*parts, *(f"- {note}" for note in findings.notes)]) + "\n"
+
+
+def summary(written: Sequence[Written]) -> str:
+    """What was claimed and what came out, experiment after experiment, as Markdown."""
+    parts = ["# Reproduction", *(f"- {line}" for line in RULE), f"- Paper: {source()}."]
+    for one in written:
+        if one.findings is None:
+            parts.append(f"## {one.name}\n\nNot written: {one.missing}")
+        else:
+            table = markdown(claims_table(one.findings.claims))
+            parts.append(f"## {one.findings.title} ([{one.name}]({one.name}.md))\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """One row per claim: whose, the paper's number, ours, the verdict."""
+    rows = [
+        (claim.text, claim.origin, claim.printed, "; ".join(map(str, claim.contrasts)), claim.verdict)
+        for claim in claims
+    ]
+    return Table("Claims", ("claim", "whose", "paper", "here: difference [95 % interval]", "verdict"), tuple(rows))
+
+
+def verdict_lines(written: Sequence[Written]) -> str:
+    """For a terminal: how many claims of each experiment came out how, and what was not written."""
+    verdicts = get_args(Verdict)
+    rows = []
+    for one in written:
+        found = [claim.verdict for claim in one.findings.claims] if one.findings else []
+        rows.append((one.name, *(str(found.count(verdict)) for verdict in verdicts), one.missing or "written"))
+    return render_text(Table("Claims by verdict", ("experiment", *verdicts, "state"), tuple(rows)))

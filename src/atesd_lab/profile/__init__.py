@@ -1,0 +1,1 @@
+"""Before training: what a teacher would be worth at each reveal ratio."""

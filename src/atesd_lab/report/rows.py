@@ -1,0 +1,86 @@
+"""A run folder as the report reads it: its rows, frozen, in the order of the updates."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atesd.config import Config
+from atesd.errors import RunError
+from atesd.runs import RunFolder
+from atesd.text import finite
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRows:
+    """One run: what it was asked to do, and what it logged. Any of the four kinds of rows may be empty."""
+
+    name: str
+    config: Config
+    manifest: Row
+    metrics: tuple[Row, ...]
+    decisions: tuple[Row, ...]
+    evaluations: tuple[Row, ...]
+    samples: tuple[Row, ...]
+
+    @property
+    def updates_done(self) -> int:
+        """How many student updates have been logged."""
+        return int(self.metrics[-1]["update"]) + 1 if self.metrics else 0
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that were evaluated, test first."""
+        found = {str(row["split"]) for row in self.evaluations}
+        return tuple(sorted(found, key=lambda split: (split != "test", split)))
+
+    def evaluated(self, split: str) -> tuple[Row, ...]:
+        """The evaluations of one split, by update."""
+        return tuple(row for row in self.evaluations if row["split"] == split)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Updates and values of a metric, without the updates at which it was not measured."""
+        pairs = [(int(row["update"]), finite(row.get(key))) for row in self.metrics]
+        kept = [(update, value) for update, value in pairs if value is not None]
+        return [update for update, _ in kept], [value for _, value in kept]
+
+
+def read_run(path: Path, name: str | None = None) -> RunRows:
+    """Read a run folder, finished or still growing. Raises `RunError` if it is none, `ConfigError` on its settings."""
+    folder = RunFolder.open(path)
+    return RunRows(
+        name=name or path.resolve().name,
+        config=folder.config,
+        manifest=folder.manifest,
+        metrics=_newest_by(folder.rows("metrics"), "update"),
+        decisions=_newest_by(folder.rows("decisions"), "update"),
+        evaluations=_newest_by(folder.rows("evaluations"), "update", "split"),
+        samples=tuple(folder.rows("samples")),
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRows]:
+    """Read several run folders, with names that tell them apart."""
+    if not paths:
+        raise RunError("no run folder given; expected at least one, for example runs/micro")
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = ["/".join(path.resolve().parts[-2:]) for path in paths]
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def natural(text: str) -> tuple[tuple[float, str], ...]:
+    """A sort key that puts difficulty 10 after difficulty 9, and words after numbers."""
+    return tuple((int(digits) if digits else math.inf, word) for digits, word in re.findall(r"(\d+)|(\D+)", text))
+
+
+def _newest_by(rows: Sequence[Row], *keys: str) -> tuple[Row, ...]:
+    """One row per key, the last written: a decision logged as pending may come again as finished."""
+    newest = {tuple(row[key] for key in keys): row for row in rows}
+    return tuple(sorted(newest.values(), key=lambda row: int(row["update"])))

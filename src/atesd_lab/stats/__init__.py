@@ -1,0 +1,1 @@
+"""Is a difference distinguishable? Intervals, paired differences, the best of several arms."""

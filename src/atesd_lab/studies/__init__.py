@@ -1,0 +1,1 @@
+"""One module per study: the demo, the bad teacher."""

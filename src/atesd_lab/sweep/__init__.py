@@ -1,0 +1,1 @@
+"""Grids of runs: plans, cells, jobs, their tables and page."""

@@ -1,0 +1,1 @@
+"""Studies that validate instruments of the laboratory; not part of the package."""

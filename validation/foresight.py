@@ -1,0 +1,267 @@
+"""Does alignment foresee what one step does? `python -m validation.foresight --out FOLDER`.
+
+In several worlds, at the start and in the middle of training, two things are found for each of five ratios: the
+alignment (direction from some rollouts, scored on others), and what truly happens to the student's success on held-out
+problems when it takes one plain gradient step on that ratio's loss. The truth is measured without sampling twice:
+completions of the student before the step are weighted by how much likelier the step has made them,
+
+    change = mean of (q'(y) / q(y) - 1) (correct(y) - mean correct at its difficulty).
+
+Printed is Spearman's rank correlation over the ratios, and whether the signs agree where the truth is clear of 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from scipy.stats import spearmanr
+
+from atesd.build import Silent, build, close
+from atesd.config import Config, load_config
+from atesd.engine.sample import Request, sample
+from atesd.evaluate.benchmark import student_prompts
+from atesd.maths.keyed import uniforms
+from atesd.models.load import trainable_parameters
+from atesd.models.score import Pair, completion_logprobs
+from atesd.runs import RunFolder, write_atomic
+from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
+from atesd.train.lookahead import grouped
+from atesd.train.loop import Trainer, objective
+from atesd.train.parts import Parts
+from atesd.train.step import Row, distill
+from validation.foresight_figure import draw_foresight
+
+WORLDS: dict[str, tuple[str, ...]] = {
+    "steps": ("data.leap_share=0",),
+    "leaps, q = .25": ("data.leap_share=0.25",),
+    "leaps, q = .5": ("data.leap_share=0.5",),
+    "leaps, q = 1": ("data.leap_share=1",),
+    "leaps anywhere": ("data.leap_share=1", "data.leap_probability=0.2"),
+    "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.ema_decay=0.98"),
+    "bad teacher": ("data.leap_share=0",),
+}
+BATCHES_FOR_DIRECTION = 4
+BATCHES_SCORED = 8
+HELD_OUT_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Held-out completions of the student before any step: with log-probabilities, and what each is worth."""
+
+    pairs: tuple[Pair, ...]
+    logprobs: tuple[float, ...]
+    worth: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What was foreseen and what came, per ratio.
+
+    Foreseen: alignment. True: the change of success after a step with one learning rate for all ratios, that at which
+    the last ratio's step has the length of the displacement that gave the alignment.
+    """
+
+    world: str
+    checkpoint: str
+    updates: int
+    accuracy: float
+    ratios: tuple[float, ...]
+    foreseen: tuple[float, ...]
+    foreseen_errors: tuple[float, ...]
+    true: tuple[float, ...]
+    true_errors: tuple[float, ...]
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's, over the ratios."""
+        return float(spearmanr(self.foreseen, self.true).statistic)
+
+    @property
+    def signs_agree(self) -> tuple[int, int]:
+        """(ratios whose sign was foreseen, ratios whose true change is clear of 0 by two standard errors)."""
+        clear = [
+            f * t > 0
+            for f, t, error in zip(self.foreseen, self.true, self.true_errors, strict=True)
+            if abs(t) > 2 * error
+        ]
+        return sum(clear), len(clear)
+
+
+def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresight:
+    """Train so many updates as `config` says, then compare what alignment foresees with what one step brings."""
+    parts = replace(build(config), gate=None)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(parts, RunFolder(Path(folder), "foresight"), Silent())
+            for update in range(updates):
+                trainer.update(update)
+        return _compare(parts, world, checkpoint, updates)
+    finally:
+        close(parts)
+
+
+def _compare(parts: Parts, world: str, checkpoint: str, updates: int) -> Foresight:
+    config, lookahead = parts.config, parts.lookahead
+    if lookahead is None:
+        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.token_gate: aligned")
+    direction = lookahead.direction
+    direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
+    first = config.train.num_updates  # batches beyond those that were trained on
+    for update in range(first, first + BATCHES_FOR_DIRECTION):
+        batch = draw_batch(parts, update)
+        direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+    direction.renew(first)
+    batches = [draw_batch(parts, first + BATCHES_FOR_DIRECTION + i) for i in range(BATCHES_SCORED)]
+    problems = [problem for batch in batches for problem in batch.problems]
+    students = [row.student_pair for batch in batches for row in batch.rows]
+    given = config, parts.encoder, parts.renderer, parts.problems.train
+    seen = {ratio: [teacher_view(p, ratio, *given)[1] for p in problems] for ratio in lookahead.ratios}
+    rows = lookahead.by_ratio(students, seen.__getitem__)
+    foreseen = grouped(lookahead.ratios, rows, [""] * len(rows))[""]
+    gradients = {ratio: _gradient(parts, students, seen[ratio]) for ratio in lookahead.ratios}
+    held = held_out(parts)
+    rate = direction.epsilon / _length(gradients[lookahead.ratios[-1]])
+    true = [true_change(parts, held, gradients[ratio], rate) for ratio in lookahead.ratios]
+    return Foresight(
+        world,
+        checkpoint,
+        updates,
+        fmean(verdict == "correct" for batch in batches for verdict in batch.verdicts),
+        lookahead.ratios,
+        foreseen.values,
+        foreseen.errors,
+        tuple(change for change, _ in true),
+        tuple(error for _, error in true),
+    )
+
+
+def _gradient(parts: Parts, students: Sequence[Pair], contexts: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The gradient of the loss on these rollouts under these teacher contexts."""
+    rows = [Row(context, completion, seen) for (context, completion), seen in zip(students, contexts, strict=True)]
+    distill(
+        parts.scorer,
+        parts.teacher,
+        rows,
+        objective(parts.config),
+        reduction=parts.config.loss.reduction,
+        micro_batch_size=parts.config.train.micro_batch_size,
+        chunk_tokens=parts.config.loss.chunk_tokens,
+    )
+    found = {}
+    for name, parameter in trainable_parameters(parts.loaded).items():
+        if parameter.grad is not None:
+            found[name] = parameter.grad.clone()
+        parameter.grad = None
+    return found
+
+
+def held_out(parts: Parts) -> Held:
+    """Completions of the test problems by the student as it is, keyed, graded, each at the worth of its verdict."""
+    if parts.checker is None:
+        raise ValueError("success is what a checker says; set data.checker")
+    problems, sampler = parts.problems.test, rollout_sampler(parts.config)
+    prompts = student_prompts(problems, parts.encoder, parts.renderer)
+    count, seed = sampler.completion_tokens, parts.config.train.seed
+    requests = [
+        Request(problem.id, k, prompt, uniforms(count, seed, "foresight", problem.id, k))
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for k in range(HELD_OUT_SAMPLES)
+    ]
+    rollouts = sample(parts.loaded, requests, sampler)
+    asked = [problem for problem in problems for _ in range(HELD_OUT_SAMPLES)]
+    texts = [parts.encoder.decode(rollout.completion_ids) for rollout in rollouts]
+    verdicts = parts.checker.check([(text, p.answer) for text, p in zip(texts, asked, strict=True)])
+    correct = [float(verdict == "correct") for verdict in verdicts]
+    by_level: dict[int, list[float]] = defaultdict(list)
+    for problem, value in zip(asked, correct, strict=True):
+        by_level[problem.difficulty].append(value)
+    worth = tuple(value - fmean(by_level[p.difficulty]) for value, p in zip(correct, asked, strict=True))
+    pairs = tuple((rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts)
+    return Held(pairs, _sums(parts, pairs), worth)
+
+
+def true_change(parts: Parts, held: Held, gradient: dict[str, torch.Tensor], rate: float) -> tuple[float, float]:
+    """Change of success on the held-out problems after one step of -rate * gradient, and its standard error."""
+    parameters = trainable_parameters(parts.loaded)
+    before = {name: parameters[name].data for name in gradient}
+    try:
+        for name, value in gradient.items():
+            parameters[name].data = before[name] - rate * value
+        after = _sums(parts, held.pairs)
+    finally:
+        for name, data in before.items():
+            parameters[name].data = data
+    weights = (torch.tensor(after) - torch.tensor(held.logprobs)).exp() - 1
+    changes = (weights * torch.tensor(held.worth)).tolist()
+    return fmean(changes), stdev(changes) / len(changes) ** 0.5
+
+
+def _sums(parts: Parts, pairs: Sequence[Pair]) -> tuple[float, ...]:
+    """Log-probability of each completion under the student at the rollout temperature, nats."""
+    found = completion_logprobs(parts.scorer, pairs, temperature=parts.config.sampling.temperature, micro_batch_size=64)
+    return tuple(float(row.double().sum()) for row in found)
+
+
+def _length(gradient: dict[str, torch.Tensor]) -> float:
+    return float(torch.stack([value.double().square().sum() for value in gradient.values()]).sum().sqrt())
+
+
+def main() -> None:
+    """Check every world and checkpoint, at the start and in the middle; write foresight.json and the figure."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    asked.add_argument("--out", type=Path, default=Path("runs/foresight"))
+    asked.add_argument("--checkpoints", default="a,b,c", help="of the good worlds; default a,b,c")
+    asked.add_argument("--updates", type=int, default=50, help="the middle of training; default 50")
+    asked.add_argument("--set", action="append", default=[], help="a.b=value, for all")
+    given = asked.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for world, overrides in WORLDS.items():
+        checkpoints = ["bad"] if world == "bad teacher" else given.checkpoints.split(",")
+        for checkpoint in checkpoints:
+            for updates in (0, given.updates):
+                config = load_config("micro", [*settings(overrides, checkpoint), *given.set])
+                seen = check(config, world, checkpoint, updates)
+                agree, clear = seen.signs_agree
+                print(
+                    f"{world}, checkpoint {checkpoint}, after {updates} updates: rank correlation "
+                    f"{seen.rank_correlation:.2f}, signs {agree} of {clear}, foreseen {_row(seen.foreseen)}, "
+                    f"true {_row(seen.true)}",
+                    flush=True,
+                )
+                found.append(seen)
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(given.out / "foresight.json", json.dumps([asdict(seen) for seen in found], indent=1).encode())
+    draw_foresight(found, given.out)
+    print(f"figure: {given.out / 'foresight.svg'}, {given.out / 'foresight.png'}")
+
+
+def settings(overrides: Sequence[str], checkpoint: str) -> list[str]:
+    """The run whose middle is looked at: half of the reference shown, so that no ratio has been used up."""
+    return [
+        *overrides,
+        f"model.path=world:{checkpoint}",
+        "exposure.kind=fixed",
+        "exposure.reveal_ratio=0.5",
+        "loss.token_gate=aligned",
+        "aligned.min_correct=1",
+        "train.num_updates=100",
+        "train.seed=50",
+    ]
+
+
+def _row(values: Sequence[float]) -> str:
+    return " / ".join(f"{1e3 * value:.1f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()
