@@ -1,14 +1,22 @@
-"""A KV cache with room to grow: a step writes its own tokens and does not copy the past."""
+"""A KV cache with room to grow: a step writes its own tokens and does not copy the past.
+
+Also the one place that knows by which name a model takes its cache.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from atesd.errors import ModelError
+
 _BLOCK = 256  # tokens; room grows by whole blocks
+# Transformers 5.24 renamed the argument for its own models; a model with code of its own may keep the older name.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -42,6 +50,30 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which the model's forward takes a KV cache: `cache`, or `past_key_values` where it knows no other.
+
+    Looks at the signature of the model itself, inside torch.compile and PEFT, whose forwards hand on any name. Raises
+    `ModelError` if it takes neither: a forward with `**kwargs` would ignore the cache, and each token lose its past.
+    """
+    plain = _plain(model)
+    taken = inspect.signature(plain.forward).parameters
+    for name in _CACHE_NAMES:
+        if name in taken:
+            return name
+    raise ModelError(
+        f"{type(plain).__name__}.forward takes no KV cache: its arguments ({', '.join(taken)}) name neither "
+        f"{' nor '.join(_CACHE_NAMES)}, so it cannot be sampled from; use a model whose forward names one of them"
+    )
+
+
+def _plain(model: Any) -> Any:
+    """The model inside `torch.compile` and PEFT, in whichever order they wrap it."""
+    if hasattr(model, "_orig_mod"):
+        return _plain(model._orig_mod)
+    return _plain(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def _buffer(new: Tensor, length: int, past: Tensor | None) -> Tensor:

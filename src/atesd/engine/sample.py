@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atesd.engine.cache import roomy_cache
+from atesd.engine.cache import cache_argument, roomy_cache
 from atesd.engine.captured import StaticSteps
 from atesd.engine.decode import Decoder
 from atesd.engine.layers import Network, read_network, unsupported
@@ -186,7 +186,7 @@ class _TransformersReader:
         places = torch.arange(max(lengths) + steps) - (max(lengths) - torch.tensor(lengths))[:, None]
         self._mask = (places >= 0).long().to(loaded.device)
         self._positions = places.clamp(min=0).to(loaded.device)
-        self._cache = roomy_cache(loaded.model.config)
+        self._cache, self._cache_argument = roomy_cache(loaded.model.config), cache_argument(loaded.model)
 
     def logits(self, ids: Tensor) -> Tensor:
         start, self._length = self._length, self._length + ids.shape[1]
@@ -194,9 +194,9 @@ class _TransformersReader:
             input_ids=ids,
             attention_mask=self._mask[:, : self._length],
             position_ids=self._positions[:, start : self._length],
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache},
         )
         logits: Tensor = output.logits[:, -1].float()
         return logits
