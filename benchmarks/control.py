@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from atesd.build import train
+from atesd.session import train
 from atesd.config import load_config
 from benchmarks.harness import Case, Goal, Result, Settings, spread
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from atesd.build import train
+from atesd.session import train
 from atesd.config import load_config
 from benchmarks.children import ROOT, in_child
 from benchmarks.harness import Case, Goal, Result, Settings, ratio, single

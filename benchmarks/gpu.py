@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from atesd.build import Silent, build
+from atesd.build import build
+from atesd.train.listeners import Listeners
 from atesd.config import Config, LoraConfig, LossConfig, ModelConfig, SamplingConfig, TrainConfig
 from atesd.data.splits import ProblemSets
 from atesd.models.load import save_model
@@ -176,7 +177,7 @@ def time_step(name: str, most_seconds: float, most_gb: float, settings: Settings
             torch.cuda.reset_peak_memory_stats()
         rows = []
         rounds = [
-            {"update": seconds_of(lambda u=update: rows.append(trainer.update(u)[2]), device)}  # type: ignore[misc]
+            {"update": seconds_of(lambda u=update: rows.append(trainer.update(u).row), device)}  # type: ignore[misc]
             for update in range(1, 1 + min(3, settings.rounds))
         ]
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
@@ -191,9 +192,10 @@ def time_step(name: str, most_seconds: float, most_gb: float, settings: Settings
 def lora_trainer(size: Shapes, folder: Path, device: Literal["cpu", "cuda"], vocabulary: int) -> Trainer:
     """Our trainer with an adapter on the bfloat16 model in `folder`; its completions never end before their limit."""
     problems = word_problems(size.rows, vocabulary, size.problem, size.reference)
-    parts = build(config_of_lengths(size, folder, device), ProblemSets(problems, (), problems[:1], ()))
-    endless = replace(parts.loaded, end_ids=frozenset({vocabulary}))
-    return Trainer(replace(parts, loaded=endless), RunFolder(folder / "run", "benchmark"), Silent())
+    config = config_of_lengths(size, folder, device)
+    endless = replace(load_model(config.model, config.train.seed), end_ids=frozenset({vocabulary}))
+    components = build(config, ProblemSets(problems, (), problems[:1], ()), loaded=endless)
+    return Trainer(components, RunFolder(folder / "run", "benchmark"), Listeners(()))
 
 
 def config_of_lengths(size: Shapes, folder: Path, device: Literal["cpu", "cuda"]) -> Config:

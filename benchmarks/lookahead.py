@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from atesd.build import Silent, build, close
+from atesd.build import build, close
+from atesd.train.listeners import Listeners
 from atesd.config import load_config
 from atesd.runs import RunFolder
 from atesd.train.loop import Trainer
@@ -79,9 +80,9 @@ def train_a_little(recipe: str, words: list[str], updates: int) -> dict[str, Any
     parts = build(config)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parts, RunFolder(Path(folder) / "run", "benchmark"), Silent())
+            trainer = Trainer(parts, RunFolder(Path(folder) / "run", "benchmark"), Listeners(()))
             mark = Mark("cpu")
-            seconds = [trainer.update(update)[2]["seconds"] for update in range(updates)]
+            seconds = [trainer.update(update).row["seconds"] for update in range(updates)]
             peak = mark.rise()
     finally:
         close(parts)

@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from atesd.build import Silent, build
+from atesd.build import build
+from atesd.train.listeners import Listeners
 from atesd.config import (
     Config,
     DataConfig,
@@ -31,6 +32,7 @@ from atesd.config import (
 )
 from atesd.data.splits import ProblemSets
 from atesd.data.views import TextRenderer
+from atesd.models.load import load_model
 from atesd.records import Problem
 from atesd.runs import RunFolder
 from atesd.train.loop import Trainer
@@ -84,12 +86,10 @@ def config_of(folder: Path, rows: int, completion_tokens: int, rows_at_a_time: i
 def our_trainer(work: Work, folder: Path, rows_at_a_time: int = 8) -> Trainer:
     """Our trainer on the model in `folder`; its completions never end before their limit."""
     problems = work.problems
-    parts = build(
-        config_of(folder, work.rows, work.completion_tokens, rows_at_a_time),
-        ProblemSets(problems, (), problems[:1], ()),
-    )
-    endless = replace(parts.loaded, end_ids=frozenset({work.model.vocabulary}))
-    return Trainer(replace(parts, loaded=endless), RunFolder(folder / "run", "benchmark"), Silent())
+    config = config_of(folder, work.rows, work.completion_tokens, rows_at_a_time)
+    endless = replace(load_model(config.model, config.train.seed), end_ids=frozenset({work.model.vocabulary}))
+    components = build(config, ProblemSets(problems, (), problems[:1], ()), loaded=endless)
+    return Trainer(components, RunFolder(folder / "run", "benchmark"), Listeners(()))
 
 
 def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback, rows_at_a_time: int) -> None:

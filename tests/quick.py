@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from atesd.build import train
+from atesd.session import train
 from atesd.config import Config, load_config
 from atesd.runs import RunFolder
 from atesd.train.checkpoint import digest, load_newest

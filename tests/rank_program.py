@@ -17,15 +17,14 @@ from unittest import mock
 import torch
 from torch import nn
 
-from atesd.build import train
+from atesd.session import train
 from atesd.cli.scores import evaluate_target
 from atesd.config import Config
 from atesd.errors import AtesdError, DataError
 from atesd.models.ranks import Ranks, joined
 from atesd.train import loop
-from atesd.train.batches import Batch, draw_batch
-from atesd.train.parts import Parts
-from atesd.train.step import StepMeters, distill
+from atesd.train.rollouts import GradedRollout, RolloutSampler
+from atesd.train.update import StepMeters, accumulate
 from quick import quick
 
 UNEVEN = ("train.num_updates=6", "train.batch_size=5", "train.micro_batch_size=2")  # rank 0 has three rows, rank 1 two
@@ -92,12 +91,14 @@ def summed_gradients(ranks: Ranks) -> list[list[float] | None]:
 def stopped_by_rank_1(ranks: Ranks, out: Path) -> str:
     """Train until rank 1, and only rank 1, gets SIGTERM within update `STOPPED_IN`."""
 
-    def draw_and_ask(parts: Parts, update: int) -> Batch:
+    drawn = RolloutSampler.rollouts
+
+    def draw_and_ask(sampler: RolloutSampler, update: int) -> list[GradedRollout]:
         if ranks.rank == 1 and update == STOPPED_IN:
             signal.raise_signal(signal.SIGTERM)
-        return draw_batch(parts, update)
+        return drawn(sampler, update)
 
-    with mock.patch.object(loop, "draw_batch", draw_and_ask):
+    with mock.patch.object(RolloutSampler, "rollouts", draw_and_ask):
         return train(config_of("learned"), out).status
 
 
@@ -105,9 +106,9 @@ def never_finite(out: Path) -> str:
     """Train with a loss that is not a number; what stops it."""
 
     def broken(*arguments: Any, **options: Any) -> StepMeters:
-        return replace(distill(*arguments, **options), loss=math.nan)
+        return replace(accumulate(*arguments, **options), loss=math.nan)
 
-    with mock.patch.object(loop, "distill", broken):
+    with mock.patch.object(loop, "accumulate", broken):
         return error_of(lambda: train(config_of("learned"), out))
 
 

@@ -9,49 +9,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from atesd.build import build, close, train
+from atesd.build import build, close
+from atesd.session import train
 from atesd.config import AlignedConfig, Config, load_config
 from atesd.control.aligned import AlignedExposure
 from atesd.control.fixed import FixedExposure
 from atesd.errors import ConfigError, NonFiniteError
 from atesd.maths.divergence import Objective
-from atesd.models.load import trainable_parameters
 from atesd.models.score import Scorer, completion_tokens
 from atesd.records import Alignment, UpdateStats
-from atesd.train.batches import batch_at, draw_batch, group_advantages
+from atesd.maths.advantages import group_advantages
+from atesd.train.rollouts import batch_at
 from atesd.train.checkpoint import digest
-from atesd.train.lookahead import grouped
-from atesd.train.loop import objective
-from atesd.train.parts import Parts
-from atesd.train.step import Row, distill, maximise_likelihood, token_weights
-from atesd.train.success import Attempt, drawn, weighted_rows
-from atesd.train.token_gate import AlignedGate, RandomGate, RankedGate
+from atesd.aligned.direction import Attempt, drawn, weighted_rows
+from atesd.aligned.scorer import grouped
+from atesd.aligned.selectors import AlignedGate
+from atesd.build import objective
+from atesd.train.components import Components
+from atesd.train.selectors import RandomGate, RankedGate
+from atesd.train.update import BatchPlan, Example
 from quick import cut_after, fingerprint, finished, quick
 from tiny import tiny_model
+from updates import alignment_scorer, batch_of, direction_of, distill, maximise_likelihood, selector_of
 
 ALIGNED = ("exposure.kind=aligned", "aligned.min_correct=1")
 GATED = ("exposure.kind=full", "loss.token_gate=aligned", "aligned.min_correct=1")
 LORA = 'model.lora={"rank": 4, "alpha": 8, "target_modules": "all-linear"}'
 
 
-def with_direction(config: Config) -> Parts:
+def with_direction(config: Config) -> Components:
     """A run's parts after one remembered batch, its direction made."""
     parts = build(config)
-    assert parts.lookahead is not None
-    batch = draw_batch(parts, 0)
-    parts.lookahead.direction.remember(batch.problems, batch.rollouts, batch.verdicts)
-    parts.lookahead.direction.renew(0)
-    assert parts.lookahead.direction.known
+    direction = direction_of(parts)
+    direction.remember(parts.sampler.rollouts(0))
+    direction.renew(0)
+    assert direction.known
     return parts
 
 
 def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts() -> None:
     parts = build(quick(*GATED, "train.batch_size=16"))
-    batch = draw_batch(parts, 0)
-    direction = parts.lookahead.direction
-    direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+    batch = batch_of(parts, 0)
+    direction = direction_of(parts)
+    direction.remember([row.graded for row in batch.rows])
     direction.renew(0)
-    right = [row for row, verdict in zip(batch.rows, batch.verdicts, strict=True) if verdict == "correct"]
+    right = [row.example for row in batch.rows if row.graded.verdict == "correct"]
     assert 0 < len(right) < len(batch.rows)
     total = torch.zeros(())
     for row in right:
@@ -60,7 +62,7 @@ def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts
         places = range(len(row.context) - 1, ids.shape[1] - 1)
         own = torch.stack([logprobs[place, ids[0, place + 1]] for place in places])
         total = total + own.mean()
-    parameters = trainable_parameters(parts.loaded)
+    parameters = dict(parts.weights.trained)
     gradients = torch.autograd.grad(total, list(parameters.values()))
     length = torch.cat([g.flatten() for g in gradients]).norm()
     found = direction.state_dict()["unit"]
@@ -73,9 +75,9 @@ def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts
 @pytest.mark.parametrize("adapter", [(), (LORA,)], ids=["full", "lora"])
 def test_displacing_the_student_leaves_it_bit_for_bit_as_it_was(adapter: tuple[str, ...]) -> None:
     parts = with_direction(quick(*GATED, *adapter, "train.batch_size=16"))
-    direction, parameters = parts.lookahead.direction, dict(parts.loaded.model.named_parameters())
+    direction, parameters = direction_of(parts), dict(parts.loaded.model.named_parameters())
     before = digest({name: p.detach() for name, p in parameters.items()})
-    trained = trainable_parameters(parts.loaded)
+    trained = dict(parts.weights.trained)
     with direction.displaced(1):
         inside = {name: p.detach() - 0 for name, p in trained.items()}
     assert digest({name: p.detach() for name, p in parameters.items()}) == before
@@ -89,10 +91,10 @@ def test_displacing_the_student_leaves_it_bit_for_bit_as_it_was(adapter: tuple[s
 
 def test_the_displacement_changes_logits_by_what_the_setting_says() -> None:
     parts = with_direction(quick(*GATED, "train.batch_size=16", "aligned.logit_change=0.02"))
-    pairs = [row.student_pair for row in draw_batch(parts, 0).rows]
+    pairs = [row.student_pair for row in batch_of(parts, 0).examples]
     logits = []
     for side in (1, -1):
-        with parts.lookahead.direction.displaced(side):
+        with direction_of(parts).displaced(side):
             scored = parts.scorer.scored(pairs)
             logits.append(scored.logits(slice(None)))
     assert float((logits[0] - logits[1]).std() / 2) == pytest.approx(0.02, rel=0.5)
@@ -109,9 +111,9 @@ def test_beside_bfloat16_weights_the_displacement_is_more_than_their_rounding() 
             if "lora_B" in name:
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws)
         if not slopes:
-            batch = draw_batch(parts, 0)
-        direction = parts.lookahead.direction
-        direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+            batch = batch_of(parts, 0)
+        direction = direction_of(parts)
+        direction.remember([row.graded for row in batch.rows])
         direction.renew(0)
         if not slopes:
             unit = direction.state_dict()
@@ -119,7 +121,7 @@ def test_beside_bfloat16_weights_the_displacement_is_more_than_their_rounding() 
         logits = []
         for side in (1, -1):
             with direction.displaced(side):
-                logits.append(parts.scorer.scored([row.student_pair for row in batch.rows]).logits(slice(None)))
+                logits.append(parts.scorer.scored([row.student_pair for row in batch.examples]).logits(slice(None)))
         slopes.append(((logits[0] - logits[1]) / direction.epsilon).flatten())
         close(parts)
     assert float(torch.corrcoef(torch.stack(slopes))[0, 1]) > 0.95
@@ -136,15 +138,15 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         f"loss.reduction={reduction}",
     )
     parts = with_direction(config)
-    batch = draw_batch(parts, 1)
+    batch = batch_of(parts, 1)
     assert batch.alignment is not None
-    unit = parts.lookahead.direction.state_dict()["unit"]
-    parameters = trainable_parameters(parts.loaded)
+    unit = direction_of(parts).state_dict()["unit"]
+    parameters = dict(parts.weights.trained)
     for ratio, value in zip(batch.alignment.ratios, batch.alignment.values, strict=True):
         fixed = build(quick("exposure.kind=fixed", f"exposure.reveal_ratio={ratio}", "train.batch_size=16"))
-        contexts = [row.teacher_context for row in draw_batch(fixed, 1).rows]
+        contexts = [row.teacher_context for row in batch_of(fixed, 1).examples]
         close(fixed)
-        rows = [Row(r.context, r.completion, c) for r, c in zip(batch.rows, contexts, strict=True)]
+        rows = [Example(r.context, r.completion, c) for r, c in zip(batch.examples, contexts, strict=True)]
         cut = {"reduction": reduction, "micro_batch_size": 16, "chunk_tokens": None}
         distill(parts.scorer, parts.teacher, rows, objective(config), **cut)  # type: ignore[arg-type]
         along = sum(float((p.grad * unit[name]).sum()) for name, p in parameters.items() if p.grad is not None)
@@ -156,11 +158,11 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
 
 def test_alignments_that_are_not_finite_are_refused_before_the_exposure_remembers_them() -> None:
     parts = with_direction(quick(*ALIGNED, "train.batch_size=16"))
-    direction, before = parts.lookahead.direction, parts.exposure.state_dict()
+    direction, before = direction_of(parts), parts.exposure.state_dict()
     direction.load_state_dict({**direction.state_dict(), "epsilon": float("nan")})
     first = batch_at(parts.problems.train, parts.config, 0)[0][0]
     with pytest.raises(NonFiniteError, match=re.escape(f"on {first.id}")):
-        draw_batch(parts, 0)
+        batch_of(parts, 0)
     assert parts.exposure.state_dict() == before
     close(parts)
 
@@ -184,7 +186,7 @@ def test_centred_success_weighs_a_rollout_against_the_mean_of_its_difficulty() -
     rows = weighted_rows(
         attempts(True, True, False, True), settings("aligned.min_correct=1", "aligned.success=centred"), 0
     )
-    assert [row.scale for row in rows] == [0.5, 0.0, -0.5, 0.0]  # difficulty 0: 1, 0; difficulty 1: 1, 1
+    assert [row.advantage for row in rows] == [0.5, 0.0, -0.5, 0.0]  # difficulty 0: 1, 0; difficulty 1: 1, 1
     assert not weighted_rows(attempts(True, True), settings("aligned.min_correct=1", "aligned.success=centred"), 0)
 
 
@@ -257,14 +259,14 @@ def test_grouped_alignments_have_the_mean_and_its_standard_error() -> None:
 
 def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_others() -> None:
     parts = with_direction(quick(*GATED, "train.batch_size=16"))
-    batch = draw_batch(parts, 1)
+    batch = batch_of(parts, 1)
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
-    meters = distill(parts.scorer, parts.teacher, batch.rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+    meters = distill(parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
     kept = meters.tokens["kept"]
     assert {value for row in kept for value in row} == {0.0, 1.0}
     signs = [[float(value > 0) for value in row] for row in meters.tokens["alignment"]]
     assert kept == signs
-    weights = token_weights(batch.rows, "sequence")
+    weights = BatchPlan().weights(batch.examples)
     by_hand = sum(
         w * sum(k * x for k, x in zip(keep, losses, strict=True))
         for w, keep, losses in zip(weights, kept, meters.tokens["loss"], strict=True)
@@ -277,18 +279,18 @@ def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_o
 def test_per_token_every_token_is_distilled_from_the_view_that_helps_it_most(gate: str) -> None:
     """Against one gated step at each ratio: the largest alignment is chosen, and the loss is that of its teacher."""
     parts = with_direction(quick(*ALIGNED, "exposure.granularity=per_token", f"loss.token_gate={gate}"))
-    batch = draw_batch(parts, 1)
+    batch = batch_of(parts, 1)
     cut = {"reduction": "sequence", "micro_batch_size": 5, "chunk_tokens": 7}
     given = parts.scorer, parts.teacher
     loss = objective(parts.config)
-    meters = distill(*given, batch.rows, loss, choose=parts.choose, **cut)  # type: ignore[arg-type]
+    meters = distill(*given, batch.examples, loss, selector=selector_of(parts), **cut)  # type: ignore[arg-type]
     ratios = parts.config.aligned.ratios
     alone = []
     for k in range(len(ratios)):
-        rows = [replace(row, teacher_context=row.candidates[k].context, candidates=()) for row in batch.rows]
+        rows = [replace(row, teacher_context=row.candidates[k].context, candidates=()) for row in batch.examples]
         with torch.no_grad():
-            alone.append(distill(*given, rows, loss, gate=AlignedGate(parts.lookahead), **cut).tokens)  # type: ignore[arg-type]
-    for i, row in enumerate(batch.rows):
+            alone.append(distill(*given, rows, loss, selector=AlignedGate(alignment_scorer(parts)), **cut).tokens)  # type: ignore[arg-type]
+    for i, row in enumerate(batch.examples):
         values = torch.tensor([tokens["alignment"][i] for tokens in alone])
         best = values.amax(0)
         assert meters.tokens["alignment"][i] == pytest.approx(best.tolist(), abs=1e-6)
@@ -333,12 +335,12 @@ def test_a_ratio_per_token_is_for_the_aligned_exposure_and_its_own_gate() -> Non
 
 def test_a_gate_without_a_number_stops_the_update_and_names_the_rollout() -> None:
     parts = with_direction(quick(*GATED, "train.batch_size=4"))
-    direction = parts.lookahead.direction
+    direction = direction_of(parts)
     direction.load_state_dict({**direction.state_dict(), "epsilon": float("nan")})
-    rows = draw_batch(parts, 1).rows
+    rows = batch_of(parts, 1).examples
     cut = {"reduction": "sequence", "micro_batch_size": 4, "chunk_tokens": None}
     with pytest.raises(NonFiniteError, match="not finite on rollout"):
-        distill(parts.scorer, parts.teacher, rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+        distill(parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
     close(parts)
 
 
@@ -360,25 +362,24 @@ def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
         ("exposure.kind=full", "loss.token_gate=entropy"),
     ):
         parts = build(quick(*overrides, "train.batch_size=16"))
-        if parts.lookahead:
-            batch = draw_batch(parts, 0)
-            parts.lookahead.direction.remember(batch.problems, batch.rollouts, batch.verdicts)
-            parts.lookahead.direction.renew(0)
-        rows = draw_batch(parts, 1).rows
+        if overrides == GATED:
+            direction_of(parts).remember(parts.sampler.rollouts(0))
+            direction_of(parts).renew(0)
+        rows = batch_of(parts, 1).examples
         kept = []
         for size in (3, 16):
             cut = {"reduction": "sequence", "micro_batch_size": size, "chunk_tokens": None}
             with torch.no_grad():
-                meters = distill(parts.scorer, parts.teacher, rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+                meters = distill(parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
             kept.append(meters.tokens["kept"])
         assert kept[0] == kept[1]
         close(parts)
 
 
-def scored_rows() -> tuple[list[Row], Scorer]:
+def scored_rows() -> tuple[list[Example], Scorer]:
     generator = torch.Generator().manual_seed(0)
     rows = [
-        Row((7, 8), tuple(torch.randint(7, 20, (n,), generator=generator).tolist()), (9, 10, 11), key=(0, f"p{n}", 0))
+        Example((7, 8), tuple(torch.randint(7, 20, (n,), generator=generator).tolist()), (9, 10, 11), key=(0, f"p{n}", 0))
         for n in (5, 40, 3)
     ]
     return rows, Scorer(tiny_model())
@@ -390,9 +391,9 @@ def test_a_ranked_gate_keeps_the_share_of_each_rollout_that_its_meter_ranks_firs
     rows, scorer = scored_rows()
     with torch.no_grad():
         student = scorer.scored([row.student_pair for row in rows])
-        teacher = scorer.scored([row.teacher_pair for row in rows])
+        teacher = scorer.scored([row.teacher_pairs[0] for row in rows])
         tokens = completion_tokens([row.student_pair for row in rows], scorer.device)
-        factors, _ = RankedGate(by, 0.4, side, Objective())(rows, student, teacher, tokens)  # type: ignore[arg-type]
+        factors = RankedGate(by, 0.4, side, Objective()).select(rows, student, [teacher], tokens).factors  # type: ignore[arg-type]
         log_p, log_q = teacher.logits(slice(None)).log_softmax(-1), student.logits(slice(None)).log_softmax(-1)
     kl, entropy = (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)
     meter = kl if by == "disagreement" else entropy
@@ -406,11 +407,15 @@ def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
     rows, scorer = scored_rows()
     scored = scorer.scored([row.student_pair for row in rows])
     tokens = torch.zeros(48, dtype=torch.long)
-    first, _ = RandomGate(0.5, 0)(rows, scored, scored, tokens)
-    again, _ = RandomGate(0.5, 0)(rows[1:2], scored, scored, tokens[:40])
+    first = RandomGate(0.5, 0).select(rows, scored, [scored], tokens).factors
+    again = RandomGate(0.5, 0).select(rows[1:2], scored, [scored], tokens[:40]).factors
+    assert first is not None
+    assert again is not None
     assert torch.equal(first[5:45], again)
     assert 10 <= int(again.sum()) <= 30
-    assert not torch.equal(again, RandomGate(0.5, 1)(rows[1:2], scored, scored, tokens[:40])[0])
+    other = RandomGate(0.5, 1).select(rows[1:2], scored, [scored], tokens[:40]).factors
+    assert other is not None
+    assert not torch.equal(again, other)
 
 
 @pytest.mark.parametrize(
@@ -450,11 +455,11 @@ def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:
 
 def test_the_correct_gate_distils_verified_rollouts_only() -> None:
     parts = build(quick("exposure.kind=full", "loss.token_gate=correct", "train.batch_size=16"))
-    batch = draw_batch(parts, 0)
+    batch = batch_of(parts, 0)
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
-    meters = distill(parts.scorer, parts.teacher, batch.rows, objective(parts.config), gate=parts.gate, **cut)  # type: ignore[arg-type]
+    meters = distill(parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
     kept = [set(row) for row in meters.tokens["kept"]]
-    assert kept == [{float(verdict == "correct")} for verdict in batch.verdicts]
+    assert kept == [{float(row.graded.verdict == "correct")} for row in batch.rows]
     assert {0.0, 1.0} == set.union(*kept)
     close(parts)
 
@@ -463,12 +468,12 @@ def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
     """The gradient is the sum of that of distillation and that of GRPO alone."""
     shared = ("exposure.kind=full", "train.batch_size=16", "train.group_size=4", "data.max_difficulty=6")
     parts = build(quick(*shared, "train.grpo_weight=0.5"))
-    batch = next(b for b in (draw_batch(parts, update) for update in range(9)) if any(row.advantage for row in b.rows))
-    problems = [problem.id for problem in batch.problems]
+    batch = next(b for b in (batch_of(parts, update) for update in range(9)) if any(row.advantage for row in b.examples))
+    problems = [row.graded.problem.id for row in batch.rows]
     assert problems == [problem for problem in dict.fromkeys(problems) for _ in range(4)]
-    parameters = trainable_parameters(parts.loaded)
+    parameters = dict(parts.weights.trained)
 
-    def gradient(rows: list[Row], how: str) -> dict[str, torch.Tensor]:
+    def gradient(rows: list[Example], how: str) -> dict[str, torch.Tensor]:
         cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
         if how == "distill":
             distill(parts.scorer, parts.teacher, rows, objective(parts.config), **cut)  # type: ignore[arg-type]
@@ -479,10 +484,10 @@ def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
             parameter.grad = None
         return found
 
-    both = gradient(batch.rows, "distill")
-    alone = gradient([replace(row, advantage=0.0) for row in batch.rows], "distill")
-    advantages = group_advantages(batch.verdicts, 4)
-    grpo = gradient([replace(r, scale=0.5 * a) for r, a in zip(batch.rows, advantages, strict=True)], "grpo")
+    both = gradient(batch.examples, "distill")
+    alone = gradient([replace(row, advantage=0.0) for row in batch.examples], "distill")
+    advantages = group_advantages([float(row.graded.verdict == "correct") for row in batch.rows], 4)
+    grpo = gradient([replace(r, advantage=0.5 * a) for r, a in zip(batch.examples, advantages, strict=True)], "grpo")
     for name, value in both.items():
         torch.testing.assert_close(value, alone[name] + grpo[name], rtol=1e-4, atol=1e-6)
     close(parts)

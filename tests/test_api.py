@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import atesd
-from atesd import build
+from atesd import session
 from quick import quick
 
 
@@ -76,6 +76,6 @@ def test_the_controller_drives_somebody_elses_loop():
 
 
 def test_evaluating_a_config_gives_the_same_row_twice():
-    row = build.evaluate(quick(), "validation")
-    assert row == build.evaluate(quick(), "validation")
+    row = session.evaluate(quick(), "validation")
+    assert row == session.evaluate(quick(), "validation")
     assert (row["split"], row["problems"], row["update"]) == ("validation", 4, 0)

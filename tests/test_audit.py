@@ -17,9 +17,9 @@ from atesd.build import build, close
 from atesd.config import load_config
 from atesd.engine.sample import sample
 from atesd.errors import ConfigError
-from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
+from atesd.train.rollouts import rollout_params
 from atesd.train.loop import objective
-from atesd.train.step import Row, distill
+from atesd.train.update import Example
 from atesd_lab.audit import audit
 from atesd_lab.audit.audit import (
     Audit,
@@ -259,14 +259,14 @@ def test_batches_of_the_measured_rollouts_are_what_the_step_itself_measures():
         parts = build(quick(*settings))
         try:
             (found,) = (row.batches[1] for row in measure(parts, 2, (0.0, 0.4, 1.0)) if row.reveal_ratio == 0.4)
-            batch, config = draw_batch(parts, 1), parts.config
-            rows = []
-            for problem, row in zip(batch.problems, batch.rows, strict=True):
-                view, context = teacher_view(problem, 0.4, config, parts.encoder, parts.renderer, parts.problems.train)
+            config, rows = parts.config, []
+            for one in parts.sampler.rollouts(1):
+                problem, prompt = one.problem, parts.prompts.view(one.problem, 0.4)
+                view = prompt.view
                 withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
                 text = withheld if config.credit.grounding == "withheld" else f"\\boxed{{{problem.answer}}}"
                 answer = parts.encoder.completion(text)[:-1]
-                rows.append(Row(row.context, row.completion, context, answer=answer))
+                rows.append(Example(*one.pair, prompt.context, answer=answer))
             with torch.no_grad():
                 step = distill(
                     parts.scorer,
@@ -275,7 +275,6 @@ def test_batches_of_the_measured_rollouts_are_what_the_step_itself_measures():
                     objective(config),
                     reduction=config.loss.reduction,
                     micro_batch_size=1,
-                    chunk_tokens=None,
                 )
         finally:
             close(parts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import atesd.build
-from atesd.build import train
+from atesd.session import train
 from atesd.config import ModelConfig
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel, load_model

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from atesd.build import build, close, config_of_trained, evaluate, train
+from atesd.build import build, close
+from atesd.session import config_of_trained, evaluate, train
 from atesd.config import Config
 from atesd.data.splits import ProblemSets
 from atesd.errors import DataError, ModelError, NonFiniteError, TrainingError
 from atesd.runs import RunFolder
-from atesd.train import loop, step
-from atesd.train.batches import draw_batch
-from atesd.train.rows import METRICS
-from atesd.train.step import StepMeters
+from atesd.rows import MetricsRow
+from atesd.train import loop, update
+from atesd.train.rollouts import GradedRollout, RolloutSampler
+from atesd.train.update import StepMeters
 from quick import Ears, finished, quick
 
 NAN = float("nan")
@@ -25,14 +26,14 @@ NAN = float("nan")
 def test_a_broken_update_is_logged_kept_and_counted_also_where_samples_are_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = step.distill
+    measured = update.accumulate
 
     def broken(*given: Any, **settings: Any) -> StepMeters:
         meters = measured(*given, **settings)
         meters.tokens["kl"][0][0] = NAN
         return replace(meters, loss=NAN)
 
-    monkeypatch.setattr(loop, "distill", broken)
+    monkeypatch.setattr(loop, "accumulate", broken)
     with pytest.raises(TrainingError, match="updates 0 to 2 were all skipped"):
         train(quick("exposure.kind=full"), tmp_path / "run")  # samples are logged at update 0
     run = RunFolder.open(tmp_path / "run")
@@ -55,7 +56,7 @@ def test_a_baseline_has_no_teacher_and_so_neither_decides_nor_probes(method: str
 def test_a_problem_met_twice_in_a_batch_is_answered_twice_afresh() -> None:
     parts = build(quick("train.batch_size=48"))  # 24 problems
     try:
-        rollouts = draw_batch(parts, 0).rollouts
+        rollouts = [one.rollout for one in parts.sampler.rollouts(0)]
     finally:
         close(parts)
     assert len({(rollout.problem_id, rollout.sample) for rollout in rollouts}) == 48
@@ -101,16 +102,18 @@ def test_weights_too_coarse_for_their_updates_are_said(lora: str, warned: bool, 
 def test_a_student_that_cannot_write_costs_its_update_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(parts: Any, update: int) -> Any:
+    drawn = RolloutSampler.rollouts
+
+    def failing(sampler: RolloutSampler, update: int) -> list[GradedRollout]:
         if update == 2:
             raise NonFiniteError("the model's logits are not finite while it completes p7")
-        return draw_batch(parts, update)
+        return drawn(sampler, update)
 
-    monkeypatch.setattr(loop, "draw_batch", failing)
+    monkeypatch.setattr(RolloutSampler, "rollouts", failing)
     run = finished(quick("train.num_updates=6"), tmp_path / "run")
     rows = run.rows("metrics")
     assert [row["update"] for row in rows] == list(range(6))
     assert [row["skipped"] is None for row in rows] == [True, True, False, True, True, True]
     assert "p7" in rows[2]["skipped"]
-    assert set(rows[2]) == set(rows[3]) == set(METRICS)
+    assert set(rows[2]) == set(rows[3]) == set(MetricsRow.__annotations__)
     assert (run.path / "skipped" / "update-000002.json").exists()

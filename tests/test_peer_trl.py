@@ -45,10 +45,11 @@ from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem
-from atesd.train.batches import teacher_view
-from atesd.train.loop import objective
-from atesd.train.step import Row, StepMeters, distill
+from atesd.build import objective
+from atesd.train.update import Example, StepMeters
+from atesd.train.views import TeacherPrompts
 from tiny import tiny_model
+from updates import distill
 
 pytestmark = [
     pytest.mark.peer,
@@ -84,7 +85,7 @@ class PeerUpdate:
     """One update of TRL's trainer."""
 
     weights: dict[str, Tensor]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Example] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     loss: float = 0.0
     token_mean: float = 0.0
@@ -211,7 +212,7 @@ def trained_by(model: Any) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def unpadded(batch: Mapping[str, Tensor], pad_id: int) -> list[Row]:
+def unpadded(batch: Mapping[str, Tensor], pad_id: int) -> list[Example]:
     """TRL's batch row by row. No prompt holds the pad token itself."""
     tokens = batch["completion_ids"].shape[1]
     rows = []
@@ -219,19 +220,20 @@ def unpadded(batch: Mapping[str, Tensor], pad_id: int) -> list[Row]:
         batch["prompt_ids"], batch["teacher_input_ids"], batch["teacher_attention_mask"].bool(), strict=True
     ):
         prompt, completion = teacher[:-tokens][mask[:-tokens]], teacher[-tokens:][mask[-tokens:]]
-        rows.append(Row(tuple(student[student != pad_id].tolist()), tuple(completion.tolist()), tuple(prompt.tolist())))
+        rows.append(Example(tuple(student[student != pad_id].tolist()), tuple(completion.tolist()), tuple(prompt.tolist())))
     return rows
 
 
-def our_rows(config: Config, completions: Sequence[tuple[int, ...]]) -> list[Row]:
+def our_rows(config: Config, completions: Sequence[tuple[int, ...]]) -> list[Example]:
     """The rows of an update by our own prompts and views, for these completions."""
     encoder = PromptEncoder(load_model(config.model).tokenizer, config.model)
     renderer, exposure = TextRenderer(config.views), make_exposure(config, UPDATES, 0)
+    prompts = TeacherPrompts(config, encoder, renderer, PROBLEMS)
     problems = [problem for problem in PROBLEMS for _ in range(SAMPLES)]
     rows = []
     for problem, completion in zip(problems, completions, strict=True):
-        _, view = teacher_view(problem, exposure.reveal_ratio(0, ""), config, encoder, renderer, PROBLEMS)
-        rows.append(Row(encoder.student(renderer.student(problem)), completion, view))
+        context = prompts.view(problem, exposure.reveal_ratio(0, "")).context
+        rows.append(Example(encoder.student(renderer.student(problem)), completion, context))
     return rows
 
 

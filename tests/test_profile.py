@@ -19,9 +19,8 @@ from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
 from atesd.maths.keyed import uniforms
 from atesd.models.load import trainable_parameters
-from atesd.train.batches import draw_batch
 from atesd.train.checkpoint import digest
-from atesd.train.parts import Parts
+from atesd.train.components import Components
 from atesd_lab.cli.profile import print_profile
 from atesd_lab.profile.measure import align, score, show, teacher_verdicts
 from atesd_lab.profile.profile import (
@@ -49,17 +48,17 @@ def parts():
     close(built)
 
 
-def logits(parts: Parts, context: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
+def logits(parts: Components, context: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
     """What predicts each completion token, one row at a time, through the model's own forward: [N, V], float64."""
     ids = torch.tensor([[*context, *completion]])
     return parts.loaded.model(ids).logits[0, len(context) - 1 : -1].double()
 
 
-def test_the_rollouts_are_those_that_training_would_draw(parts: Parts) -> None:
+def test_the_rollouts_are_those_that_training_would_draw(parts: Components) -> None:
     shown = show(parts, 20, RATIOS)
-    batches = [draw_batch(parts, update) for update in (0, 1)]
+    batches = [batch_of(parts, update) for update in (0, 1)]
     rollouts = [rollout for batch in batches for rollout in batch.rollouts]
-    assert [one.rollout.completion_ids for one in shown] == [rollout.completion_ids for rollout in rollouts[:20]]
+    assert [one.graded.rollout.completion_ids for one in shown] == [rollout.completion_ids for rollout in rollouts[:20]]
     assert [one.verdict for one in shown] == [verdict for batch in batches for verdict in batch.verdicts][:20]
     full = [row.teacher_context for batch in batches for row in batch.rows]
     assert [one.contexts[-1] for one in shown] == full[:20]  # the profile is built under full exposure
@@ -76,12 +75,12 @@ def test_gates_and_other_losses_stay_out_of_the_profile_and_in_the_suggested_rec
     assert suggested.exposure.kind in ("full", "fixed")
 
 
-def test_kl_disagreement_and_answer_equal_brute_force(parts: Parts) -> None:
+def test_kl_disagreement_and_answer_equal_brute_force(parts: Components) -> None:
     shown = show(parts, 4, RATIOS)
     found = score(parts, shown)
     for one, by_ratio in zip(shown, found, strict=True):
-        completion = one.rollout.completion_ids
-        student = (logits(parts, one.rollout.prompt_ids, completion) / 0.9).log_softmax(-1)
+        completion = one.graded.rollout.completion_ids
+        student = (logits(parts, one.graded.rollout.prompt_ids, completion) / 0.9).log_softmax(-1)
         answer = parts.encoder.completion(f"\\boxed{{{one.problem.answer}}}")[:-1]
         for context, scores in zip(one.contexts, by_ratio, strict=True):
             teacher = (logits(parts, context, completion) / 0.9).log_softmax(-1)
@@ -93,7 +92,7 @@ def test_kl_disagreement_and_answer_equal_brute_force(parts: Parts) -> None:
             assert scores.answer_logprob == pytest.approx(np.mean(taken), rel=1e-4)
 
 
-def test_the_teachers_own_answers_are_drawn_from_its_view_with_the_problems_uniforms(parts: Parts) -> None:
+def test_the_teachers_own_answers_are_drawn_from_its_view_with_the_problems_uniforms(parts: Components) -> None:
     """Token by token by inversion in the order of ids, without cache, engine or batch."""
     shown = show(parts, 6, RATIOS)
     found = teacher_verdicts(parts, shown)
@@ -110,13 +109,13 @@ def test_the_teachers_own_answers_are_drawn_from_its_view_with_the_problems_unif
             assert right == (f"\\boxed{{{one.problem.answer}}}" in parts.encoder.decode(written))
 
 
-def gradient(parts: Parts, value: torch.Tensor) -> torch.Tensor:
+def gradient(parts: Components, value: torch.Tensor) -> torch.Tensor:
     return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, list(trainable_parameters(parts.loaded).values()))]
+        [g.flatten() for g in torch.autograd.grad(value, list(dict(parts.weights.trained).values()))]
     )
 
 
-def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Parts) -> None:
+def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Components) -> None:
     """Backpropagation through the real model for both sides of the inner product, against forwards alone."""
     shown = show(parts, 16, RATIOS)
     found = align(parts, shown, RATIOS)
@@ -129,18 +128,18 @@ def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Parts) -
         assert len(right) == profile.correct[half]
         total = torch.zeros((), dtype=torch.float64)
         for one in right:
-            completion = one.rollout.completion_ids
-            logprobs = (logits(parts, one.rollout.prompt_ids, completion) / 0.9).log_softmax(-1)
+            completion = one.graded.rollout.completion_ids
+            logprobs = (logits(parts, one.graded.rollout.prompt_ids, completion) / 0.9).log_softmax(-1)
             total = total + logprobs[range(len(completion)), list(completion)].mean()
         ascent = gradient(parts, total)
         units.append(ascent / ascent.norm())
     assert profile.cosine == pytest.approx(float(units[0] @ units[1]), abs=1e-3)
     for place in (0, 1):
         one, half = shown[place], rows.halves[place]
-        completion = one.rollout.completion_ids
+        completion = one.graded.rollout.completion_ids
         for k in range(3):
             teacher = (logits(parts, one.contexts[k], completion).detach() / 0.9).log_softmax(-1)
-            student = (logits(parts, one.rollout.prompt_ids, completion) / 0.9).log_softmax(-1)
+            student = (logits(parts, one.graded.rollout.prompt_ids, completion) / 0.9).log_softmax(-1)
             loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
             along = -float(gradient(parts, loss) @ units[1 - half])
             assert rows.rows[place][k] == pytest.approx(along, rel=0.05, abs=2e-3)
@@ -160,7 +159,7 @@ def test_too_few_correct_rollouts_are_said_and_no_checker_is_too() -> None:
     assert "data.checker: none" in profile_text(profile, "blind")
 
 
-def test_the_profile_leaves_the_student_bit_for_bit_as_it_was_until_it_takes_its_one_update(parts: Parts) -> None:
+def test_the_profile_leaves_the_student_bit_for_bit_as_it_was_until_it_takes_its_one_update(parts: Components) -> None:
     student = {name: p.detach() for name, p in parts.loaded.model.named_parameters()}
     before = digest(student)
     shown = show(parts, 8, RATIOS)
@@ -168,7 +167,7 @@ def test_the_profile_leaves_the_student_bit_for_bit_as_it_was_until_it_takes_its
     teacher_verdicts(parts, shown)
     align(parts, shown, RATIOS)
     assert digest(student) == before
-    assert all(parameter.grad is None for parameter in trainable_parameters(parts.loaded).values())
+    assert all(parameter.grad is None for parameter in dict(parts.weights.trained).values())
 
 
 def test_the_tail_is_the_largest_five_per_cent() -> None:
@@ -278,7 +277,7 @@ def test_the_suggested_recipe_is_read_back_and_differs_in_the_exposure_alone(
 
 
 def test_rows_without_gold_and_rows_that_contradict_their_reference_are_counted(
-    profile: Profile, parts: Parts, tmp_path: Path
+    profile: Profile, parts: Components, tmp_path: Path
 ) -> None:
     good = [{"problem": f"{i} + 1", "solution": f"so \\boxed{{{i + 1}}}", "answer": i + 1} for i in range(200)]
     bad = [
@@ -308,7 +307,7 @@ def test_short_references_are_called_a_step_function(profile: Profile) -> None:
     assert "step function" not in profile_text(replace(short, data=replace(short.data, segments={3: 4})), "any")
 
 
-def test_views_that_have_to_lose_segments_are_counted(parts: Parts) -> None:
+def test_views_that_have_to_lose_segments_are_counted(parts: Components) -> None:
     # Without the answer a whole reference is its segments, three words each, so that every segment less is shorter.
     written = replace(parts, renderer=TextRenderer(ViewsConfig(answer="withhold", wording="constant")))
     whole = [written.encoder.teacher(written.renderer.teacher(p, 0, whole=True)) for p in parts.problems.train]
@@ -323,7 +322,7 @@ def test_views_that_have_to_lose_segments_are_counted(parts: Parts) -> None:
     assert max(len(one.contexts[2]) for one in shown) <= room
 
 
-def test_bad_input_is_named_with_what_is_allowed(parts: Parts, tmp_path: Path) -> None:
+def test_bad_input_is_named_with_what_is_allowed(parts: Components, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--out .*file: cannot make this folder: File exists; choose another"):
         print_profile(CONFIG, "micro", 4, tmp_path / "file")

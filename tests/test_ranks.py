@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from atesd.build import train
+from atesd.session import train
 from atesd.config import dump_config
 from atesd.errors import ConfigError
 from atesd.models.ranks import ALONE, in_order, joined

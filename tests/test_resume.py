@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atesd.build import train
+from atesd.session import train
 from atesd.errors import RunError
 from quick import cut_after, fingerprint, finished, quick
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -15,24 +16,26 @@ from atesd.models.load import LoadedModel
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.train.optimiser import Optimiser, learning_rate
-from atesd.train.step import Row, StepMeters, distill, maximise_likelihood
+from atesd.train.update import Example, StepMeters
 from tiny import tiny_model
+from updates import distill, maximise_likelihood
 
 ROWS = [
-    Row((7, 8), (9, 10, 11), (7, 8, 12, 13)),
-    Row((9,), (10,), (9, 20, 21, 22, 23)),
-    Row((14, 15, 16), (17, 18, 19, 20, 21, 1), (14, 15, 16, 3)),
-    Row((7, 7), (8, 9), (7, 7, 2)),
-    Row((11,), (12, 13, 14, 15), (11, 5)),
+    Example((7, 8), (9, 10, 11), (7, 8, 12, 13)),
+    Example((9,), (10,), (9, 20, 21, 22, 23)),
+    Example((14, 15, 16), (17, 18, 19, 20, 21, 1), (14, 15, 16, 3)),
+    Example((7, 7), (8, 9), (7, 7, 2)),
+    Example((11,), (12, 13, 14, 15), (11, 5)),
 ]
 TEMPERATURE = 1.3
 
 
-def distilled(loaded: LoadedModel, micro_batch_size: int, reduction: str = "sequence", chunk: int = 4) -> StepMeters:
+def distilled(loaded: LoadedModel, micro_batch_size: int, reduction: Literal["sequence", "token"] = "sequence", chunk: int = 4) -> StepMeters:
     teacher = Teacher(loaded.model, TeacherConfig())
     objective = Objective(temperature=TEMPERATURE)
-    how = {"reduction": reduction, "micro_batch_size": micro_batch_size, "chunk_tokens": chunk}
-    return distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    return distill(
+        Scorer(loaded), teacher, ROWS, objective, reduction=reduction, micro_batch_size=micro_batch_size, chunk_tokens=chunk
+    )
 
 
 def gradients(loaded: LoadedModel) -> list[Tensor]:
@@ -54,7 +57,7 @@ def loss_by_hand(loaded: LoadedModel, reduction: str) -> Tensor:
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
-def test_loss_and_gradient_are_those_of_the_equation(reduction: str) -> None:
+def test_loss_and_gradient_are_those_of_the_equation(reduction: Literal["sequence", "token"]) -> None:
     loaded = tiny_model()
     meters = distilled(loaded, 2, reduction)
     found = gradients(loaded)
@@ -68,7 +71,7 @@ def test_loss_and_gradient_are_those_of_the_equation(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
-def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: str) -> None:
+def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: Literal["sequence", "token"]) -> None:
     whole = tiny_model()
     distilled(whole, len(ROWS), reduction)
     for size in (1, 2, 3):
@@ -83,8 +86,9 @@ def test_the_gradient_does_not_depend_on_the_token_budget(budget: int) -> None:
     whole, cut = tiny_model(), tiny_model()
     distilled(whole, len(ROWS))
     teacher, objective = Teacher(cut.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
-    how = {"reduction": "sequence", "micro_batch_size": 1, "micro_batch_tokens": budget, "chunk_tokens": 4}
-    distill(Scorer(cut), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    distill(
+        Scorer(cut), teacher, ROWS, objective, micro_batch_size=1, micro_batch_tokens=budget, chunk_tokens=4
+    )
     for a, b in zip(gradients(whole), gradients(cut), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
@@ -112,8 +116,7 @@ def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(siz
     plain, measured = tiny_model(), tiny_model()
     without = distilled(plain, size)
     teacher, objective = Teacher(measured.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
-    how = {"reduction": "sequence", "micro_batch_size": size, "chunk_tokens": 4}
-    meters = distill(Scorer(measured), teacher, asked, objective, **how)  # type: ignore[arg-type]
+    meters = distill(Scorer(measured), teacher, asked, objective, micro_batch_size=size, chunk_tokens=4)
     means = []
     for row, found in zip(asked, meters.answers, strict=True):
         assert len(found) == len(row.answer)
@@ -133,9 +136,8 @@ def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(siz
 
 def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:
     loaded = tiny_model()
-    rows = [Row(r.context, r.completion, (), scale) for r, scale in zip(ROWS, (1.0, -1.0, 0.5, 0.0, 2.0), strict=True)]
-    how = {"temperature": 1.0, "reduction": "sequence", "micro_batch_size": 2, "chunk_tokens": 3}
-    meters = maximise_likelihood(Scorer(loaded), rows, **how)  # type: ignore[arg-type]
+    rows = [Example(r.context, r.completion, (), scale) for r, scale in zip(ROWS, (1.0, -1.0, 0.5, 0.0, 2.0), strict=True)]
+    meters = maximise_likelihood(Scorer(loaded), rows, micro_batch_size=2, chunk_tokens=3)
     found = gradients(loaded)
     loaded.model.zero_grad()
     expected = torch.zeros(())
@@ -143,7 +145,7 @@ def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:
         n, ids = len(row.completion), torch.tensor([[*row.context, *row.completion]])
         log_q = loaded.model(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1)
         own = log_q.gather(-1, torch.tensor(row.completion)[:, None])
-        expected = expected - row.scale * own.mean() / len(rows)
+        expected = expected - row.advantage * own.mean() / len(rows)
     expected.backward()  # type: ignore[no-untyped-call]
     assert meters.loss == pytest.approx(expected.item(), rel=1e-4)
     for mine, other in zip(found, gradients(loaded), strict=True):
@@ -153,11 +155,11 @@ def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:
 def test_a_non_finite_gradient_leaves_the_weights_alone() -> None:
     loaded = tiny_model()
     before = [p.detach().clone() for p in loaded.model.parameters()]
-    optimiser = Optimiser(loaded.model.parameters(), TrainConfig(learning_rate=0.1))
+    optimiser = Optimiser(dict(loaded.model.named_parameters()), TrainConfig(learning_rate=0.1))
     next(iter(loaded.model.parameters())).grad = torch.full_like(before[0], torch.nan)
-    norm, taken = optimiser.step(0, 1.0)
-    assert not taken
-    assert math.isnan(norm)
+    step = optimiser.step(0, 1.0)
+    assert not step.taken
+    assert math.isnan(step.grad_norm)
     assert all(torch.equal(a, b) for a, b in zip(before, loaded.model.parameters(), strict=True))
     assert all(p.grad is None for p in loaded.model.parameters())
 
@@ -165,7 +167,7 @@ def test_a_non_finite_gradient_leaves_the_weights_alone() -> None:
 def test_a_non_finite_loss_is_not_stepped_on_either() -> None:
     loaded = tiny_model()
     next(iter(loaded.model.parameters())).grad = torch.ones_like(next(iter(loaded.model.parameters())))
-    assert Optimiser(loaded.model.parameters(), TrainConfig()).step(0, math.inf)[1] is False
+    assert not Optimiser(dict(loaded.model.named_parameters()), TrainConfig()).step(0, math.inf).taken
 
 
 def test_the_learning_rate_is_a_function_of_the_update() -> None:
@@ -181,10 +183,9 @@ def test_the_teacher_keeps_its_own_head_when_the_student_has_moved() -> None:
     # student has moved, the meter of the teacher's own entropy must still be that of the initial policy.
     loaded = tiny_model()
     teacher, objective = Teacher(loaded.model, TeacherConfig(weights="frozen")), Objective(temperature=TEMPERATURE)
-    how = {"reduction": "sequence", "micro_batch_size": 2, "chunk_tokens": 4}
-    before = distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    before = distill(Scorer(loaded), teacher, ROWS, objective, micro_batch_size=2, chunk_tokens=4)
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             parameter.mul_(1.1)
-    after = distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
+    after = distill(Scorer(loaded), teacher, ROWS, objective, micro_batch_size=2, chunk_tokens=4)
     assert after.tokens["teacher_entropy"] == before.tokens["teacher_entropy"]

@@ -24,19 +24,20 @@ from statistics import fmean, stdev
 import torch
 from scipy.stats import spearmanr
 
-from atesd.build import Silent, build, close
+from atesd.build import build, close, objective
+from atesd.train.listeners import Listeners
 from atesd.config import Config, load_config
-from atesd.engine.sample import Request, sample
+from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
-from atesd.maths.keyed import uniforms
-from atesd.models.load import trainable_parameters
 from atesd.models.score import Pair, completion_logprobs
 from atesd.runs import RunFolder, write_atomic
-from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
-from atesd.train.lookahead import grouped
-from atesd.train.loop import Trainer, objective
-from atesd.train.parts import Parts
-from atesd.train.step import Row, distill
+from atesd.aligned.foresight import AlignedForesight
+from atesd.aligned.scorer import grouped
+from atesd.train.components import Components
+from atesd.train.loop import Trainer
+from atesd.train.rollouts import rollout_params
+from atesd.train.stopwatch import Stopwatch
+from atesd.train.update import Distillation, Example, accumulate
 from validation.foresight_figure import draw_foresight
 
 WORLDS: dict[str, tuple[str, ...]] = {
@@ -98,45 +99,44 @@ class Foresight:
 
 def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresight:
     """Train so many updates as `config` says, then compare what alignment foresees with what one step brings."""
-    parts = replace(build(config), gate=None)
+    components = build(config)
+    components = replace(components, method=plain_distillation(components))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parts, RunFolder(Path(folder), "foresight"), Silent())
+            trainer = Trainer(components, RunFolder(Path(folder), "foresight"), Listeners(()))
             for update in range(updates):
                 trainer.update(update)
-        return _compare(parts, world, checkpoint, updates)
+        return _compare(components, world, checkpoint, updates)
     finally:
-        close(parts)
+        close(components)
 
 
-def _compare(parts: Parts, world: str, checkpoint: str, updates: int) -> Foresight:
-    config, lookahead = parts.config, parts.lookahead
-    if lookahead is None:
+def _compare(components: Components, world: str, checkpoint: str, updates: int) -> Foresight:
+    config, foresight = components.config, components.foresight
+    if not isinstance(foresight, AlignedForesight):
         raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.token_gate: aligned")
-    direction = lookahead.direction
+    scorer, direction = foresight.scorer, foresight.scorer.direction
     direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
     first = config.train.num_updates  # batches beyond those that were trained on
     for update in range(first, first + BATCHES_FOR_DIRECTION):
-        batch = draw_batch(parts, update)
-        direction.remember(batch.problems, batch.rollouts, batch.verdicts)
+        direction.remember(components.sampler.rollouts(update))
     direction.renew(first)
-    batches = [draw_batch(parts, first + BATCHES_FOR_DIRECTION + i) for i in range(BATCHES_SCORED)]
-    problems = [problem for batch in batches for problem in batch.problems]
-    students = [row.student_pair for batch in batches for row in batch.rows]
-    given = config, parts.encoder, parts.renderer, parts.problems.train
-    seen = {ratio: [teacher_view(p, ratio, *given)[1] for p in problems] for ratio in lookahead.ratios}
-    rows = lookahead.by_ratio(students, seen.__getitem__)
-    foreseen = grouped(lookahead.ratios, rows, [""] * len(rows))[""]
-    gradients = {ratio: _gradient(parts, students, seen[ratio]) for ratio in lookahead.ratios}
-    held = held_out(parts)
-    rate = direction.epsilon / _length(gradients[lookahead.ratios[-1]])
-    true = [true_change(parts, held, gradients[ratio], rate) for ratio in lookahead.ratios]
+    scored = range(first + BATCHES_FOR_DIRECTION, first + BATCHES_FOR_DIRECTION + BATCHES_SCORED)
+    rollouts = [one for update in scored for one in components.sampler.rollouts(update)]
+    students = [one.pair for one in rollouts]
+    contexts = [[components.prompts.view(one.problem, ratio).context for one in rollouts] for ratio in scorer.ratios]
+    rows = scorer.by_ratio(students, contexts)
+    foreseen = grouped(scorer.ratios, rows, [""] * len(rows))[""]
+    gradients = {r: _gradient(components, students, seen) for r, seen in zip(scorer.ratios, contexts, strict=True)}
+    held = held_out(components)
+    rate = direction.epsilon / _length(gradients[scorer.ratios[-1]])
+    true = [true_change(components, held, gradients[ratio], rate) for ratio in scorer.ratios]
     return Foresight(
         world,
         checkpoint,
         updates,
-        fmean(verdict == "correct" for batch in batches for verdict in batch.verdicts),
-        lookahead.ratios,
+        fmean(one.verdict == "correct" for one in rollouts),
+        scorer.ratios,
         foreseen.values,
         foreseen.errors,
         tuple(change for change, _ in true),
@@ -144,70 +144,62 @@ def _compare(parts: Parts, world: str, checkpoint: str, updates: int) -> Foresig
     )
 
 
-def _gradient(parts: Parts, students: Sequence[Pair], contexts: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def _gradient(components: Components, students: Sequence[Pair], contexts: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The gradient of the loss on these rollouts under these teacher contexts."""
-    rows = [Row(context, completion, seen) for (context, completion), seen in zip(students, contexts, strict=True)]
-    distill(
-        parts.scorer,
-        parts.teacher,
-        rows,
-        objective(parts.config),
-        reduction=parts.config.loss.reduction,
-        micro_batch_size=parts.config.train.micro_batch_size,
-        chunk_tokens=parts.config.loss.chunk_tokens,
-    )
+    examples = [Example(context, completion, seen) for (context, completion), seen in zip(students, contexts, strict=True)]
+    accumulate(plain_distillation(components), examples, components.plan)
     found = {}
-    for name, parameter in trainable_parameters(parts.loaded).items():
+    for name, parameter in components.weights.trained.items():
         if parameter.grad is not None:
             found[name] = parameter.grad.clone()
         parameter.grad = None
     return found
 
 
-def held_out(parts: Parts) -> Held:
+def plain_distillation(components: Components) -> Distillation:
+    """Distillation of every token, whatever gate the config has."""
+    config, scorer = components.config, components.scorer
+    watch, chunk = Stopwatch(scorer.device), config.loss.chunk_tokens
+    return Distillation(scorer, watch, components.teacher, objective(config), chunk_tokens=chunk)
+
+
+def held_out(components: Components) -> Held:
     """Completions of the test problems by the student as it is, keyed, graded, each at the worth of its verdict."""
-    if parts.checker is None:
+    if components.checker is None:
         raise ValueError("success is what a checker says; set data.checker")
-    problems, sampler = parts.problems.test, rollout_sampler(parts.config)
-    prompts = student_prompts(problems, parts.encoder, parts.renderer)
-    count, seed = sampler.completion_tokens, parts.config.train.seed
+    problems = components.problems.test
+    prompts = student_prompts(problems, components.encoder, components.renderer)
+    seed = components.config.train.seed
     requests = [
-        Request(problem.id, k, prompt, uniforms(count, seed, "foresight", problem.id, k))
+        Request(problem.id, k, prompt, (seed, "foresight", problem.id, k))
         for problem, prompt in zip(problems, prompts, strict=True)
         for k in range(HELD_OUT_SAMPLES)
     ]
-    rollouts = sample(parts.loaded, requests, sampler)
+    rollouts = components.engine.complete(requests, rollout_params(components.config))
     asked = [problem for problem in problems for _ in range(HELD_OUT_SAMPLES)]
-    texts = [parts.encoder.decode(rollout.completion_ids) for rollout in rollouts]
-    verdicts = parts.checker.check([(text, p.answer) for text, p in zip(texts, asked, strict=True)])
+    texts = [components.encoder.decode(rollout.completion_ids) for rollout in rollouts]
+    verdicts = components.checker.check([(text, p.answer) for text, p in zip(texts, asked, strict=True)])
     correct = [float(verdict == "correct") for verdict in verdicts]
     by_level: dict[int, list[float]] = defaultdict(list)
     for problem, value in zip(asked, correct, strict=True):
         by_level[problem.difficulty].append(value)
     worth = tuple(value - fmean(by_level[p.difficulty]) for value, p in zip(correct, asked, strict=True))
     pairs = tuple((rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts)
-    return Held(pairs, _sums(parts, pairs), worth)
+    return Held(pairs, _sums(components, pairs), worth)
 
 
-def true_change(parts: Parts, held: Held, gradient: dict[str, torch.Tensor], rate: float) -> tuple[float, float]:
+def true_change(components: Components, held: Held, gradient: dict[str, torch.Tensor], rate: float) -> tuple[float, float]:
     """Change of success on the held-out problems after one step of -rate * gradient, and its standard error."""
-    parameters = trainable_parameters(parts.loaded)
-    before = {name: parameters[name].data for name in gradient}
-    try:
-        for name, value in gradient.items():
-            parameters[name].data = before[name] - rate * value
-        after = _sums(parts, held.pairs)
-    finally:
-        for name, data in before.items():
-            parameters[name].data = data
+    with components.weights.moved(gradient, -rate):
+        after = _sums(components, held.pairs)
     weights = (torch.tensor(after) - torch.tensor(held.logprobs)).exp() - 1
     changes = (weights * torch.tensor(held.worth)).tolist()
     return fmean(changes), stdev(changes) / len(changes) ** 0.5
 
 
-def _sums(parts: Parts, pairs: Sequence[Pair]) -> tuple[float, ...]:
+def _sums(components: Components, pairs: Sequence[Pair]) -> tuple[float, ...]:
     """Log-probability of each completion under the student at the rollout temperature, nats."""
-    found = completion_logprobs(parts.scorer, pairs, temperature=parts.config.sampling.temperature, micro_batch_size=64)
+    found = completion_logprobs(components.scorer, pairs, temperature=components.config.sampling.temperature, micro_batch_size=64)
     return tuple(float(row.double().sum()) for row in found)
 
 

@@ -1,7 +1,8 @@
 """atesd: adaptive teacher exposure for on-policy self-distillation (arXiv 2605.11458).
 
     from atesd import load_config
-    from atesd.build import build, evaluate, train
+    from atesd.build import build
+    from atesd.session import evaluate, train
 
     outcome = train(load_config("micro", ["train.num_updates=50"]), Path("runs/first"))
 

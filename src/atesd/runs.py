@@ -23,14 +23,14 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, cast, get_args, overload
 
 from filelock import FileLock, Timeout
 
 from atesd.config import Config, dump_config, load_config
 from atesd.errors import RunError
+from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow
 
-RowKind = Literal["metrics", "decisions", "evaluations", "samples"]
 EndStatus = Literal["finished", "stopped", "failed"]
 
 FORMAT = "atesd-run-1"
@@ -123,7 +123,7 @@ class RunFolder:
         with _locked(self.path):
             yield
 
-    def append(self, kind: RowKind, row: Mapping[str, Any]) -> None:
+    def append(self, kind: RowKind, row: Row) -> None:
         """Write one row and flush it. Raises `RunError` for what strict JSON cannot hold, naming the key.
 
         A line left torn by a kill is dropped first, so that the new row never joins it.
@@ -134,7 +134,15 @@ class RunFolder:
             _drop_torn_line(file)
             file.write(line)
 
-    def rows(self, kind: RowKind) -> list[dict[str, Any]]:
+    @overload
+    def rows(self, kind: Literal["metrics"]) -> list[MetricsRow]: ...
+    @overload
+    def rows(self, kind: Literal["decisions"]) -> list[DecisionRow]: ...
+    @overload
+    def rows(self, kind: Literal["evaluations"]) -> list[EvaluationRow]: ...
+    @overload
+    def rows(self, kind: Literal["samples"]) -> list[SampleRow]: ...
+    def rows(self, kind: RowKind) -> Sequence[Row]:
         """Every row so far, oldest first. A torn last line is ignored; any other damage is a `RunError`."""
         path = self._rows_path(kind)
         if not path.exists():
@@ -142,7 +150,7 @@ class RunFolder:
         *lines, _ = path.read_bytes().split(b"\n")
         return [_parse_row(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
 
-    def last_row(self, kind: RowKind) -> dict[str, Any] | None:
+    def last_row(self, kind: RowKind) -> Row | None:
         """The newest whole row, read from the end of the file; None if there is none."""
         path = self._rows_path(kind)
         if not path.exists():
@@ -166,7 +174,7 @@ class RunFolder:
                     os.fsync(file.fileno())
         sync_directory(self.path)
 
-    def cut(self, updates_done: int) -> dict[RowKind, int]:
+    def truncate_after(self, updates_done: int) -> dict[RowKind, int]:
         """Drop the rows that a run resumed after `updates_done` updates will write again; returns how many of each.
 
         Kept are metrics and samples of updates below `updates_done`, finished decisions logged below it, and
@@ -339,7 +347,7 @@ def _drop_torn_line(file: BinaryIO) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _require_row(kind: RowKind, row: Mapping[str, Any]) -> None:
+def _require_row(kind: RowKind, row: Mapping[str, object]) -> None:
     for key in ("update", "logged_at") if kind == "decisions" else ("update",):
         if type(row.get(key)) is not int:
             raise RunError(f"{kind} row: {key} is {row.get(key)!r}, expected an integer")
@@ -363,14 +371,14 @@ def _require_json(value: Any, where: str) -> None:
         raise RunError(f"{where} is a {type(value).__name__}; rows hold JSON values")
 
 
-def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+def _parse_row(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
     except ValueError as error:
         raise RunError(f"{where} is damaged ({error}); restore the file or remove that line") from None
     if not isinstance(row, dict):
         raise RunError(f"{where} is damaged: a {type(row).__name__} where an object was expected")
-    return row
+    return cast(Row, row)
 
 
 def _refuse_constant(name: str) -> float:

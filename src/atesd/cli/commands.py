@@ -73,9 +73,9 @@ def train(
     from atesd.models.ranks import joined
 
     with joined(config.model.device) as ranks, display_for(config, folder) if ranks.first else nullcontext() as display:
-        from atesd import build
+        from atesd import session
 
-        outcome = build.train(config, folder, resume=resume.value, listener=display, command=sys.argv)
+        outcome = session.train(config, folder, resume=resume.value, listeners=[display] if display else [], command=sys.argv)
     if ranks.first:
         for line in closing_lines(outcome.run, config, outcome.status):
             typer.echo(line)
@@ -87,12 +87,12 @@ def _show_plan(config: Config) -> None:
     from atesd.build import build, close
     from atesd.cli.plan import plan_lines
 
-    parts = build(config)
+    components = build(config)
     try:
-        for line in plan_lines(parts):
+        for line in plan_lines(components):
             typer.echo(line)
     finally:
-        close(parts)
+        close(components)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from atesd.models.load import load_tokenizer
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem
 from atesd.text import visible
-from atesd.train.batches import teacher_view
+from atesd.train.views import TeacherPrompts
 
 
 def preview_text(config: Config, index: int, reveal_ratios: Sequence[float]) -> str:
@@ -27,6 +27,7 @@ def _parts(
     problem: Problem, reveal_ratios: Sequence[float], config: Config, encoder: PromptEncoder, others: Sequence[Problem]
 ) -> Iterator[str]:
     renderer = make_renderer(config)
+    prompts = TeacherPrompts(config, encoder, renderer, others)
     message = renderer.student(problem)
     yield (
         f"problem {visible(problem.id)}: difficulty {problem.difficulty}, {len(problem.segments)} segments, "
@@ -34,9 +35,10 @@ def _parts(
     )
     yield _context("student", len(encoder.student(message)), encoder.student_text(message))
     for ratio in reveal_ratios:
-        view, ids = teacher_view(problem, ratio, config, encoder, renderer, others)
+        prompt = prompts.view(problem, ratio)
+        view = prompt.view
         shown = f"{view.shown_segments} of {view.total_segments} segments, effective ratio {view.effective_ratio:.2f}"
-        yield _context(f"teacher at ratio {ratio:g}: {shown}", len(ids), encoder.teacher_text(view.text))
+        yield _context(f"teacher at ratio {ratio:g}: {shown}", len(prompt.context), encoder.teacher_text(view.text))
 
 
 def _context(title: str, tokens: int, text: str) -> str:

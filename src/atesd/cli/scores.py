@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atesd.build import build, close, config_of_trained
+from atesd.build import build, close
+from atesd.session import config_of_trained
 from atesd.config import Config, config_from_mapping, load_config, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
@@ -43,14 +44,14 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
     update = run.config.train.num_updates if run else 0
     with joined(config.model.device) as ranks:
-        parts = build(config, benchmark, ranks=ranks)
+        components = build(config, benchmark, ranks=ranks)
         try:
-            row = parts.evaluate("test" if benchmark else split, update)
+            row = components.evaluation.evaluate("test" if benchmark else split, update)
         finally:
-            close(parts)
+            close(components)
     if not ranks.first:
         return None
-    where = _keep(run, row, parts.problems.fingerprint) if run else "nothing was written: not a run folder"
+    where = _keep(run, row, components.problems.fingerprint) if run else "nothing was written: not a run folder"
     return Scored(target, row, where)
 
 

@@ -13,7 +13,7 @@ from atesd.data.views import Renderer
 from atesd.engine.sample import Request, Sampler, sample
 from atesd.errors import DataError
 from atesd.maths.keyed import uniforms
-from atesd.maths.statistics import average_at_k, bootstrap_interval, pass_at_k
+from atesd.maths.statistics import average_at_k, bootstrap_interval, is_looping, pass_at_k
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem, Rollout, Split, Verdict
@@ -139,15 +139,6 @@ def sampler_record(sampler: Sampler) -> dict[str, float | int]:
         "min_p": sampler.min_p,
         "completion_tokens": sampler.completion_tokens,
     }
-
-
-def is_looping(ids: Sequence[int], ngram: int = 8, repeats: int = 4) -> bool:
-    """Whether some `ngram` consecutive tokens occur at least `repeats` times, anywhere and overlapping or not.
-
-    A loop of period p shows from ngram + (repeats - 1) * p tokens on. Definition and numbers are ours.
-    """
-    occurrences = Counter(tuple(ids[start : start + ngram]) for start in range(len(ids) - ngram + 1))
-    return max(occurrences.values(), default=0) >= repeats
 
 
 def _correct_counts(graded: Sequence[Graded]) -> dict[str, int]:

@@ -120,3 +120,12 @@ def _percentiles(means: NDArray[np.float64], level: float) -> tuple[float, float
         raise ValueError(f"level is {level}, allowed: above 0 and below 1")
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def is_looping(ids: Sequence[int], ngram: int = 8, repeats: int = 4) -> bool:
+    """Whether some `ngram` consecutive tokens occur at least `repeats` times, anywhere and overlapping or not.
+
+    A loop of period p shows from ngram + (repeats - 1) * p tokens on. Definition and numbers are ours.
+    """
+    occurrences = Counter(tuple(ids[start : start + ngram]) for start in range(len(ids) - ngram + 1))
+    return max(occurrences.values(), default=0) >= repeats

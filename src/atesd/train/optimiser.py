@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -24,45 +25,58 @@ def learning_rate(config: TrainConfig, update: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimiser step: the gradient's norm before clipping, the learning rate, and whether the step was taken."""
+
+    grad_norm: float
+    learning_rate: float
+    taken: bool
+
+
 @final
 class Optimiser:
     """Applies one update, or skips it when loss or gradient is not finite."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+        self._parameters = parameters
         self._config = config
         self._adam = torch.optim.AdamW(
-            self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
+            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
         )
 
-    def step(self, update: int, loss: float) -> tuple[float, bool]:
-        """Clip the gradient, step, and clear it. Returns its norm before clipping and whether the step was taken."""
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-        finite = math.isfinite(norm) and math.isfinite(loss)
+    def learning_rate(self, update: int) -> float:
+        """The learning rate of an update."""
+        return learning_rate(self._config, update)
+
+    def step(self, update: int, loss: float) -> Step:
+        """Clip the gradient, step unless gradient or loss is not finite, and clear the gradient."""
+        norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
+        rate, finite = self.learning_rate(update), math.isfinite(norm) and math.isfinite(loss)
         if finite:
             for group in self._adam.param_groups:
-                group["lr"] = learning_rate(self._config, update)
+                group["lr"] = rate
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        return norm, finite
+        return Step(norm, rate, finite)
 
-    def preconditioned(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    def preconditioned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each gradient over the root of its second moments, as AdamW would step on it; unchanged before any step."""
         found = {}
         beta2, epsilon = self._adam.defaults["betas"][1], self._adam.defaults["eps"]
-        for parameter, gradient in gradients.items():
-            state = self._adam.state.get(parameter)
+        for name, gradient in gradients.items():
+            state = self._adam.state.get(self._parameters[name])
             if not state:
-                found[parameter] = gradient
+                found[name] = gradient
                 continue
             moments = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
-            found[parameter] = gradient / (moments.sqrt() + epsilon)
+            found[name] = gradient / (moments.sqrt() + epsilon)
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Moments and step counts."""
-        return self._adam.state_dict()
+        return cast("dict[str, object]", self._adam.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
-        self._adam.load_state_dict(state)
+        self._adam.load_state_dict(dict(state))

@@ -1,92 +1,87 @@
-"""What a run writes down: the rows of metrics.jsonl, decisions.jsonl and samples.jsonl."""
+"""What a run learns of an update, and what it writes down: the rows of metrics, decisions and samples."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Literal, cast
 
+from atesd.config import Config
+from atesd.maths.statistics import is_looping
 from atesd.records import FinishedDecision, UpdateStats
-from atesd.train.batches import Batch
-from atesd.train.parts import Parts
-from atesd.train.step import StepMeters
+from atesd.rows import AlignmentRow, DecisionRow, MetricsRow, SampleRow
+from atesd.train.components import Components
+from atesd.train.optimiser import Step
+from atesd.train.reveal import Batch, group_of
+from atesd.train.update import StepMeters
 
-METRICS = (
-    "update",
-    "loss",
-    "kl",
-    "top1_disagreement",
-    "student_confidence",
-    "teacher_entropy",
-    "student_entropy",
-    "clipped_share",
-    "reversed_mass",
-    "reveal_ratio",
-    "effective_ratio",
-    "completion_tokens",
-    "truncated_share",
-    "loop_share",
-    "accuracy",
-    "probe_nll",
-    "probe_success",
-    "probe_gain",
-    "probe_kl",
-    "grounding",
-    "alignment",
-    "kept_share",
-    "curvature",
-    "grad_norm",
-    "learning_rate",
-    "skipped",
-    "seconds",
-)
-"""The keys of a row of metrics.jsonl."""
+
+def update_stats(
+    batch: Batch, meters: StepMeters, config: Config, measured: dict[str, float | None]
+) -> UpdateStats:
+    """What the exposure learns of an update; `measured` holds probes and grounding."""
+    graded = [
+        (row.graded.problem, float(row.graded.verdict == "correct"))
+        for row in batch.rows
+        if row.graded.verdict is not None
+    ]
+    means = meters.means
+    return UpdateStats(
+        reveal_ratio=means.get("token_ratio", statistics.fmean(row.reveal_ratio for row in batch.rows)),
+        effective_ratio=means.get(
+            "token_effective_ratio", statistics.fmean(row.view.effective_ratio for row in batch.rows)
+        ),
+        loss=meters.loss,
+        kl=means.get("kl", 0.0),
+        top1_disagreement=means.get("top1_disagreement", 0.0),
+        student_confidence=means["confidence"],
+        train_success=tuple((problem.difficulty, correct) for problem, correct in graded),
+        group_success=tuple((group_of(problem, config), correct) for problem, correct in graded),
+        **measured,
+    )
 
 
 def metrics_row(
-    update: int, batch: Batch, meters: StepMeters, stats: UpdateStats, looping: Callable[[Sequence[int]], bool]
-) -> dict[str, Any]:
-    """The measured part of a row of metrics.jsonl. What was not measured, or is not finite, is None."""
-    distilled = "kl" in meters.means
-    graded = [verdict == "correct" for verdict in batch.verdicts if verdict is not None]
-    means = meters.means
-    row: dict[str, Any] = {
+    update: int, batch: Batch, meters: StepMeters, stats: UpdateStats, step: Step, seconds: dict[str, float]
+) -> MetricsRow:
+    """A row of metrics.jsonl. What was not measured, or is not finite, is None."""
+    means, distilled = meters.means, "kl" in meters.means
+    rollouts = [row.graded.rollout for row in batch.rows]
+    graded = [row.graded.verdict == "correct" for row in batch.rows if row.graded.verdict is not None]
+    return {
         "update": update,
-        "loss": stats.loss,
-        "kl": stats.kl if distilled else None,
-        "top1_disagreement": stats.top1_disagreement if distilled else None,
-        "student_confidence": stats.student_confidence,
-        "teacher_entropy": means.get("teacher_entropy"),
-        "student_entropy": means["student_entropy"],
-        "clipped_share": _share(means["clipped_mass"], means["loss"]) if distilled else None,
-        "reversed_mass": means.get("reversed_mass"),
-        "reveal_ratio": stats.reveal_ratio if distilled else None,
-        "effective_ratio": stats.effective_ratio if distilled else None,
-        "completion_tokens": statistics.fmean(len(rollout.completion_ids) for rollout in batch.rollouts),
-        "truncated_share": statistics.fmean(rollout.truncated for rollout in batch.rollouts),
-        "loop_share": statistics.fmean(looping(rollout.completion_ids) for rollout in batch.rollouts),
+        "loss": finite_or_none(stats.loss),
+        "kl": finite_or_none(stats.kl) if distilled else None,
+        "top1_disagreement": finite_or_none(stats.top1_disagreement) if distilled else None,
+        "student_confidence": finite_or_none(stats.student_confidence),
+        "teacher_entropy": finite_or_none(means.get("teacher_entropy")),
+        "student_entropy": finite_or_none(means["student_entropy"]),
+        "clipped_share": finite_or_none(_share(means["clipped_mass"], means["loss"])) if distilled else None,
+        "reversed_mass": finite_or_none(means.get("reversed_mass")),
+        "reveal_ratio": finite_or_none(stats.reveal_ratio) if distilled else None,
+        "effective_ratio": finite_or_none(stats.effective_ratio) if distilled else None,
+        "completion_tokens": statistics.fmean(len(rollout.completion_ids) for rollout in rollouts),
+        "truncated_share": statistics.fmean(rollout.truncated for rollout in rollouts),
+        "loop_share": statistics.fmean(is_looping(rollout.completion_ids) for rollout in rollouts),
         "accuracy": statistics.fmean(graded) if graded else None,
-        "probe_nll": stats.probe_nll,
-        "probe_success": stats.probe_success,
-        "probe_gain": stats.probe_gain,
-        "probe_kl": stats.probe_kl,
-        "grounding": stats.grounding,
-        "kept_share": means.get("kept"),
-        "curvature": means.get("curvature"),
+        "probe_nll": finite_or_none(stats.probe_nll),
+        "probe_success": finite_or_none(stats.probe_success),
+        "probe_gain": finite_or_none(stats.probe_gain),
+        "probe_kl": finite_or_none(stats.probe_kl),
+        "grounding": finite_or_none(stats.grounding),
+        "alignment": cast(AlignmentRow, asdict(batch.alignment)) if batch.alignment else None,
+        "kept_share": finite_or_none(means.get("kept")),
+        "curvature": finite_or_none(means.get("curvature")),
+        "grad_norm": finite_or_none(step.grad_norm),
+        "learning_rate": step.learning_rate,
+        "skipped": None if step.taken else "non-finite loss or gradient",
+        "seconds": seconds,
     }
-    measured = {name: finite_or_none(value) for name, value in row.items()}
-    return {**measured, "alignment": asdict(batch.alignment) if batch.alignment else None}
 
 
-def skipped_row(update: int, reason: str, learning_rate: float) -> dict[str, Any]:
-    """The row of an update that never came to a step: nothing measured, and why."""
-    unknown = dict.fromkeys(METRICS)
-    return {**unknown, "update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
-
-
-def decision_row(finished: FinishedDecision, update: int, status: str) -> dict[str, Any]:
+def decision_row(finished: FinishedDecision, update: int, status: Literal["finished", "pending"]) -> DecisionRow:
     """A decision as a row of decisions.jsonl."""
     decision = finished.decision
     return {
@@ -110,32 +105,32 @@ def decision_row(finished: FinishedDecision, update: int, status: str) -> dict[s
     }
 
 
-def sample_rows(update: int, batch: Batch, meters: StepMeters, parts: Parts) -> Iterator[dict[str, Any]]:
+def sample_rows(update: int, batch: Batch, meters: StepMeters, components: Components) -> Iterator[SampleRow]:
     """The first rollouts of an update with both contexts, as rows of samples.jsonl."""
-    encoder = parts.encoder
-    for i in range(min(parts.config.train.log_samples, len(batch.rows))):
-        problem, rollout, view = batch.problems[i], batch.rollouts[i], batch.views[i]
+    encoder = components.encoder
+    for place, row in enumerate(batch.rows[: components.config.train.log_samples]):
+        problem, rollout, view = row.graded.problem, row.graded.rollout, row.view
         yield {
             "update": update,
             "problem_id": problem.id,
             "difficulty": problem.difficulty,
-            "reveal_ratio": batch.reveal_ratios[i],
+            "reveal_ratio": row.reveal_ratio,
             "effective_ratio": view.effective_ratio,
-            "student_context": encoder.student_text(parts.renderer.student(problem)),
+            "student_context": encoder.student_text(components.renderer.student(problem)),
             "teacher_context": encoder.teacher_text(view.text) if view.text else "",
             "completion": encoder.decode(rollout.completion_ids),
-            "verdict": batch.verdicts[i],
+            "verdict": row.graded.verdict,
             "truncated": rollout.truncated,
             "tokens": encoder.pieces(rollout.completion_ids),
-            "token_kl": _of_tokens(meters, "kl", i),
-            "token_alignment": _of_tokens(meters, "alignment", i),
-            "token_ratio": _of_tokens(meters, "token_ratio", i),
+            "token_kl": _of_tokens(meters, "kl", place),
+            "token_alignment": _of_tokens(meters, "alignment", place),
+            "token_ratio": _of_tokens(meters, "token_ratio", place),
         }
 
 
-def _of_tokens(meters: StepMeters, name: str, row: int) -> list[float | None]:
+def _of_tokens(meters: StepMeters, name: str, place: int) -> list[float | None]:
     """A meter of every token of a row; empty if it was not measured."""
-    return [finite_or_none(value) for value in meters.tokens[name][row]] if name in meters.tokens else []
+    return [finite_or_none(value) for value in meters.tokens[name][place]] if name in meters.tokens else []
 
 
 def _share(clipped: float, kept: float) -> float | None:
@@ -143,6 +138,6 @@ def _share(clipped: float, kept: float) -> float | None:
     return clipped / (clipped + kept) if clipped + kept else None
 
 
-def finite_or_none(value: Any) -> Any:
+def finite_or_none(value: float | None) -> float | None:
     """JSON has no NaN: what is not finite is not known."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value if value is not None and math.isfinite(value) else None

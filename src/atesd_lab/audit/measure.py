@@ -11,7 +11,7 @@ from atesd.control.interface import Measurement
 from atesd.engine.sample import sample
 from atesd.evaluate.probes import graded, probe_requests
 from atesd.train.batches import rollout_sampler
-from atesd.train.parts import Parts
+from atesd.train.components import Components
 from atesd_lab.audit.null_measure import Say, as_batches, redrawn, score_rollouts
 from atesd_lab.audit.null_simulation import MeasuredRatio
 
@@ -59,14 +59,14 @@ class MeasuredStudent:
 
 
 def measure_student(
-    parts: Parts, rollouts: int, repeats: int, say: Say, ratios: Sequence[float] = COARSE
+    components: Components, rollouts: int, repeats: int, say: Say, ratios: Sequence[float] = COARSE
 ) -> MeasuredStudent:
     """Score the frozen student's rollouts at every ratio, and read its probes twice and with `repeats` fresh draws."""
-    config = parts.config
-    scored = score_rollouts(parts, rollouts, ratios, say)
+    config = components.config
+    scored = score_rollouts(components, rollouts, ratios, say)
     groups = redrawn(rollouts, config.train.batch_size, REDRAWN_BATCHES, config.train.seed)
     measured = as_batches(scored, groups, config.loss.reduction)
-    readings = (*read_probes(parts, repeats, say), *read_batches(measured))
+    readings = (*read_probes(components, repeats, say), *read_batches(measured))
     return MeasuredStudent(rollouts, tuple(measured), readings)
 
 
@@ -94,49 +94,49 @@ def read_batches(measured: Sequence[MeasuredRatio]) -> tuple[Reading, ...]:
     return tuple(readings)
 
 
-def read_probes(parts: Parts, repeats: int, say: Say) -> tuple[Reading, ...]:
+def read_probes(components: Components, repeats: int, say: Say) -> tuple[Reading, ...]:
     """The probe signals; what a run would sample for is read on fresh draws only, unless it is the recipe's own."""
     readings = []
     for name in ("probe_nll", "probe_success", "probe_kl", "probe_gain"):
-        if name in ("probe_success", "probe_gain") and parts.checker is None:
+        if name in ("probe_success", "probe_gain") and components.checker is None:
             continue
-        readings.append(_read(parts, name, repeats))
+        readings.append(_read(components, name, repeats))
         say(f"{name} read")
     return tuple(readings)
 
 
-def _read(parts: Parts, name: Measurement, repeats: int) -> Reading:
+def _read(components: Components, name: Measurement, repeats: int) -> Reading:
     """A probe signal as a run reads it, and once more; what the recipe does not use is read if it is cheap or tells."""
-    fresh = fresh_success(parts, repeats) if name == "probe_success" else None
+    fresh = fresh_success(components, repeats) if name == "probe_success" else None
     source = "no draws: not known" if fresh is None else f"{repeats} fresh draws"
-    if name in (parts.config.credit.progress_signal, "probe_nll"):
-        first, second = (parts.probes.measure(frozenset({name}))[name] for _ in range(2))
+    if name in (components.config.credit.progress_signal, "probe_nll"):
+        first, second = (components.probes.measure(frozenset({name}))[name] for _ in range(2))
         return Reading(name, first, None, second - first, fresh and fresh[1], source)
     if fresh is None:
         return Reading(name, None, None, None, None, "not used here, not read")
     return Reading(name, fresh[0], None, None, fresh[1], source)
 
 
-def fresh_success(parts: Parts, repeats: int) -> tuple[float, float]:
+def fresh_success(components: Components, repeats: int) -> tuple[float, float]:
     """Mean probe success over fresh draws, and the standard deviation that they give it; the problems stay the same.
 
     From the variance within each problem over `repeats` independent answers, unbiased: sqrt(sum_i var_i) / n.
     """
-    if parts.checker is None or repeats < 2:
-        raise ValueError(f"{repeats} repeats and checker {parts.checker}: needed are two repeats and a checker")
-    problems, sampler = parts.problems.probe, rollout_sampler(parts.config)
+    if components.checker is None or repeats < 2:
+        raise ValueError(f"{repeats} repeats and checker {components.checker}: needed are two repeats and a checker")
+    problems, sampler = components.problems.probe, rollout_sampler(components.config)
     answers = []
     for repeat in range(repeats):
         requests = probe_requests(
             problems,
-            encoder=parts.encoder,
-            renderer=parts.renderer,
+            encoder=components.encoder,
+            renderer=components.renderer,
             sampler=sampler,
-            seed=parts.config.train.seed,
+            seed=components.config.train.seed,
             key=("audit", repeat),
         )
-        rollouts = sample(parts.loaded, requests, sampler)
-        answers.append(graded(rollouts, problems, encoder=parts.encoder, checker=parts.checker))
+        rollouts = sample(components.loaded, requests, sampler)
+        answers.append(graded(rollouts, problems, encoder=components.encoder, checker=components.checker))
     shares = [fmean(own) for own in zip(*answers, strict=True)]
     within = [share * (1.0 - share) * repeats / (repeats - 1) for share in shares]
     return fmean(shares), math.sqrt(sum(within)) / len(within)

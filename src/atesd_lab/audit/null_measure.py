@@ -6,17 +6,18 @@ Every rollout is sampled once and scored at all ratios; it is kept by itself, so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 import torch
 
 from atesd.maths import keyed
-from atesd.train.batches import Batch, draw_batch, teacher_view, with_answer
-from atesd.train.loop import objective
-from atesd.train.parts import Parts
-from atesd.train.step import Row, StepMeters, distill
+from atesd.build import objective
+from atesd.train.components import Components
+from atesd.train.rollouts import GradedRollout
+from atesd.train.stopwatch import Stopwatch
+from atesd.train.update import Distillation, Example, StepMeters, accumulate
 from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio
 
 GRID = tuple(i / 10 for i in range(11))
@@ -49,25 +50,25 @@ class ScoredRollouts:
     rows: tuple[tuple[ScoredRollout, ...], ...]
 
 
-def measure(parts: Parts, batches: int, ratios: Sequence[float] = GRID) -> list[MeasuredRatio]:
+def measure(components: Components, batches: int, ratios: Sequence[float] = GRID) -> list[MeasuredRatio]:
     """Score the rollouts of the first `batches` updates at every ratio, never taking a step."""
-    size = parts.config.train.batch_size
+    size = components.config.train.batch_size
     groups = [range(start, start + size) for start in range(0, batches * size, size)]
-    return as_batches(score_rollouts(parts, batches * size, ratios), groups, parts.config.loss.reduction)
+    return as_batches(score_rollouts(components, batches * size, ratios), groups, components.config.loss.reduction)
 
 
 @torch.no_grad()
-def score_rollouts(parts: Parts, count: int, ratios: Sequence[float] = GRID, say: Say | None = None) -> ScoredRollouts:
+def score_rollouts(components: Components, count: int, ratios: Sequence[float] = GRID, say: Say | None = None) -> ScoredRollouts:
     """Sample the first `count` rollouts of the run and score them at every ratio. The weights stay what they are.
 
     Ratios that show a rollout's teacher the same are scored once.
     """
-    size = parts.config.train.batch_size
+    size = components.config.train.batch_size
     by_ratio: list[list[ScoredRollout]] = [[] for _ in ratios]
     for update in range(-(-count // size)):
         done = min((update + 1) * size, count)
-        batch = draw_batch(parts, update)
-        for rows, scored in zip(by_ratio, _at_ratios(parts, batch, done - update * size, ratios), strict=True):
+        rollouts = components.sampler.rollouts(update)
+        for rows, scored in zip(by_ratio, _at_ratios(components, rollouts[: done - update * size], ratios), strict=True):
             rows.extend(scored)
         if say is not None:
             say(f"{done} of {count} rollouts sampled and scored at {len(ratios)} ratios")
@@ -108,36 +109,32 @@ def _batch(rows: Sequence[ScoredRollout], reduction: Literal["sequence", "token"
     )
 
 
-def _at_ratios(parts: Parts, batch: Batch, count: int, ratios: Sequence[float]) -> list[list[ScoredRollout]]:
-    """The first `count` rows of a batch at every ratio."""
-    seen = [[_shown(parts, batch, place, ratio) for place in range(count)] for ratio in ratios]
-    distinct = list(dict.fromkeys((place, row) for rows in seen for place, row in enumerate(rows)))
-    config = parts.config
-    meters = distill(
-        parts.scorer,
-        parts.teacher,
-        [row for _, row in distinct],
+def _at_ratios(
+    components: Components, rollouts: Sequence[GradedRollout], ratios: Sequence[float]
+) -> list[list[ScoredRollout]]:
+    """The rollouts at every ratio."""
+    seen = [[_shown(components, one, ratio) for one in rollouts] for ratio in ratios]
+    distinct = list(dict.fromkeys((place, example) for row in seen for place, example in enumerate(row)))
+    config, scorer = components.config, components.scorer
+    method = Distillation(
+        scorer,
+        Stopwatch(scorer.device),
+        components.teacher,
         objective(config),
-        reduction=config.loss.reduction,
-        micro_batch_size=config.train.micro_batch_size,
-        micro_batch_tokens=config.train.micro_batch_tokens,
         chunk_tokens=config.loss.chunk_tokens,
     )
-    scored = {key: _scored(meters, index, batch, key[0]) for index, key in enumerate(distinct)}
-    return [[scored[place, row] for place, row in enumerate(rows)] for rows in seen]
+    meters = accumulate(method, [example for _, example in distinct], components.plan)
+    scored = {key: _scored(meters, index, rollouts[key[0]]) for index, key in enumerate(distinct)}
+    return [[scored[place, example] for place, example in enumerate(row)] for row in seen]
 
 
-def _shown(parts: Parts, batch: Batch, place: int, reveal_ratio: float) -> Row:
-    """A row of the batch as the teacher reads it at another ratio, with what the grounding is measured on."""
-    problem, config = batch.problems[place], parts.config
-    given = config, parts.encoder, parts.renderer, parts.problems.train
-    view, context = teacher_view(problem, reveal_ratio, *given)
-    row = replace(batch.rows[place], teacher_context=context)
-    return with_answer(row, problem, view, config, parts.encoder)
+def _shown(components: Components, one: GradedRollout, reveal_ratio: float) -> Example:
+    """A rollout as the teacher reads it at a ratio, with what the grounding is measured on."""
+    prompt = components.prompts.view(one.problem, reveal_ratio)
+    return components.prompts.with_answer(Example(*one.pair, prompt.context), one.problem, prompt.view)
 
 
-def _scored(meters: StepMeters, index: int, batch: Batch, place: int) -> ScoredRollout:
-    verdict = batch.verdicts[place]
+def _scored(meters: StepMeters, index: int, one: GradedRollout) -> ScoredRollout:
     tokens = {name: meters.tokens[name][index] for name in ("loss", "kl", "top1_disagreement")}
     logprobs = torch.tensor(meters.tokens["logprob"][index])
     return ScoredRollout(
@@ -145,6 +142,6 @@ def _scored(meters: StepMeters, index: int, batch: Batch, place: int) -> ScoredR
         **{name: fmean(values) for name, values in tokens.items()},
         student_confidence=float(logprobs.exp().mean()),
         grounding=fmean(meters.answers[index]) if meters.answers[index] else None,
-        difficulty=batch.problems[place].difficulty,
-        success=None if verdict is None else float(verdict == "correct"),
+        difficulty=one.problem.difficulty,
+        success=None if one.verdict is None else float(one.verdict == "correct"),
     )

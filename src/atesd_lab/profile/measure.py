@@ -10,24 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 
 from atesd.data.views import shown_segments
-from atesd.engine.sample import Request, sample
-from atesd.evaluate.benchmark import student_prompts
+from atesd.engine.interface import Request
 from atesd.maths.fused import divergence_profile
-from atesd.maths.keyed import uniforms
-from atesd.models.load import trainable_parameters
 from atesd.models.score import Pair, completion_tokens, hidden_logprobs
 from atesd.models.shared_prefix import shared_hidden
-from atesd.records import Alignment, Problem, Rollout, Verdict, View
-from atesd.train.batches import batch_at, grade, request, rollout_sampler, teacher_view
-from atesd.train.lookahead import Lookahead, grouped
-from atesd.train.loop import objective
-from atesd.train.parts import Parts
-from atesd.train.success import SuccessDirection
+from atesd.records import Alignment, Problem, View
+from atesd.aligned.direction import SuccessDirection
+from atesd.aligned.scorer import AlignmentScorer, grouped
+from atesd.build import objective
+from atesd.train.components import Components
+from atesd.train.rollouts import GradedRollout, rollout_params
+from atesd.train.views import TeacherPrompt
 from atesd_lab.profile.suggestion import AlignmentRows
 
 ALL = "all"
@@ -36,19 +33,22 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A problem, the student's rollout on it, and what the teacher reads of it at each ratio."""
+    """The student's graded rollout on a problem, and what the teacher reads of the problem at each ratio."""
 
-    problem: Problem
-    rollout: Rollout
-    verdict: Verdict | None
+    graded: GradedRollout
     views: tuple[View, ...]
     contexts: tuple[tuple[int, ...], ...]
     shortened: tuple[bool, ...]
 
     @property
+    def problem(self) -> Problem:
+        """The problem."""
+        return self.graded.problem
+
+    @property
     def pair(self) -> Pair:
         """The rollout as the student reads it."""
-        return self.rollout.prompt_ids, self.rollout.completion_ids
+        return self.graded.pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,82 +73,73 @@ class AlignmentProfile:
     correct: tuple[int, int]
 
 
-def show(parts: Parts, count: int, ratios: Sequence[float]) -> list[Shown]:
+def show(components: Components, count: int, ratios: Sequence[float]) -> list[Shown]:
     """The first `count` rollouts that a run of this config would draw, graded, with the view at each ratio."""
     drawn: list[tuple[Problem, int, int]] = []
     update = 0
     while len(drawn) < count:
-        batch = zip(*batch_at(parts.problems.train, parts.config, update), strict=True)
+        batch = zip(*components.sampler.batch(update), strict=True)
         drawn += [(problem, number, update) for problem, number in batch]
         update += 1
-    drawn = drawn[:count]
-    prompts = student_prompts([problem for problem, _, _ in drawn], parts.encoder, parts.renderer)
-    asked = zip(drawn, prompts, strict=True)
-    requests = [request(problem, number, prompt, at, parts) for (problem, number, at), prompt in asked]
-    rollouts = sample(parts.loaded, requests, rollout_sampler(parts.config))
-    problems = [problem for problem, _, _ in drawn]
-    graded = zip(problems, rollouts, grade(problems, rollouts, parts), strict=True)
-    return [_shown(parts, *row, ratios) for row in graded]
+    problems, numbers, updates = zip(*drawn[:count], strict=True)
+    requests = components.sampler.requests(problems, numbers, updates)
+    rollouts = components.engine.complete(requests, rollout_params(components.config))
+    return [_shown(components, graded, ratios) for graded in components.sampler.graded(problems, rollouts)]
 
 
 @torch.no_grad()
-def score(parts: Parts, shown: Sequence[Shown]) -> list[list[Scores]]:
+def score(components: Components, shown: Sequence[Shown]) -> list[list[Scores]]:
     """What the teacher makes of each rollout at each ratio: [n][K]. The student is projected once for all ratios."""
-    size = parts.config.train.micro_batch_size
+    size = components.config.train.micro_batch_size
     found: list[list[Scores]] = []
     for start in range(0, len(shown), size):
-        found += _scores(parts, shown[start : start + size])
+        found += _scores(components, shown[start : start + size])
     return found
 
 
-def teacher_verdicts(parts: Parts, shown: Sequence[Shown]) -> list[list[bool]] | None:
+def teacher_verdicts(components: Components, shown: Sequence[Shown]) -> list[list[bool]] | None:
     """Whether the teacher's own completion from its view is right: [n][K]; None without a checker.
 
     One sample a view, drawn like a rollout; a problem has the same uniforms at every ratio.
     """
-    if parts.checker is None:
+    if components.checker is None:
         return None
-    config = parts.config
+    config = components.config
     requests = [
-        Request(
-            one.problem.id,
-            place,
-            context,
-            uniforms(config.sampling.completion_tokens, config.train.seed, "profile", one.problem.id),
-        )
+        Request(one.problem.id, place, context, (config.train.seed, "profile", one.problem.id))
         for one in shown
         for place, context in enumerate(one.contexts)
     ]
-    with parts.teacher.weights():
-        rollouts = sample(parts.loaded, requests, rollout_sampler(config))
-    verdicts = grade([one.problem for one in shown for _ in one.contexts], rollouts, parts)
-    right = iter(verdict == "correct" for verdict in verdicts)
+    with components.teacher.weights():
+        rollouts = components.engine.complete(requests, rollout_params(config))
+    graded = components.sampler.graded([one.problem for one in shown for _ in one.contexts], rollouts)
+    right = iter(one.verdict == "correct" for one in graded)
     return [list(islice(right, len(one.contexts))) for one in shown]
 
 
 def align(
-    parts: Parts, shown: Sequence[Shown], ratios: Sequence[float]
+    components: Components, shown: Sequence[Shown], ratios: Sequence[float]
 ) -> tuple[AlignmentRows, AlignmentProfile] | str:
     """The alignment of every rollout at every ratio along the direction of the other half, or why there is none.
 
     Halves are the even and the odd places in the order of the data.
     """
-    config = parts.config
-    if parts.checker is None:
+    config = components.config
+    if components.checker is None:
         return "there is no checker (data.checker: none)"
     halves = [place % 2 for place in range(len(shown))]
     sides = [[one for one, half in zip(shown, halves, strict=True) if half == side] for side in (0, 1)]
-    correct = tuple(sum(one.verdict == "correct" for one in side) for side in sides)
+    correct = tuple(sum(one.graded.verdict == "correct" for one in side) for side in sides)
     least = config.aligned.min_correct
     if min(correct) < least:
         return (
             f"only {correct[0]} of {len(sides[0])} and {correct[1]} of {len(sides[1])} rollouts of the two halves are "
             f"correct, aligned.min_correct wants {least} in each; raise --problems"
         )
-    directions = [_direction(parts, side) for side in sides]
+    directions = [_direction(components, side) for side in sides]
     if not all(direction.known for direction in directions):
         return f"aligned.success: {config.aligned.success} gives no direction on these rollouts; raise --problems"
-    scored = [_along(parts, directions[1 - half], sides[half], ratios) for half in (0, 1)]
+    scored = [_along(components, directions[1 - half], sides[half], ratios) for half in (0, 1)]
     cursors = [iter(rows) for rows in scored]
     rows = [next(cursors[half]) for half in halves]
     by_group = {group: grouped(ratios, [rows[i] for i in m], [group] * len(m)) for group, m in groups_of(shown).items()}
@@ -156,20 +147,15 @@ def align(
     profile = AlignmentProfile(
         groups={group: found[group] for group, found in by_group.items()},
         halves=(first, second),
-        cosine=_cosine(*(direction.state_dict()["unit"] for direction in directions)),
+        cosine=_cosine(*(direction.unit for direction in directions)),
         correct=(correct[0], correct[1]),
     )
     return AlignmentRows(tuple(map(tuple, rows)), tuple(halves)), profile
 
 
-def seen_at(parts: Parts, problem: Problem, ratio: float) -> tuple[View, tuple[int, ...]]:
-    """What the teacher reads of a problem at a ratio, and its context ids."""
-    return teacher_view(problem, ratio, parts.config, parts.encoder, parts.renderer, parts.problems.train)
-
-
-def is_shortened(parts: Parts, view: View, ratio: float) -> bool:
+def is_shortened(components: Components, view: View, ratio: float) -> bool:
     """Whether the view shows less than the ratio asks for because it would be too long."""
-    if parts.config.exposure.control == "none" or parts.config.views.answer == "only":
+    if components.config.exposure.control == "none" or components.config.views.answer == "only":
         return False
     return view.shown_segments < shown_segments(ratio, view.total_segments)
 
@@ -181,28 +167,29 @@ def groups_of(shown: Sequence[Shown]) -> dict[str, list[int]]:
     return {ALL: list(range(len(shown))), **(of if len(levels) > 1 else {})}
 
 
-def _shown(parts: Parts, problem: Problem, rollout: Rollout, verdict: Verdict | None, ratios: Sequence[float]) -> Shown:
-    views, contexts = zip(*(seen_at(parts, problem, ratio) for ratio in ratios), strict=True)
-    shortened = tuple(is_shortened(parts, view, ratio) for view, ratio in zip(views, ratios, strict=True))
-    return Shown(problem, rollout, verdict, views, contexts, shortened)
+def _shown(components: Components, graded: GradedRollout, ratios: Sequence[float]) -> Shown:
+    prompts: list[TeacherPrompt] = [components.prompts.view(graded.problem, ratio) for ratio in ratios]
+    views = tuple(prompt.view for prompt in prompts)
+    shortened = tuple(is_shortened(components, view, ratio) for view, ratio in zip(views, ratios, strict=True))
+    return Shown(graded, views, tuple(prompt.context for prompt in prompts), shortened)
 
 
-def _scores(parts: Parts, shown: Sequence[Shown]) -> list[list[Scores]]:
+def _scores(components: Components, shown: Sequence[Shown]) -> list[list[Scores]]:
     """`score` on one micro-batch. Completion and answer of all ratios are one tree per rollout."""
-    device, pairs = parts.scorer.device, [one.pair for one in shown]
-    answers = [parts.encoder.completion(f"\\boxed{{{one.problem.answer}}}")[:-1] for one in shown]
+    device, pairs = components.scorer.device, [one.pair for one in shown]
+    answers = [components.encoder.completion(f"\\boxed{{{one.problem.answer}}}")[:-1] for one in shown]
     count = len(shown[0].contexts)
     groups = [
-        [(context, text) for text in (one.rollout.completion_ids, answer) for context in one.contexts]
+        [(context, text) for text in (one.graded.rollout.completion_ids, answer) for context in one.contexts]
         for one, answer in zip(shown, answers, strict=True)
     ]
-    with parts.teacher.weights():
-        states = shared_hidden(parts.scorer, groups)
-        head = parts.scorer.head()
+    with components.teacher.weights():
+        states = shared_hidden(components.scorer, groups)
+        head = components.scorer.head()
     tokens = completion_tokens(pairs, device)
     teachers = [torch.cat([row[k] for row in states]) for k in range(count)]
-    sides = parts.scorer.hidden(pairs), parts.scorer.head(), teachers, head
-    meters = divergence_profile(objective(parts.config), *sides, tokens, chunk_tokens=parts.config.loss.chunk_tokens)
+    sides = components.scorer.hidden(pairs), components.scorer.head(), teachers, head
+    meters = divergence_profile(objective(components.config), *sides, tokens, chunk_tokens=components.config.loss.chunk_tokens)
     lengths = [len(completion) for _, completion in pairs]
     kl, differs = ([torch.split(m[name], lengths) for m in meters] for name in ("kl", "top1_disagreement"))
     found = []
@@ -213,32 +200,31 @@ def _scores(parts: Parts, shown: Sequence[Shown]) -> list[list[Scores]]:
     return found
 
 
-def _direction(parts: Parts, shown: Sequence[Shown]) -> SuccessDirection:
-    direction = SuccessDirection(trainable_parameters(parts.loaded), parts.scorer, parts.encoder, parts.config)
-    direction.remember([one.problem for one in shown], [one.rollout for one in shown], [one.verdict for one in shown])
+def _direction(components: Components, shown: Sequence[Shown]) -> SuccessDirection:
+    direction = SuccessDirection(components.weights, components.scorer, components.encoder, components.config)
+    direction.remember([one.graded for one in shown])
     direction.renew(0)
     return direction
 
 
 def _along(
-    parts: Parts, direction: SuccessDirection, shown: Sequence[Shown], ratios: Sequence[float]
+    components: Components, direction: SuccessDirection, shown: Sequence[Shown], ratios: Sequence[float]
 ) -> list[list[float]]:
     """Alignment of these rollouts along a direction, [n][K]."""
-    train, chunk = parts.config.train, parts.config.loss.chunk_tokens
-    lookahead = Lookahead(
+    train, chunk = components.config.train, components.config.loss.chunk_tokens
+    scorer = AlignmentScorer(
         direction,
-        parts.scorer,
-        parts.teacher,
-        objective(parts.config),
+        components.scorer,
+        components.teacher,
+        objective(components.config),
         ratios,
         micro_batch_size=train.micro_batch_size,
         chunk_tokens=chunk,
-        reduction=parts.config.loss.reduction,
+        reduction=components.config.loss.reduction,
     )
-    places = {ratio: k for k, ratio in enumerate(ratios)}
-    return lookahead.by_ratio([one.pair for one in shown], lambda ratio: [one.contexts[places[ratio]] for one in shown])
+    return scorer.by_ratio([one.pair for one in shown], list(zip(*(one.contexts for one in shown), strict=True)))
 
 
-def _cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+def _cosine(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
     """The inner product of two unit directions."""
     return float(sum((first[name].double() * second[name].double()).sum() for name in first))

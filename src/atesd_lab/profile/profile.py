@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from atesd.build import Silent
+from atesd.train.listeners import Listeners
 from atesd.config import Config, with_overrides
 from atesd.control.fixed import FixedExposure
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER
@@ -24,7 +24,7 @@ from atesd.errors import ConfigError
 from atesd.runs import RunFolder
 from atesd.text import duration
 from atesd.train.loop import Trainer
-from atesd.train.parts import Parts
+from atesd.train.components import Components
 from atesd_lab.profile.measure import (
     ALL,
     AlignmentProfile,
@@ -141,35 +141,35 @@ def profiled_config(config: Config) -> Config:
     return with_overrides(config, ["exposure.kind=full", "exposure.granularity=update", *PLAIN, "data.on_bad_row=skip"])
 
 
-def default_problems(parts: Parts) -> int:
+def default_problems(components: Components) -> int:
     """Rollouts where no number is given: those of eight updates, at most 256 and at most one for each problem."""
-    return min(8 * parts.config.train.batch_size, MOST_PROBLEMS, len(parts.problems.train))
+    return min(8 * components.config.train.batch_size, MOST_PROBLEMS, len(components.problems.train))
 
 
-def measure_profile(parts: Parts, problems: int | None = None, say: Callable[[str], None] | None = None) -> Profile:
-    """Profile the student of `parts`, whose config is a `profiled_config`, on as many training problems.
+def measure_profile(components: Components, problems: int | None = None, say: Callable[[str], None] | None = None) -> Profile:
+    """Profile the student of `components`, whose config is a `profiled_config`, on as many training problems.
 
     `say` is told what is done and how long it took. The last thing done is one update, after which the student is no
     longer the one that was profiled. Raises `ConfigError` for more problems than there are, or a single ratio.
     """
-    ratios = tuple(sorted(set(parts.config.aligned.ratios)))
+    ratios = tuple(sorted(set(components.config.aligned.ratios)))
     if len(ratios) < 2:
         raise ConfigError(f"aligned.ratios: {ratios[0]:g} alone; a profile needs two ratios or more")
-    available = len(parts.problems.train)
-    count = default_problems(parts) if problems is None else problems
+    available = len(components.problems.train)
+    count = default_problems(components) if problems is None else problems
     if not 2 <= count <= available:
         raise ConfigError(f"--problems {count}: expected 2 to {available}, the number of training problems")
     watch = _Watch(say, f"{count} rollouts at ratios {', '.join(f'{ratio:g}' for ratio in ratios)}")
-    shown = show(parts, count, ratios)
+    shown = show(components, count, ratios)
     watch.lap("rollouts")
-    scores = score(parts, shown)
+    scores = score(components, shown)
     watch.lap("teacher scores")
-    teacher = teacher_verdicts(parts, shown)
+    teacher = teacher_verdicts(components, shown)
     watch.lap("teacher's own answers")
-    alignment = align(parts, shown, ratios)
+    alignment = align(components, shown, ratios)
     watch.lap("alignment")
     rows = _rows(ratios, shown, scores, teacher)
-    correct = [one.verdict == "correct" for one in shown] if parts.checker is not None else None
+    correct = [one.graded.verdict == "correct" for one in shown] if components.checker is not None else None
     suggestion = suggest(
         ratios,
         alignment if isinstance(alignment, str) else alignment[0],
@@ -177,9 +177,9 @@ def measure_profile(parts: Parts, problems: int | None = None, say: Callable[[st
         teacher,
         [row.kl.mean for row in rows if row.group == ALL],
     )
-    data = data_profile(parts)
+    data = data_profile(components)
     watch.lap("references")
-    cost = measure_update(parts, suggestion.reveal_ratio)
+    cost = measure_update(components, suggestion.reveal_ratio)
     watch.lap("one update")
     return Profile(
         ratios=ratios,
@@ -203,16 +203,16 @@ def mismatch(kl: Sequence[float]) -> Mismatch:
     return Mismatch(float(values.mean()), float(p95), float(p99), float(tail.mean()), share)
 
 
-def data_profile(parts: Parts) -> DataProfile:
+def data_profile(components: Components) -> DataProfile:
     """Segments, references that do not fit whole, and the rows that were left out."""
-    some = parts.problems.train[:VIEWS_MEASURED]
-    skipped = parts.problems.skipped
+    some = components.problems.train[:VIEWS_MEASURED]
+    skipped = components.problems.skipped
     missing = sum(NO_ANSWER in reason for reason in skipped)
     disagrees = sum(any(words in reason for words in OTHER_ANSWER) for reason in skipped)
     return DataProfile(
-        segments=dict(sorted(Counter(len(problem.segments) for problem in parts.problems.train).items())),
+        segments=dict(sorted(Counter(len(problem.segments) for problem in components.problems.train).items())),
         views_measured=len(some),
-        too_long=sum(is_shortened(parts, seen_at(parts, problem, 1.0)[0], 1.0) for problem in some),
+        too_long=sum(is_shortened(components, components.prompts.view(problem, 1.0).view, 1.0) for problem in some),
         gold_missing=missing,
         gold_disagrees=disagrees,
         other_faults=len(skipped) - missing - disagrees,
@@ -220,16 +220,16 @@ def data_profile(parts: Parts) -> DataProfile:
     )
 
 
-def measure_update(parts: Parts, reveal_ratio: float) -> UpdateCost:
+def measure_update(components: Components, reveal_ratio: float) -> UpdateCost:
     """Time and memory of the first update at a ratio. Nothing is written; the student has then taken a step."""
-    device = parts.loaded.device
-    timed = replace(parts, exposure=FixedExposure(reveal_ratio))
+    device = components.loaded.device
+    timed = replace(components, exposure=FixedExposure(reveal_ratio))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
-        row = Trainer(timed, RunFolder(Path(folder), "profile"), Silent()).update(0)[2]
+        row = Trainer(timed, RunFolder(Path(folder), "profile"), Listeners(())).update(0).row
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_of_process()
-    return UpdateCost(row["seconds"], peak, parts.config.train.num_updates)
+    return UpdateCost(row["seconds"], peak, components.config.train.num_updates)
 
 
 def peak_of_process() -> int:

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, final
+from typing import TypedDict, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atesd.config import Config
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair, Scorer
-from atesd.records import Problem, Rollout, Verdict
-from atesd.train.step import Row, maximise_likelihood
+from atesd.models.weights import Weights
+from atesd.train.rollouts import GradedRollout
+from atesd.train.stopwatch import Stopwatch
+from atesd.train.update import BatchPlan, Example, Likelihood, accumulate
 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
@@ -43,26 +45,39 @@ class Attempt:
     correct: bool
 
 
+class DirectionState(TypedDict):
+    """What a checkpoint holds of a direction; an attempt is its fields in order."""
+
+    attempts: list[tuple[int, list[int], list[int], list[int], bool]]
+    unit: dict[str, Tensor]
+    epsilon: float
+
+
+StepMetric = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Turns gradients, by name, into the steps that an optimiser would make of them."""
+
+
 @final
 class SuccessDirection:
     """Remembers the rollouts of a hold, turns them into a unit direction, and displaces the student along it.
 
-    Rollouts that gave a direction are then forgotten: what is scored along it is always newer. `step_metric` turns a
-    gradient into the step that the optimiser would make of it; read under `aligned.metric: optimiser`.
+    Rollouts that gave a direction are then forgotten: what is scored along it is always newer. `step_metric` is read
+    under `aligned.metric: optimiser`.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        weights: Weights,
         scorer: Scorer,
         encoder: PromptEncoder,
         config: Config,
+        step_metric: StepMetric = dict,
     ) -> None:
-        self._parameters = parameters
+        self._weights = weights
         self._scorer = scorer
         self._encoder = encoder
         self._config = config
-        self.step_metric: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+        self._step_metric = step_metric
         self._attempts: list[Attempt] = []
         self._unit: dict[str, Tensor] = {}
         self.epsilon = 0.0
@@ -72,17 +87,18 @@ class SuccessDirection:
         """Whether there is a direction: the last hold had enough correct rollouts, and wrong ones where they count."""
         return bool(self._unit)
 
-    def remember(
-        self, problems: Sequence[Problem], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict | None]
-    ) -> None:
+    @property
+    def unit(self) -> Mapping[str, Tensor]:
+        """The direction, a unit vector over all trained parameters, by name; empty where there is none."""
+        return self._unit
+
+    def remember(self, rollouts: Sequence[GradedRollout]) -> None:
         """Keep the graded rollouts of an update."""
-        for problem, rollout, verdict in zip(problems, rollouts, verdicts, strict=True):
-            read = self._config.aligned.success == "references"
-            reference = self._encoder.completion(problem.reference) if read else ()
-            context, completion = rollout.prompt_ids, rollout.completion_ids
-            self._attempts.append(
-                Attempt(problem.difficulty, context, completion, reference, correct=verdict == "correct")
-            )
+        read = self._config.aligned.success == "references"
+        for one in rollouts:
+            reference = self._encoder.completion(one.problem.reference) if read else ()
+            correct = one.verdict == "correct"
+            self._attempts.append(Attempt(one.problem.difficulty, *one.pair, reference, correct=correct))
 
     def renew(self, update: int) -> None:
         """Make the direction of the coming hold from what is remembered, and forget it; `known` says whether it exists.
@@ -95,21 +111,9 @@ class SuccessDirection:
         if not rows:
             return
         rows = drawn(rows, self._config, update)
-        maximise_likelihood(
-            self._scorer,
-            rows,
-            temperature=self._config.loss_temperature,
-            reduction="sequence",
-            micro_batch_size=self._config.train.micro_batch_size,
-            micro_batch_tokens=self._config.train.micro_batch_tokens,
-            chunk_tokens=self._config.loss.chunk_tokens,
-        )
-        self._scorer.ranks.sum_gradients(self._parameters.values())
-        ascent = {name: -p.grad for name, p in self._parameters.items() if p.grad is not None}
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        ascent: Mapping[str, Tensor] = self._ascent(rows)
         if self._config.aligned.metric == "optimiser":
-            ascent = self.step_metric(ascent)
+            ascent = self._step_metric(ascent)
         length = _length(ascent.values())
         if not torch.isfinite(length) or length == 0:
             return
@@ -118,41 +122,42 @@ class SuccessDirection:
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
 
-    @contextmanager
-    def displaced(self, side: int) -> Iterator[None]:
+    def displaced(self, side: int) -> AbstractContextManager[None]:
         """Inside, the student is at theta + side * epsilon * u, without gradient; afterwards it is itself, bit for bit.
 
-        The tensors of the parameters are exchanged, not overwritten: heads read inside stay what they were.
+        Heads read inside stay what they were (`Weights.moved`).
         """
-        with self._moved(side * self.epsilon):
-            yield
+        return self._weights.moved(self._unit, side * self.epsilon)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The remembered rollouts, the direction and its step."""
         attempts = [
             [a.difficulty, list(a.context), list(a.completion), list(a.reference), a.correct] for a in self._attempts
         ]
         return {"attempts": attempts, "unit": dict(self._unit), "epsilon": self.epsilon}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
-        self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in state["attempts"]]
-        self._unit = {name: value.to(self._parameters[name].device) for name, value in state["unit"].items()}
-        self.epsilon = state["epsilon"]
+        kept = cast(DirectionState, state)
+        self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in kept["attempts"]]
+        self._unit = {name: v.to(self._weights.trained[name].device) for name, v in kept["unit"].items()}
+        self.epsilon = kept["epsilon"]
 
-    @contextmanager
-    def _moved(self, distance: float) -> Iterator[None]:
-        kept = {name: self._parameters[name].data for name in self._unit}
-        with torch.no_grad():
-            try:
-                for name, value in self._unit.items():
-                    self._parameters[name].data = kept[name] + distance * value
-                yield
-            finally:
-                for name, value in kept.items():
-                    self._parameters[name].data = value
+    def _ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The gradient of the examples' mean log-likelihood, by name; the parameters' gradients are clear afterwards."""
+        config = self._config
+        likelihood = Likelihood(
+            self._scorer, Stopwatch(self._scorer.device), config.loss_temperature, config.loss.chunk_tokens
+        )
+        train = config.train
+        accumulate(likelihood, examples, BatchPlan("sequence", train.micro_batch_size, train.micro_batch_tokens))
+        self._weights.add_up_gradients()
+        ascent = {name: -p.grad for name, p in self._weights.trained.items() if p.grad is not None}
+        for parameter in self._weights.trained.values():
+            parameter.grad = None
+        return ascent
 
-    def _scaled_epsilon(self, rows: Sequence[Row]) -> float:
+    def _scaled_epsilon(self, rows: Sequence[Example]) -> float:
         """The step that changes logits by `aligned.logit_change` nats (root mean square), from a trial step.
 
         Enlarged while it changes them by clearly less: what a small step changes in bfloat16 is mostly rounding. 0 if
@@ -165,7 +170,7 @@ class SuccessDirection:
             if count >= _CALIBRATION_TOKENS:
                 break
         wanted = self._config.aligned.logit_change
-        distance = _TRIAL * float(_length(p.detach() for p in self._parameters.values()))
+        distance = _TRIAL * float(_length(p.detach() for p in self._weights.trained.values()))
         change = self._logit_change(pairs, distance)
         for _ in range(_ENLARGEMENTS):
             distance *= wanted / change if change else 10
@@ -178,14 +183,14 @@ class SuccessDirection:
         """Root mean square of half the difference between the logits on both sides."""
         logits = []
         for side in (1, -1):
-            with self._moved(side * distance):
+            with self._weights.moved(self._unit, side * distance):
                 hidden = self._scorer.hidden(pairs)[:_CALIBRATION_TOKENS]
                 logits.append(self._scorer.head().logits(hidden))
         return float((logits[0] - logits[1]).std()) / 2
 
 
-def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Row]:
-    """The rollouts (or references) whose likelihood is to rise, each with its advantage as `scale`.
+def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Example]:
+    """The rollouts (or references) whose likelihood is to rise, each with its advantage.
 
     Empty if fewer than `aligned.min_correct` are correct, or none is wrong where success is centred.
     """
@@ -194,23 +199,24 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
     if sum(correct) < settings.min_correct:
         return []
     if settings.success == "references":
-        return [Row(attempt.context, attempt.reference) for attempt in attempts]
+        return [Example(attempt.context, attempt.reference, advantage=1.0) for attempt in attempts]
     if settings.success == "shuffled":
         order = generator(config.train.seed, "success", update).permutation(len(correct))
         correct = [correct[i] for i in order]
     if settings.success != "centred":
-        return [Row(a.context, a.completion) for a, ok in zip(attempts, correct, strict=True) if ok]
+        kept = [a for a, ok in zip(attempts, correct, strict=True) if ok]
+        return [Example(a.context, a.completion, advantage=1.0) for a in kept]
     rewards = defaultdict(list)
     for attempt, ok in zip(attempts, correct, strict=True):
         rewards[attempt.difficulty].append(float(ok))
     rows = [
-        Row(a.context, a.completion, scale=ok - fmean(rewards[a.difficulty]))
+        Example(a.context, a.completion, advantage=ok - fmean(rewards[a.difficulty]))
         for a, ok in zip(attempts, correct, strict=True)
     ]
-    return rows if any(row.scale for row in rows) else []
+    return rows if any(row.advantage for row in rows) else []
 
 
-def drawn(rows: list[Row], config: Config, update: int) -> list[Row]:
+def drawn(rows: list[Example], config: Config, update: int) -> list[Example]:
     """At most `aligned.direction_rollouts` of the rows, drawn by key: the direction is a backward pass over them."""
     most = config.aligned.direction_rollouts
     if most is None or len(rows) <= most:

@@ -1,4 +1,4 @@
-"""The first-order look-ahead on an update's rollouts: alignment per ratio, rollout and token, and the token gate.
+"""The first-order look-ahead on an update's rollouts: alignment per ratio, rollout and token.
 
 The rollouts that are scored are newer than those that gave the direction (`SuccessDirection`), so that a rollout never
 speaks for itself.
@@ -6,7 +6,7 @@ speaks for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, final
 
@@ -20,14 +20,10 @@ from atesd.models.score import Pair, Scored, Scorer, completion_tokens, micro_ba
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 from atesd.records import Alignment
-from atesd.train.success import SuccessDirection
-
-See = Callable[[float], Sequence[tuple[int, ...]]]
-"""The teacher's contexts of the update's rows at a ratio."""
-
+from atesd.aligned.direction import SuccessDirection
 
 @final
-class Lookahead:
+class AlignmentScorer:
     """Scores an update's rollouts on both sides of the student, along the success direction."""
 
     def __init__(
@@ -48,15 +44,14 @@ class Lookahead:
         self._micro_batch_size, self._chunk_tokens = micro_batch_size, chunk_tokens
         self._reduction = reduction
 
-    def by_ratio(self, students: Sequence[Pair], see: See) -> list[list[float]]:
+    def by_ratio(self, students: Sequence[Pair], contexts: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
         """Alignment of each rollout at each ratio, [rows][K], so that the mean over rows has the weights of the loss.
 
-        That is its mean per token, and under reduction `token` times its length over the mean length. Shared between
+        `contexts` are the teacher's at each ratio, [K][rows]. An alignment is the rollout's mean per token, and under reduction `token` times its length over the mean length. Shared between
         the ranks of the model.
         """
-        contexts = [see(ratio) for ratio in self.ratios]
-        rows = [(pair, tuple(context[i] for context in contexts)) for i, pair in enumerate(students)]
-        means = self._scorer.ranks.spread(rows, self._rows_by_ratio)
+        rows = list(zip(students, zip(*contexts, strict=True), strict=True))
+        means = self._scorer.ranks.map_sharded(rows, self._rows_by_ratio)
         if self._reduction == "sequence":
             return means
         lengths = [len(completion) for _, completion in students]

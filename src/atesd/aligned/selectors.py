@@ -1,0 +1,89 @@
+"""Which tokens are distilled, and from which view, by their alignment with success.
+
+They look at one rollout at a time, so that micro-batches and ranks change nothing. Factor 1 keeps a token, 0 leaves it
+out; other weights stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from atesd.aligned.scorer import AlignmentScorer
+from atesd.errors import NonFiniteError
+from atesd.models.score import Scored
+from atesd.train.update import EveryToken, Example, Selection
+
+
+@final
+class AlignedGate:
+    """Keeps the tokens whose step would raise verified success; all of them while success has no direction."""
+
+    def __init__(self, scorer: AlignmentScorer) -> None:
+        self._scorer = scorer
+
+    def select(
+        self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
+    ) -> Selection:
+        """Factor 1 where the alignment is positive; meters `alignment` and `curvature`."""
+        [teacher] = teachers
+        if not self._scorer.direction.known:
+            return Selection(teacher, torch.ones(len(tokens), device=tokens.device))
+        values, curvature = _measured(self._scorer, examples, student, teachers, tokens)
+        return Selection(teacher, (values[0] > 0).float(), {"alignment": values[0], "curvature": curvature})
+
+
+@final
+class AlignedChoice:
+    """Distils every token from the candidate whose step would raise verified success most; gated, only if it would.
+
+    To first order no other choice of one candidate per token helps success more, since the alignment of an update is
+    the weighted sum of those of its tokens. Of equal candidates the first is taken. Without candidates, that is while
+    success has no direction, every token is distilled from its one view.
+    """
+
+    def __init__(self, scorer: AlignmentScorer, *, gated: bool) -> None:
+        self._scorer = scorer
+        self._gated = gated
+        self._without_candidates = AlignedGate(scorer) if gated else EveryToken()
+
+    def select(
+        self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
+    ) -> Selection:
+        """Meters `alignment` (of the choice), `curvature`, `token_ratio` and `token_effective_ratio`."""
+        if not examples[0].candidates:
+            return self._without_candidates.select(examples, student, teachers, tokens)
+        values, curvature = _measured(self._scorer, examples, student, teachers, tokens)
+        best, places = values.max(0)
+        states = torch.stack([teacher.hidden for teacher in teachers])
+        chosen = states[places, torch.arange(len(tokens), device=places.device)]
+        ratios = [[[c.reveal_ratio, c.effective_ratio] for c in e.candidates] for e in examples for _ in e.completion]
+        both = torch.tensor(ratios, device=places.device).gather(1, places[:, None, None].expand(-1, 1, 2)).squeeze(1)
+        factors = (best > 0).float() if self._gated else torch.ones_like(best)
+        meters = {
+            "alignment": best,
+            "curvature": curvature,
+            "token_ratio": both[:, 0],
+            "token_effective_ratio": both[:, 1],
+        }
+        return Selection(Scored(chosen, teachers[0].head), factors, meters)
+
+
+def _measured(
+    scorer: AlignmentScorer,
+    examples: Sequence[Example],
+    student: Scored,
+    teachers: Sequence[Scored],
+    tokens: Int[Tensor, " N"],
+) -> tuple[Float[Tensor, "K N"], Float[Tensor, " N"]]:
+    """Alignments and curvature; raises `NonFiniteError` that names the first rollout without a number."""
+    values, curvature = scorer.tokens([e.student_pair for e in examples], teachers, tokens, student)
+    assert curvature is not None
+    for example, own in zip(examples, torch.split(values, [len(e.completion) for e in examples], dim=1), strict=True):
+        if not bool(own.isfinite().all()):
+            raise NonFiniteError(f"the look-ahead gives numbers that are not finite on rollout {example.key}")
+    return values, curvature

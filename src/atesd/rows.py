@@ -1,0 +1,130 @@
+"""The rows of a run folder: what one line of each of its four files holds. Plain Python.
+
+`atesd.runs` writes and reads them. None stands for what was not measured or is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, cast
+
+Estimate = TypedDict("Estimate", {"value": float, "low": float, "high": float})
+"""A mean with its 95 % interval, shares."""
+
+
+class AlignmentRow(TypedDict):
+    """`records.Alignment` as it is written."""
+
+    ratios: Sequence[float]
+    values: Sequence[float]
+    errors: Sequence[float]
+    rollouts: int
+
+
+class MetricsRow(TypedDict):
+    """One update, in metrics.jsonl. Means per token where nothing else is said, divergences in nats."""
+
+    update: int
+    loss: float | None
+    kl: float | None
+    top1_disagreement: float | None
+    student_confidence: float | None
+    teacher_entropy: float | None
+    student_entropy: float | None
+    clipped_share: float | None
+    reversed_mass: float | None
+    reveal_ratio: float | None
+    effective_ratio: float | None
+    completion_tokens: float | None
+    truncated_share: float | None
+    loop_share: float | None
+    accuracy: float | None
+    probe_nll: float | None
+    probe_success: float | None
+    probe_gain: float | None
+    probe_kl: float | None
+    grounding: float | None
+    alignment: AlignmentRow | None
+    kept_share: float | None
+    curvature: float | None
+    grad_norm: float | None
+    learning_rate: float
+    skipped: str | None
+    seconds: dict[str, float]
+
+
+class DecisionRow(TypedDict):
+    """One exposure decision, in decisions.jsonl; see `records.FinishedDecision`."""
+
+    update: int
+    state: list[float]
+    concentration1: float | None
+    concentration0: float | None
+    samples: dict[str, float]
+    reveal_ratio: float
+    effective_ratio: float
+    window: list[int]
+    progress_signal: list[float | None]
+    grounding_signal: list[float | None]
+    ratios_in_window: list[float]
+    progress: float
+    grounding: float
+    reward: float
+    advantage: float | None
+    status: Literal["finished", "pending"]
+    logged_at: int
+
+
+class LevelRow(TypedDict):
+    """Average@k of the problems of one difficulty."""
+
+    average: Estimate
+    problems: int
+
+
+class EvaluationRow(TypedDict):
+    """One evaluation of one split, in evaluations.jsonl: Average@k and pass@k, and what became of the answers."""
+
+    update: int
+    split: str
+    problems: int
+    samples: int
+    average: Estimate
+    pass_at_k: Estimate
+    by_difficulty: dict[str, LevelRow]
+    verdicts: dict[str, int]
+    mean_tokens: float
+    truncated_share: float
+    loop_share: float
+    sampler: dict[str, float | int]
+    correct_counts: dict[str, int]
+
+
+class SampleRow(TypedDict):
+    """One rollout with both contexts, in samples.jsonl; the lists at its end run over the completion's tokens."""
+
+    update: int
+    problem_id: str
+    difficulty: int
+    reveal_ratio: float
+    effective_ratio: float
+    student_context: str
+    teacher_context: str
+    completion: str
+    verdict: str | None
+    truncated: bool
+    tokens: list[str]
+    token_kl: list[float | None]
+    token_alignment: list[float | None]
+    token_ratio: list[float | None]
+
+
+Row = MetricsRow | DecisionRow | EvaluationRow | SampleRow
+RowKind = Literal["metrics", "decisions", "evaluations", "samples"]
+
+
+def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:
+    """The row of an update that never came to a step: nothing measured, and why."""
+    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__)
+    known = {"update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
+    return cast(MetricsRow, {**unknown, **known})

@@ -1,0 +1,171 @@
+"""A run from its config to its folder: train, resume, evaluate. The functions that a notebook calls.
+
+config = load_config("micro", ["train.num_updates=50"])
+outcome = train(config, Path("runs/first"))
+row = evaluate(config, split="test")
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from atesd.build import build, close
+from atesd.config import Config, dump_config
+from atesd.engine.factory import engine_note
+from atesd.errors import RunError
+from atesd.models.ranks import process_group
+from atesd.records import Split
+from atesd.rows import EvaluationRow
+from atesd.runs import RunFolder, new_manifest
+from atesd.train.components import Components
+from atesd.train.listeners import Listener, Listeners
+from atesd.train.loop import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    run: RunFolder
+    status: Literal["finished", "stopped"]
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    listeners: Sequence[Listener] = (),
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Train in the run folder `out`, from its newest valid checkpoint if it has one.
+
+    Under torchrun every rank calls it with the same arguments; rank 0 alone writes and tells the listeners. Raises
+    `RunError` if another process owns the folder or its recorded config differs, and whatever `build` raises.
+    """
+    with process_group(config.model.device) as ranks:
+        listener = Listeners(listeners if ranks.first else ())
+        known = ranks.broadcast(partial(_is_known, config, out, resume))
+        components = build(config, ranks=ranks)
+        words = list(command) or sys.argv
+        try:
+            ranks.require_equal([dump_config(config), components.problems.fingerprint], "config and data")
+            run = RunFolder(out, ranks.broadcast(partial(_run_id, components, out, known, words)))
+            with ExitStack() as held:
+                ranks.broadcast(partial(_hold, held, run))
+                return _train_locked(Trainer(components, run, listener), known, words, listener)
+        finally:
+            close(components)
+
+
+def evaluate(config: Config, split: Split = "test", *, update: int = 0) -> EvaluationRow:
+    """Average@k of the configured model on a split of the configured problems, as a row of evaluations.jsonl.
+
+    `update` is what the row is labelled with: how many updates the model has behind it.
+    """
+    with process_group(config.model.device) as ranks:
+        components = build(config, ranks=ranks)
+        try:
+            return components.evaluation.evaluate(split, update)
+        finally:
+            close(components)
+
+
+def config_of_trained(run: RunFolder) -> Config:
+    """The config of a run with its trained model in place of the initial one; `RunError` if it is not finished."""
+    if not run.final.is_dir():
+        raise RunError(f"{run.path} has no trained model yet ({run.final.name}/ is missing); let `atesd train` finish")
+    config = run.config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.final), "lora": None})})
+
+
+def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bool:
+    """Whether `out` holds a run, which is then to be resumed. What forbids it is said before a model is loaded."""
+    known = RunFolder.exists(out)
+    if known and resume == "never":
+        raise RunError(f"{out} already holds a run; choose another --out, or resume it with --resume auto")
+    if known:
+        run = RunFolder.open(out)
+        with run.lock():
+            run.check_config(config)
+    return known
+
+
+def _run_id(components: Components, out: Path, known: bool, command: Sequence[str]) -> str:
+    """The id of the run in `out`, begun there unless it is known."""
+    if known:
+        run = RunFolder.open(out)
+        run.check_data(components.problems.fingerprint)
+        return run.run_id
+    manifest = new_manifest(
+        components.config,
+        data_fingerprint=components.problems.fingerprint,
+        command=command,
+        threads=torch.get_num_threads(),
+        ranks=components.loaded.ranks.size,
+    )
+    skipped = list(components.problems.skipped)
+    return RunFolder.create(out, components.config, {**manifest, "skipped_rows": skipped}).run_id
+
+
+def _hold(held: ExitStack, run: RunFolder) -> None:
+    """Take the folder's lock for as long as `held` is open."""
+    held.enter_context(run.lock())
+
+
+def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listeners) -> Outcome:
+    run, config, ranks = trainer.run, trainer.components.config, trainer.components.loaded.ranks
+    updates_done = trainer.resume()
+    listener.begin(config, run.path)
+    if known:
+        begin = partial(
+            run.begin_session,
+            config,
+            command=command,
+            updates_done=updates_done,
+            threads=torch.get_num_threads(),
+            ranks=ranks.size,
+        )
+        for note in ranks.broadcast(begin):
+            listener.message(note)
+        listener.message(f"resumed after update {updates_done} of {config.train.num_updates}")
+    for note in _notes(trainer.components):
+        listener.message(note)
+    try:
+        status = trainer.train(updates_done)
+    except BaseException:
+        if ranks.first:
+            run.end_session("failed")
+        listener.end("failed")
+        raise
+    ranks.broadcast(partial(run.end_session, status))
+    listener.end(status)
+    return Outcome(run, status)
+
+
+def _notes(components: Components) -> Iterator[str]:
+    """What a user should know of a run before it begins."""
+    config, problems = components.config, components.problems
+    choice = engine_note(components.loaded, config.sampling.engine)
+    if choice is not None:
+        yield choice
+    if config.model.dtype == "bfloat16" and config.model.lora is None:
+        yield (
+            "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "
+            "1/256) is lost, most of an update at usual learning rates; set model.lora, or model.dtype: float32"
+        )
+    if not components.scorer.has_separable_head:
+        yield (
+            f"{type(components.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
+            "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
+        )
+    if problems.skipped:
+        yield f"{len(problems.skipped)} rows skipped; manifest.json lists them all, the first is: {problems.skipped[0]}"

@@ -1,0 +1,74 @@
+"""What a run is made of, and what it expects of its probes, its evaluation and whoever watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from atesd.config import Config
+from atesd.control.interface import Exposure, Measurement
+from atesd.data.answers import Checker
+from atesd.data.splits import ProblemSets
+from atesd.data.views import Renderer
+from atesd.engine.interface import Engine
+from atesd.models.load import LoadedModel
+from atesd.models.prompts import PromptEncoder
+from atesd.models.score import Scorer
+from atesd.models.teacher import Teacher
+from atesd.models.weights import Weights
+from atesd.records import Split
+from atesd.train.foresight import Foresight
+from atesd.train.optimiser import Optimiser
+from atesd.train.rollouts import RolloutSampler
+from atesd.train.update import BatchPlan, Method
+from atesd.train.views import TeacherPrompts
+
+
+class Probes(Protocol):
+    """Measures what an exposure asks for, without touching the training batch."""
+
+    def measure(self, wanted: frozenset[Measurement]) -> dict[str, float]:
+        """Values by name, among `probe_nll`, `probe_success`, `probe_gain`, `probe_kl`."""
+        ...
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Stored rollouts."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore `state_dict`."""
+        ...
+
+
+class Evaluation(Protocol):
+    """Scores the student on problems that it is not trained on."""
+
+    def evaluate(self, split: Split, update: int) -> dict[str, object]:
+        """The row of evaluations.jsonl for a split, after `update` updates."""
+        ...
+
+
+@dataclass(frozen=True)
+class Components:
+    """Everything one run is made of, wired in `atesd.build`."""
+
+    config: Config
+    problems: ProblemSets
+    loaded: LoadedModel
+    weights: Weights
+    engine: Engine
+    encoder: PromptEncoder
+    renderer: Renderer
+    prompts: TeacherPrompts
+    scorer: Scorer
+    teacher: Teacher
+    checker: Checker | None
+    sampler: RolloutSampler
+    exposure: Exposure
+    probes: Probes
+    foresight: Foresight
+    method: Method
+    plan: BatchPlan
+    optimiser: Optimiser
+    evaluation: Evaluation

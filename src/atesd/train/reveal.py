@@ -1,0 +1,85 @@
+"""The paper's idea in one place: the exposure's ratio decides what the teacher sees of each rollout's problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atesd.config import Config
+from atesd.control.interface import Exposure
+from atesd.maths.advantages import group_advantages
+from atesd.records import Alignment, Problem, View
+from atesd.train.foresight import Foresight
+from atesd.train.rollouts import GradedRollout
+from atesd.train.update import Example
+from atesd.train.views import TeacherPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Revealed:
+    """A graded rollout, the ratio asked for, the view that the teacher has, and the example made of them."""
+
+    graded: GradedRollout
+    reveal_ratio: float
+    view: View
+    example: Example
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rollouts of one update with what the teacher sees of each, and what was foreseen of them."""
+
+    rows: tuple[Revealed, ...]
+    alignment: Alignment | None = None
+
+    @property
+    def examples(self) -> list[Example]:
+        """What the step is taken on."""
+        return [row.example for row in self.rows]
+
+
+def reveal(
+    rollouts: Sequence[GradedRollout],
+    exposure: Exposure,
+    update: int,
+    *,
+    prompts: TeacherPrompts,
+    foresight: Foresight,
+    config: Config,
+) -> tuple[Revealed, ...]:
+    """Ask the exposure for the ratio of each rollout, and write the teacher's context at that ratio."""
+    advantages = advantages_of(rollouts, config)
+    rows = []
+    ratios = [exposure.reveal_ratio(update, group_of(graded.problem, config)) for graded in rollouts]
+    for graded, ratio, advantage in zip(rollouts, ratios, advantages, strict=True):
+        prompt = prompts.view(graded.problem, ratio)
+        context, completion = graded.pair
+        example = Example(
+            context,
+            completion,
+            prompt.context,
+            advantage,
+            key=(update, graded.rollout.problem_id, graded.rollout.sample),
+            correct=graded.verdict == "correct",
+            candidates=foresight.candidates(graded.problem),
+        )
+        rows.append(Revealed(graded, ratio, prompt.view, example))
+    return tuple(rows)
+
+
+def advantages_of(rollouts: Sequence[GradedRollout], config: Config) -> list[float]:
+    """What the log-likelihood of each rollout is weighted by: 1 in SFT, GRPO's advantage (times its weight), or 0."""
+    train = config.train
+    if train.method == "sft":
+        return [1.0] * len(rollouts)
+    if train.samples_per_problem == 1:
+        return [0.0] * len(rollouts)
+    weight = 1.0 if train.method == "grpo" else train.grpo_weight
+    rewards = [float(graded.verdict == "correct") for graded in rollouts]
+    return [weight * advantage for advantage in group_advantages(rewards, train.group_size)]
+
+
+def group_of(problem: Problem, config: Config) -> str:
+    """Which rollouts share a ratio of the exposure: all, those of a difficulty, or those of a problem."""
+    groups = {"per_difficulty": str(problem.difficulty), "per_problem": problem.id}
+    return groups.get(config.exposure.granularity, "")

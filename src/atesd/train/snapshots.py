@@ -1,0 +1,94 @@
+"""The state of a run between two updates: what a checkpoint holds, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TypedDict, cast, final
+
+from torch import Tensor
+
+from atesd.runs import RunFolder
+from atesd.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from atesd.train.components import Components
+from atesd.train.listeners import Listener
+
+
+class RunState(TypedDict):
+    """Everything that a resumed run needs; the place in the data and every draw are functions of the update."""
+
+    student: dict[str, Tensor]
+    optimiser: Mapping[str, object]
+    teacher: Mapping[str, object]
+    exposure: Mapping[str, object]
+    probes: Mapping[str, object]
+    success: Mapping[str, object]
+    skipped_in_a_row: int
+
+
+@final
+class Snapshots:
+    """Saves a run's state after an update and goes back to the newest valid one; rank 0 alone touches files."""
+
+    def __init__(self, components: Components, run: RunFolder, listener: Listener) -> None:
+        self._components, self._run, self._listener = components, run, listener
+        self._ranks = components.loaded.ranks
+        self.skipped_in_a_row = 0
+
+    def resume(self) -> int:
+        """Load the newest valid checkpoint, cut the rows back to it, and return how many updates are done.
+
+        Rank 0 picks the checkpoint; the others read the same one, so they must see the same file system.
+        """
+        updates_done, name = self._ranks.broadcast(self._load_newest) or (0, None)
+        if name is not None and not self._ranks.first:
+            self.load_state_dict(load_checkpoint(self._run.checkpoints / name, self._run.run_id).state)
+        return updates_done
+
+    def save(self, updates_done: int) -> None:
+        """Write the checkpoint after so many updates, once all ranks agree on what it holds."""
+        if self._ranks.size > 1:
+            self._ranks.require_equal(
+                self._components.weights.agreement(), f"the student after {updates_done} updates"
+            )
+        self._ranks.broadcast(partial(self._save, updates_done))
+
+    def state_dict(self) -> RunState:
+        """The state after the last update."""
+        c = self._components
+        return {
+            "student": {name: parameter.detach() for name, parameter in c.weights.trained.items()},
+            "optimiser": c.optimiser.state_dict(),
+            "teacher": c.teacher.state_dict(),
+            "exposure": c.exposure.state_dict(),
+            "probes": c.probes.state_dict(),
+            "success": c.foresight.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore `state_dict`."""
+        c, kept = self._components, cast(RunState, state)
+        c.weights.load(kept["student"])
+        c.optimiser.load_state_dict(kept["optimiser"])
+        c.teacher.load_state_dict(kept["teacher"])
+        c.exposure.load_state_dict(kept["exposure"])
+        c.probes.load_state_dict(kept["probes"])
+        c.foresight.load_state_dict(kept["success"])
+        self.skipped_in_a_row = kept["skipped_in_a_row"]
+
+    def _load_newest(self) -> tuple[int, str | None]:
+        """Go back to the newest valid checkpoint: how many updates are done, and its name if there is one."""
+        found = load_newest(self._run.checkpoints, self._run.run_id)
+        updates_done = found.updates_done if found else 0
+        if found:
+            for note in found.skipped:
+                self._listener.message(f"damaged checkpoint passed over: {note}")
+            self.load_state_dict(found.state)
+        self._run.truncate_after(updates_done)
+        return updates_done, found.path.name if found else None
+
+    def _save(self, updates_done: int) -> None:
+        self._run.sync()
+        keep = self._components.config.train.keep_checkpoints
+        save_checkpoint(self._run.checkpoints, updates_done, self.state_dict(), keep, run_id=self._run.run_id)
