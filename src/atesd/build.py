@@ -28,7 +28,7 @@ from atesd.evaluate.benchmark import evaluate_problems, is_looping, student_prom
 from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import LoadedModel, load_model, trainable_parameters
 from atesd.models.prompts import PromptEncoder
-from atesd.models.ranks import ALONE, Ranks, joined
+from atesd.models.ranks import SINGLE_PROCESS, Ranks, process_group
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem, Split, Verdict
@@ -78,16 +78,16 @@ def train(
     Under torchrun every rank calls it with the same arguments; rank 0 alone writes and tells the listener. Raises
     `RunError` if another process owns the folder or its recorded config differs, and whatever `build` raises.
     """
-    with joined(config.model.device) as ranks:
+    with process_group(config.model.device) as ranks:
         listener = listener if listener is not None and ranks.first else Silent()
-        known = ranks.from_first(lambda: _is_known(config, out, resume))
+        known = ranks.broadcast(lambda: _is_known(config, out, resume))
         parts = build(config, ranks=ranks)
         words = list(command) or sys.argv
         try:
             ranks.require_equal(lambda: [dump_config(config), parts.problems.fingerprint], "config and data")
-            run = RunFolder(out, ranks.from_first(lambda: _run_id(parts, out, known, words)))
+            run = RunFolder(out, ranks.broadcast(lambda: _run_id(parts, out, known, words)))
             with ExitStack() as held:
-                ranks.from_first(lambda: held.enter_context(run.lock()))
+                ranks.broadcast(lambda: held.enter_context(run.lock()))
                 return _train_locked(Trainer(parts, run, listener), known, words, listener)
         finally:
             close(parts)
@@ -129,7 +129,7 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
         listener.message(choice)
     if known:
         threads = torch.get_num_threads()
-        notes = ranks.from_first(
+        notes = ranks.broadcast(
             lambda: run.begin_session(config, command=command, updates_done=done, threads=threads, ranks=ranks.size)
         )
         for note in notes:
@@ -140,7 +140,7 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
             "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "
             "1/256) is lost, most of an update at usual learning rates; set model.lora, or model.dtype: float32"
         )
-    if not trainer.parts.scorer.takes_head_apart:
+    if not trainer.parts.scorer.has_separable_head:
         listener.message(
             f"{type(trainer.parts.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
             "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
@@ -154,13 +154,13 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
         if ranks.first:
             run.end_session("failed")
         raise
-    ranks.from_first(lambda: run.end_session(status))
+    ranks.broadcast(lambda: run.end_session(status))
     return Outcome(run, status)
 
 
 @final
 class SharedChecker:
-    """Each rank checks its share of the answers and learns all verdicts, so that a time-out is one on every rank."""
+    """Each rank checks its shard of the answers and learns all verdicts, so that a time-out is one on every rank."""
 
     def __init__(self, checker: Checker, ranks: Ranks) -> None:
         self._checker = checker
@@ -168,14 +168,14 @@ class SharedChecker:
 
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """The verdict on each (completion, gold), in order."""
-        return self._ranks.spread(pairs, self._checker.check)
+        return self._ranks.map_sharded(pairs, self._checker.check)
 
     def close(self) -> None:
         """End this rank's processes."""
         self._checker.close()
 
 
-def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks = ALONE) -> Parts:
+def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks = SINGLE_PROCESS) -> Parts:
     """Load model and problems and wire them. `problems` replaces what `config.data` names.
 
     With several `ranks` each holds a model of its own; sampling, scoring and checking are shared between them.
@@ -266,7 +266,7 @@ def evaluate(config: Config, split: Split = "test", *, update: int = 0) -> dict[
 
     `update` is what the row is labelled with: how many updates the model has behind it.
     """
-    with joined(config.model.device) as ranks:
+    with process_group(config.model.device) as ranks:
         parts = build(config, ranks=ranks)
         try:
             return parts.evaluate(split, update)

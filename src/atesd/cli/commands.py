@@ -70,9 +70,12 @@ def train(
     folder = out or Path("runs") / run_name(recipe)
 
     from atesd.cli.display import closing_lines, display_for
-    from atesd.models.ranks import joined
+    from atesd.models.ranks import process_group
 
-    with joined(config.model.device) as ranks, display_for(config, folder) if ranks.first else nullcontext() as display:
+    with (
+        process_group(config.model.device) as ranks,
+        display_for(config, folder) if ranks.first else nullcontext() as display,
+    ):
         from atesd import build
 
         outcome = build.train(config, folder, resume=resume.value, listener=display, command=sys.argv)

@@ -10,7 +10,7 @@ from atesd.build import build, close, config_of_trained
 from atesd.config import Config, config_from_mapping, load_config, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
-from atesd.models.ranks import joined
+from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.runs import RunFolder
 from atesd.table import Table, render_text
@@ -42,7 +42,7 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     config = with_overrides(_config(target, run, data), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
     update = run.config.train.num_updates if run else 0
-    with joined(config.model.device) as ranks:
+    with process_group(config.model.device) as ranks:
         parts = build(config, benchmark, ranks=ranks)
         try:
             row = parts.evaluate("test" if benchmark else split, update)

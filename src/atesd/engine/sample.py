@@ -23,7 +23,7 @@ from atesd.engine.decode import Decoder
 from atesd.engine.layers import Network, read_network, unsupported
 from atesd.errors import ModelError, NonFiniteError
 from atesd.models.load import LoadedModel, without_checkpointing
-from atesd.models.ranks import ALONE
+from atesd.models.ranks import SINGLE_PROCESS
 from atesd.records import Rollout
 
 # Sorting a whole vocabulary is the dearest step of top-p; its nucleus nearly always lies within this many tokens.
@@ -90,8 +90,10 @@ def sample(loaded: LoadedModel, requests: Sequence[Request], sampler: Sampler) -
                 f"{request.problem_id}: {len(request.uniforms)} uniforms, {sampler.completion_tokens} steps"
             )
     if loaded.ranks.size > 1:
-        alone = replace(loaded, ranks=ALONE)
-        told = loaded.ranks.spread(requests, lambda mine: [asdict(rollout) for rollout in sample(alone, mine, sampler)])
+        alone = replace(loaded, ranks=SINGLE_PROCESS)
+        told = loaded.ranks.map_sharded(
+            requests, lambda mine: [asdict(rollout) for rollout in sample(alone, mine, sampler)]
+        )
         return [_from_json(rollout) for rollout in told]
     by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
     rollouts: dict[int, Rollout] = {}

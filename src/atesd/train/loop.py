@@ -57,7 +57,7 @@ class Trainer:
 
         Rank 0 picks the checkpoint; the others read the same one, so they must see the same file system.
         """
-        done, name = self._ranks.from_first(self._load_newest) or (0, None)
+        done, name = self._ranks.broadcast(self._load_newest) or (0, None)
         if name is not None and not self._ranks.first:
             self.load_state_dict(load_checkpoint(self.run.checkpoints / name, self.run.run_id).state)
         return done
@@ -85,7 +85,7 @@ class Trainer:
                     self.save(done)
                 if stopping:
                     return "stopped"
-        self._ranks.from_first(self._finish)
+        self._ranks.broadcast(self._finish)
         return "finished"
 
     def update(self, update: int) -> tuple[Batch, StepMeters, dict[str, Any]]:
@@ -141,7 +141,7 @@ class Trainer:
     def save(self, done: int) -> None:
         """Write the checkpoint after `done` updates, once all ranks agree on what it holds."""
         self._ranks.require_equal(self._weight_sums, f"the student after {done} updates")
-        self._ranks.from_first(lambda: self._save(done))
+        self._ranks.broadcast(lambda: self._save(done))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; the data position and every draw are functions of the update."""
@@ -230,7 +230,7 @@ class Trainer:
             record |= {"loss": meters.loss, "token_loss": meters.tokens["loss"], "rows": rows}
         else:
             record["problems"] = [p.id for p in batch_at(self.parts.problems.train, self.parts.config, update)[0]]
-        dump = self._ranks.from_first(lambda: str(self.run.dump_skipped(update, record)))
+        dump = self._ranks.broadcast(lambda: str(self.run.dump_skipped(update, record)))
         self._listener.message(f"update {update} skipped: {row['skipped']}; what there is of its batch is in {dump}")
         if self._skipped_in_a_row >= SKIPS_BEFORE_STOPPING:
             raise TrainingError(
@@ -250,7 +250,7 @@ class Trainer:
         if self.parts.checker is None or not train.evaluate_every or (done % train.evaluate_every and not ends):
             return 0.0
         splits: list[Split] = ["validation", "test"] if ends else ["validation"]
-        seen = self._ranks.from_first(
+        seen = self._ranks.broadcast(
             lambda: [row["split"] for row in self.run.rows("evaluations") if row["update"] == done]
         )
         for split in splits:

@@ -19,7 +19,7 @@ from torch import Tensor
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import fused_divergence, fused_likelihood
 from atesd.maths.head import Head
-from atesd.models.ranks import in_order
+from atesd.models.ranks import interleave
 from atesd.models.score import Pair, Scored, Scorer, completion_tokens, hidden_logprobs, micro_batches, pair_length
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
@@ -278,11 +278,11 @@ def _accumulate(scorer: Scorer, rows: Sequence[Row], loss_of: LossOf, reduction:
     seconds = {"teacher": 0.0, "student": 0.0, "loss_backward": 0.0}
 
     def own_share() -> tuple[float, dict[str, list[list[float]]]]:
-        mine, own = scorer.ranks.share(rows), scorer.ranks.share(weights)
+        mine, own = scorer.ranks.shard(rows), scorer.ranks.shard(weights)
         return _backpropagate(scorer, mine, own, loss_of, cut, seconds)
 
     losses, tokens = zip(*scorer.ranks.gather(own_share), strict=True)
-    tokens_of = {name: in_order([part.get(name, []) for part in tokens]) for name in tokens[0]}
+    tokens_of = {name: interleave([part.get(name, []) for part in tokens]) for name in tokens[0]}
     answers = tokens_of.pop(_ANSWER, [])
     means = {name: _weighted_mean(values, weights) for name, values in tokens_of.items()}
     means["confidence"] = _weighted_mean([torch.tensor(row).exp().tolist() for row in tokens_of["logprob"]], weights)
