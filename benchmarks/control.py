@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from atesd.session import train
 from atesd.config import load_config
+from atesd.rows import MetricsRow
+from atesd.session import train
 from benchmarks.harness import Case, Goal, Result, Settings, spread
 
 LIMITS = {"paper": 0.03, "sound": 0.15}
@@ -32,16 +33,16 @@ def run(settings: Settings) -> Result:
     return Result("control", [Case(f"share of each phase, recipe micro, {updates} updates", figures=found)], goals)
 
 
-def share_of(rows: list[dict[str, Any]], phase: str) -> float:
+def share_of(rows: Sequence[MetricsRow], phase: str) -> float:
     """Share of a phase in the seconds of these updates, evaluation left out."""
     total = sum(s for row in rows for name, s in row["seconds"].items() if name != "evaluate")
     return float(sum(row["seconds"].get(phase, 0.0) for row in rows) / total)
 
 
-def metrics(preset: str, updates: int, settings: Settings) -> list[dict[str, Any]]:
+def metrics(preset: str, updates: int, settings: Settings) -> list[MetricsRow]:
     """The rows of metrics.jsonl of a short run."""
     words = [f"credit.preset={preset}", f"train.num_updates={updates}", "train.evaluate_every=0"]
     if settings.size == "small":
         words += ["train.batch_size=4", "data.probe_size=4", "data.train_size=16", "sampling.completion_tokens=8"]
     with tempfile.TemporaryDirectory() as folder:
-        return list(train(load_config("micro", words), Path(folder) / "run").run.rows("metrics"))
+        return train(load_config("micro", words), Path(folder) / "run").run.rows("metrics")

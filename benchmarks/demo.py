@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from atesd.session import train
 from atesd.config import load_config
+from atesd.session import train
 from benchmarks.children import ROOT, in_child
 from benchmarks.harness import Case, Goal, Result, Settings, ratio, single
 

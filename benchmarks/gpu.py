@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 
 from atesd.build import build
-from atesd.train.listeners import Listeners
 from atesd.config import Config, LoraConfig, LossConfig, ModelConfig, SamplingConfig, TrainConfig
 from atesd.data.splits import ProblemSets
-from atesd.models.load import save_model
+from atesd.models.load import load_model, save_model
 from atesd.models.score import Scorer
 from atesd.runs import RunFolder
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from benchmarks import loss, prefix, rollout
 from benchmarks.children import peak_here

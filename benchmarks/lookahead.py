@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from atesd.build import build, close
-from atesd.train.listeners import Listeners
 from atesd.config import load_config
 from atesd.runs import RunFolder
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from benchmarks.children import ROOT, Mark, in_child
 from benchmarks.harness import Case, Goal, Result, Settings, spread

@@ -9,6 +9,7 @@ gradient from the same completions is what tests/test_peer_trl.py shows.
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from atesd.build import build
-from atesd.train.listeners import Listeners
 from atesd.config import (
     Config,
     DataConfig,
@@ -34,7 +34,9 @@ from atesd.data.splits import ProblemSets
 from atesd.data.views import TextRenderer
 from atesd.models.load import load_model
 from atesd.records import Problem
+from atesd.rows import MetricsRow
 from atesd.runs import RunFolder
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from benchmarks.children import Mark, peak_of
 from benchmarks.harness import Case, Goal, Result, Round, Settings, ratio, single
@@ -138,7 +140,7 @@ def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback, r
 class Turns(TrainerCallback):
     """Times each of TRL's steps, and after it one of ours; the first of each warms up."""
 
-    def __init__(self, ours: Callable[[int], dict[str, Any]]) -> None:
+    def __init__(self, ours: Callable[[int], MetricsRow]) -> None:
         self.rounds: list[Round] = []
         self.losses: dict[str, list[float]] = {PEER: [], OURS: []}
         self._ours = ours
@@ -169,7 +171,7 @@ class Turns(TrainerCallback):
                 f"{OURS}: the rest": taken - sampling,
             }
         )
-        self.losses[OURS].append(row["loss"])
+        self.losses[OURS].append(row["loss"] or math.nan)
 
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         """TRL's loss of the step."""
@@ -223,7 +225,7 @@ def run_case(work: Work, settings: Settings) -> tuple[Case, list[Goal]]:
     with tempfile.TemporaryDirectory() as name:
         folder = save_random(work.model, Path(name))
         trainer = our_trainer(work, folder)
-        turns = Turns(lambda update: trainer.update(update)[2])
+        turns = Turns(lambda update: trainer.update(update).row)
         train_trl(work, folder, settings.rounds + 1, turns, work.rows)
         asked = {"folder": name, "work": asdict(work)}
         memory = {

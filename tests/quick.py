@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from atesd.session import train
 from atesd.config import Config, load_config
+from atesd.rows import Row, RowKind
 from atesd.runs import RunFolder
+from atesd.session import train
 from atesd.train.checkpoint import digest, load_newest
 
 SMALL = (
@@ -80,9 +81,11 @@ class Ears:
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    def update(self, row: dict[str, Any]) -> None: ...
+    def begin(self, config: Config, folder: Path) -> None: ...
 
-    def evaluation(self, row: dict[str, Any]) -> None: ...
+    def row(self, kind: RowKind, row: Row) -> None: ...
 
     def message(self, text: str) -> None:
         self.heard.append(text)
+
+    def end(self, status: str) -> None: ...

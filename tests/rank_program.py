@@ -17,11 +17,11 @@ from unittest import mock
 import torch
 from torch import nn
 
-from atesd.session import train
 from atesd.cli.scores import evaluate_target
 from atesd.config import Config
 from atesd.errors import AtesdError, DataError
-from atesd.models.ranks import Ranks, joined
+from atesd.models.ranks import Ranks, process_group
+from atesd.session import train
 from atesd.train import loop
 from atesd.train.rollouts import GradedRollout, RolloutSampler
 from atesd.train.update import StepMeters, accumulate
@@ -65,9 +65,9 @@ def facts(ranks: Ranks) -> dict[str, Any]:
             raise DataError("row 7 is unreadable")
 
     return {
-        "shared": ranks.gather(lambda: list(ranks.share("abcde"))),
-        "spread": [ranks.spread(range(count), lambda mine: [n * n for n in mine]) for count in range(6)],
-        "from_first": ranks.from_first(lambda: f"said by {ranks.rank}"),
+        "shard": ranks.gather(lambda: list(ranks.shard("abcde"))),
+        "map_sharded": [ranks.map_sharded(range(count), lambda mine: [n * n for n in mine]) for count in range(6)],
+        "broadcast": ranks.broadcast(lambda: f"said by {ranks.rank}"),
         "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
         "floats": ranks.gather(lambda: [0.1 + ranks.rank, 1e-300]),
         "failed": error_of(lambda: ranks.gather(fail_on_rank_1)),
@@ -90,7 +90,6 @@ def summed_gradients(ranks: Ranks) -> list[list[float] | None]:
 
 def stopped_by_rank_1(ranks: Ranks, out: Path) -> str:
     """Train until rank 1, and only rank 1, gets SIGTERM within update `STOPPED_IN`."""
-
     drawn = RolloutSampler.rollouts
 
     def draw_and_ask(sampler: RolloutSampler, update: int) -> list[GradedRollout]:
@@ -122,7 +121,7 @@ def left_alone(ranks: Ranks) -> tuple[str, float]:
 
 def main(folder: Path) -> None:
     """Write facts, runs and what happens at the end into the folder."""
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         found = facts(ranks)
         for name in RUNS:
             train(config_of(name), folder / name)

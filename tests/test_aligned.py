@@ -9,23 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from atesd.build import build, close
-from atesd.session import train
+from atesd.aligned.direction import Attempt, drawn, weighted_rows
+from atesd.aligned.scorer import grouped
+from atesd.aligned.selectors import AlignedGate
+from atesd.build import build, close, objective
 from atesd.config import AlignedConfig, Config, load_config
 from atesd.control.aligned import AlignedExposure
 from atesd.control.fixed import FixedExposure
 from atesd.errors import ConfigError, NonFiniteError
+from atesd.maths.advantages import group_advantages
 from atesd.maths.divergence import Objective
 from atesd.models.score import Scorer, completion_tokens
 from atesd.records import Alignment, UpdateStats
-from atesd.maths.advantages import group_advantages
-from atesd.train.rollouts import batch_at
+from atesd.session import train
 from atesd.train.checkpoint import digest
-from atesd.aligned.direction import Attempt, drawn, weighted_rows
-from atesd.aligned.scorer import grouped
-from atesd.aligned.selectors import AlignedGate
-from atesd.build import objective
 from atesd.train.components import Components
+from atesd.train.rollouts import batch_at
 from atesd.train.selectors import RandomGate, RankedGate
 from atesd.train.update import BatchPlan, Example
 from quick import cut_after, fingerprint, finished, quick
@@ -261,7 +260,9 @@ def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_o
     parts = with_direction(quick(*GATED, "train.batch_size=16"))
     batch = batch_of(parts, 1)
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
-    meters = distill(parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
+    meters = distill(
+        parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut
+    )  # type: ignore[arg-type]
     kept = meters.tokens["kept"]
     assert {value for row in kept for value in row} == {0.0, 1.0}
     signs = [[float(value > 0) for value in row] for row in meters.tokens["alignment"]]
@@ -370,7 +371,9 @@ def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
         for size in (3, 16):
             cut = {"reduction": "sequence", "micro_batch_size": size, "chunk_tokens": None}
             with torch.no_grad():
-                meters = distill(parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
+                meters = distill(
+                    parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut
+                )  # type: ignore[arg-type]
             kept.append(meters.tokens["kept"])
         assert kept[0] == kept[1]
         close(parts)
@@ -379,7 +382,9 @@ def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
 def scored_rows() -> tuple[list[Example], Scorer]:
     generator = torch.Generator().manual_seed(0)
     rows = [
-        Example((7, 8), tuple(torch.randint(7, 20, (n,), generator=generator).tolist()), (9, 10, 11), key=(0, f"p{n}", 0))
+        Example(
+            (7, 8), tuple(torch.randint(7, 20, (n,), generator=generator).tolist()), (9, 10, 11), key=(0, f"p{n}", 0)
+        )
         for n in (5, 40, 3)
     ]
     return rows, Scorer(tiny_model())
@@ -457,7 +462,9 @@ def test_the_correct_gate_distils_verified_rollouts_only() -> None:
     parts = build(quick("exposure.kind=full", "loss.token_gate=correct", "train.batch_size=16"))
     batch = batch_of(parts, 0)
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
-    meters = distill(parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
+    meters = distill(
+        parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut
+    )  # type: ignore[arg-type]
     kept = [set(row) for row in meters.tokens["kept"]]
     assert kept == [{float(row.graded.verdict == "correct")} for row in batch.rows]
     assert {0.0, 1.0} == set.union(*kept)
@@ -468,7 +475,9 @@ def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
     """The gradient is the sum of that of distillation and that of GRPO alone."""
     shared = ("exposure.kind=full", "train.batch_size=16", "train.group_size=4", "data.max_difficulty=6")
     parts = build(quick(*shared, "train.grpo_weight=0.5"))
-    batch = next(b for b in (batch_of(parts, update) for update in range(9)) if any(row.advantage for row in b.examples))
+    batch = next(
+        b for b in (batch_of(parts, update) for update in range(9)) if any(row.advantage for row in b.examples)
+    )
     problems = [row.graded.problem.id for row in batch.rows]
     assert problems == [problem for problem in dict.fromkeys(problems) for _ in range(4)]
     parameters = dict(parts.weights.trained)

@@ -39,13 +39,12 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are():
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        ("train", ["config", "out", "resume", "listener", "command"]),
-        ("build", ["config", "problems"]),
+        ("train", ["config", "out", "resume", "listeners", "command"]),
         ("evaluate", ["config", "split", "update"]),
     ],
 )
 def test_the_verbs_of_a_notebook_are_pinned(function: str, parameters: list[str]):
-    found = list(inspect.signature(getattr(build, function)).parameters)
+    found = list(inspect.signature(getattr(session, function)).parameters)
     assert found[: len(parameters)] == parameters
 
 

@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from atesd import cli
-from atesd.build import build, close
+from atesd.build import build, close, objective
 from atesd.config import load_config
-from atesd.engine.sample import sample
 from atesd.errors import ConfigError
 from atesd.train.rollouts import rollout_params
-from atesd.train.loop import objective
 from atesd.train.update import Example
 from atesd_lab.audit import audit
 from atesd_lab.audit.audit import (
@@ -39,6 +37,7 @@ from atesd_lab.audit.null_measure import ScoredRollout, ScoredRollouts, as_batch
 from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, noise
 from atesd_lab.audit.text import readings_table, rewards_table, sentences
 from quick import SMALL, quick
+from updates import distill
 
 Loss = Callable[[float, float], float]
 RATIOS = np.linspace(0, 1, 5).tolist()
@@ -314,11 +313,10 @@ def test_the_noise_of_the_probe_is_that_of_its_fresh_means():
                 parts.problems.probe,
                 encoder=parts.encoder,
                 renderer=parts.renderer,
-                sampler=rollout_sampler(parts.config),
                 seed=1,
                 key=("other", repeat),
             )
-            rollouts = sample(parts.loaded, requests, rollout_sampler(parts.config))
+            rollouts = parts.engine.complete(requests, rollout_params(parts.config))
             means.append(fmean(graded(rollouts, parts.problems.probe, encoder=parts.encoder, checker=parts.checker)))
         assert fresh_success(parts, 20)[1] == pytest.approx(np.std(means, ddof=1), rel=0.35)
     finally:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import atesd.build
-from atesd.session import train
 from atesd.config import ModelConfig
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.score import Scorer, completion_logprobs
+from atesd.session import train
 from quick import Ears, quick
 from tiny import SIZES, tiny_model
 
@@ -67,7 +67,7 @@ def own_logits(model: Any) -> Tensor:
 def test_hidden_states_and_head_give_the_models_own_logits(name: str) -> None:
     model = random_model(name)
     scorer = Scorer(loaded_model(model))
-    assert scorer.takes_head_apart
+    assert scorer.has_separable_head
     hidden, own = scorer.hidden([(IDS[:1], (*IDS[1:], 3))]), own_logits(model)
     torch.testing.assert_close(scorer.head().logits(hidden), own, atol=2e-5, rtol=2e-5)
     bare = Head(scorer.head().weight).logits(hidden)
@@ -84,7 +84,7 @@ def test_a_trained_bias_and_a_scale_reach_the_head() -> None:
 def test_a_scale_that_is_hardly_one_is_not_taken_for_one() -> None:
     model = random_model("Llama")
     model.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits * 1.002))
-    assert not Scorer(loaded_model(model)).takes_head_apart
+    assert not Scorer(loaded_model(model)).has_separable_head
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits() -> None:
     model = random_model("Llama")
     model.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits.sinh()))
     scorer = Scorer(loaded_model(model))
-    assert not scorer.takes_head_apart
+    assert not scorer.has_separable_head
     (row,) = completion_logprobs(scorer, [(IDS[:2], IDS[2:])])
     expected = own_logits(model).log_softmax(-1)[1:-1].gather(-1, torch.tensor(IDS[2:])[:, None])
     torch.testing.assert_close(row, expected.squeeze(-1), atol=1e-5, rtol=1e-5)
@@ -110,7 +110,7 @@ def test_training_says_that_it_keeps_the_logits_whole(
     if not known:
         monkeypatch.setattr(atesd.build, "load_model", with_another_head)
     ears = Ears()
-    train(quick("train.num_updates=1", "train.evaluate_every=0"), tmp_path / "run", listener=ears)
+    train(quick("train.num_updates=1", "train.evaluate_every=0"), tmp_path / "run", listeners=[ears])
     assert any("so these are kept whole" in text for text in ears.heard) is not known
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from atesd.build import build, close
-from atesd.session import config_of_trained, evaluate, train
 from atesd.config import Config
 from atesd.data.splits import ProblemSets
 from atesd.errors import DataError, ModelError, NonFiniteError, TrainingError
-from atesd.runs import RunFolder
 from atesd.rows import MetricsRow
+from atesd.runs import RunFolder
+from atesd.session import config_of_trained, evaluate, train
 from atesd.train import loop, update
 from atesd.train.rollouts import GradedRollout, RolloutSampler
 from atesd.train.update import StepMeters
@@ -95,7 +95,7 @@ def test_an_evaluated_run_scores_as_it_did_in_training_also_in_bfloat16(tmp_path
 def test_weights_too_coarse_for_their_updates_are_said(lora: str, warned: bool, tmp_path: Path) -> None:
     ears = Ears()
     config = quick("model.dtype=bfloat16", f"model.lora={lora}", "train.num_updates=1", "train.evaluate_every=0")
-    train(config, tmp_path / "run", listener=ears)
+    train(config, tmp_path / "run", listeners=[ears])
     assert any("bfloat16 without model.lora" in text for text in ears.heard) is warned
 
 

@@ -37,6 +37,7 @@ from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers import TrainerCallback
 
+from atesd.build import objective
 from atesd.config import Config, ExposureConfig, LoraConfig, LossConfig, ModelConfig, SamplingConfig, ViewsConfig
 from atesd.control.factory import make_exposure
 from atesd.data.views import TextRenderer
@@ -45,7 +46,6 @@ from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem
-from atesd.build import objective
 from atesd.train.update import Example, StepMeters
 from atesd.train.views import TeacherPrompts
 from tiny import tiny_model
@@ -220,7 +220,9 @@ def unpadded(batch: Mapping[str, Tensor], pad_id: int) -> list[Example]:
         batch["prompt_ids"], batch["teacher_input_ids"], batch["teacher_attention_mask"].bool(), strict=True
     ):
         prompt, completion = teacher[:-tokens][mask[:-tokens]], teacher[-tokens:][mask[-tokens:]]
-        rows.append(Example(tuple(student[student != pad_id].tolist()), tuple(completion.tolist()), tuple(prompt.tolist())))
+        rows.append(
+            Example(tuple(student[student != pad_id].tolist()), tuple(completion.tolist()), tuple(prompt.tolist()))
+        )
     return rows
 
 

@@ -18,7 +18,6 @@ from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
 from atesd.maths.keyed import uniforms
-from atesd.models.load import trainable_parameters
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
 from atesd_lab.cli.profile import print_profile
@@ -34,6 +33,7 @@ from atesd_lab.profile.profile import (
 from atesd_lab.profile.report import draw_profile, profile_text, recipe_of, suggested_config, write_profile
 from atesd_lab.profile.suggestion import AlignmentRows, Suggestion, suggest
 from quick import quick
+from updates import batch_of
 
 RATIOS = (0.0, 0.5, 1.0)
 CONFIG = profiled_config(
@@ -57,10 +57,11 @@ def logits(parts: Components, context: tuple[int, ...], completion: tuple[int, .
 def test_the_rollouts_are_those_that_training_would_draw(parts: Components) -> None:
     shown = show(parts, 20, RATIOS)
     batches = [batch_of(parts, update) for update in (0, 1)]
-    rollouts = [rollout for batch in batches for rollout in batch.rollouts]
+    rows = [row for batch in batches for row in batch.rows]
+    rollouts = [row.graded.rollout for row in rows]
     assert [one.graded.rollout.completion_ids for one in shown] == [rollout.completion_ids for rollout in rollouts[:20]]
-    assert [one.verdict for one in shown] == [verdict for batch in batches for verdict in batch.verdicts][:20]
-    full = [row.teacher_context for batch in batches for row in batch.rows]
+    assert [one.graded.verdict for one in shown] == [row.graded.verdict for row in rows][:20]
+    full = [row.example.teacher_context for row in rows]
     assert [one.contexts[-1] for one in shown] == full[:20]  # the profile is built under full exposure
 
 
@@ -110,9 +111,7 @@ def test_the_teachers_own_answers_are_drawn_from_its_view_with_the_problems_unif
 
 
 def gradient(parts: Components, value: torch.Tensor) -> torch.Tensor:
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, list(dict(parts.weights.trained).values()))]
-    )
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(dict(parts.weights.trained).values()))])
 
 
 def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Components) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from atesd.session import train
 from atesd.config import dump_config
 from atesd.errors import ConfigError
-from atesd.models.ranks import ALONE, in_order, joined
+from atesd.models.ranks import SINGLE_PROCESS, interleave, process_group
 from atesd.runs import RunFolder
+from atesd.session import train
 from atesd.train.checkpoint import load_newest
 from quick import cut_after, finished
 from rank_program import RUNS, STOPPED_IN, config_of
@@ -175,9 +175,9 @@ def test_an_evaluation_by_two_ranks_is_that_of_one(alone: dict[str, RunFolder], 
 
 def test_both_ranks_know_what_each_has_found(facts: list[dict[str, Any]]) -> None:
     for found in facts:
-        assert found["shared"] == [["a", "c", "e"], ["b", "d"]]
-        assert found["spread"] == [[n * n for n in range(count)] for count in range(6)]
-        assert found["from_first"] == "said by 0"
+        assert found["shard"] == [["a", "c", "e"], ["b", "d"]]
+        assert found["map_sharded"] == [[n * n for n in range(count)] for count in range(6)]
+        assert found["broadcast"] == "said by 0"
         assert found["any"] == [True, False]
         assert found["floats"] == [[0.1, 1e-300], [1.1, 1e-300]]  # to the bit
 
@@ -206,19 +206,19 @@ def test_a_rank_that_dies_is_missed_at_once(together: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_shares_put_in_order_are_the_items(ranks: int) -> None:
+def test_interleaved_shards_are_the_items(ranks: int) -> None:
     for items in ("", "a", "abc", "abcdefg"):
-        assert in_order([items[rank::ranks] for rank in range(ranks)]) == list(items)
+        assert interleave([items[rank::ranks] for rank in range(ranks)]) == list(items)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("auto") as ranks:
-        assert ranks == ALONE
+    with process_group("auto") as ranks:
+        assert ranks == SINGLE_PROCESS
 
 
 def test_half_an_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(ConfigError, match="MASTER_PORT"), joined("cpu"):
+    with pytest.raises(ConfigError, match="MASTER_PORT"), process_group("cpu"):
         pass

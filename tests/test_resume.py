@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from atesd.session import train
 from atesd.errors import RunError
+from atesd.session import train
 from quick import cut_after, fingerprint, finished, quick
 
 SETTINGS = {

@@ -30,11 +30,19 @@ ROWS = [
 TEMPERATURE = 1.3
 
 
-def distilled(loaded: LoadedModel, micro_batch_size: int, reduction: Literal["sequence", "token"] = "sequence", chunk: int = 4) -> StepMeters:
+def distilled(
+    loaded: LoadedModel, micro_batch_size: int, reduction: Literal["sequence", "token"] = "sequence", chunk: int = 4
+) -> StepMeters:
     teacher = Teacher(loaded.model, TeacherConfig())
     objective = Objective(temperature=TEMPERATURE)
     return distill(
-        Scorer(loaded), teacher, ROWS, objective, reduction=reduction, micro_batch_size=micro_batch_size, chunk_tokens=chunk
+        Scorer(loaded),
+        teacher,
+        ROWS,
+        objective,
+        reduction=reduction,
+        micro_batch_size=micro_batch_size,
+        chunk_tokens=chunk,
     )
 
 
@@ -86,9 +94,7 @@ def test_the_gradient_does_not_depend_on_the_token_budget(budget: int) -> None:
     whole, cut = tiny_model(), tiny_model()
     distilled(whole, len(ROWS))
     teacher, objective = Teacher(cut.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
-    distill(
-        Scorer(cut), teacher, ROWS, objective, micro_batch_size=1, micro_batch_tokens=budget, chunk_tokens=4
-    )
+    distill(Scorer(cut), teacher, ROWS, objective, micro_batch_size=1, micro_batch_tokens=budget, chunk_tokens=4)
     for a, b in zip(gradients(whole), gradients(cut), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
@@ -136,7 +142,9 @@ def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(siz
 
 def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:
     loaded = tiny_model()
-    rows = [Example(r.context, r.completion, (), scale) for r, scale in zip(ROWS, (1.0, -1.0, 0.5, 0.0, 2.0), strict=True)]
+    rows = [
+        Example(r.context, r.completion, (), scale) for r, scale in zip(ROWS, (1.0, -1.0, 0.5, 0.0, 2.0), strict=True)
+    ]
     meters = maximise_likelihood(Scorer(loaded), rows, micro_batch_size=2, chunk_tokens=3)
     found = gradients(loaded)
     loaded.model.zero_grad()

@@ -14,7 +14,16 @@ from atesd.models.teacher import Teacher
 from atesd.train.components import Components
 from atesd.train.reveal import Batch, reveal
 from atesd.train.stopwatch import Stopwatch
-from atesd.train.update import BatchPlan, Distillation, EveryToken, Example, Likelihood, Selector, StepMeters, accumulate
+from atesd.train.update import (
+    BatchPlan,
+    Distillation,
+    EveryToken,
+    Example,
+    Likelihood,
+    Selector,
+    StepMeters,
+    accumulate,
+)
 
 
 def batch_of(c: Components, update: int) -> Batch:

@@ -24,16 +24,16 @@ from statistics import fmean, stdev
 import torch
 from scipy.stats import spearmanr
 
+from atesd.aligned.foresight import AlignedForesight
+from atesd.aligned.scorer import grouped
 from atesd.build import build, close, objective
-from atesd.train.listeners import Listeners
 from atesd.config import Config, load_config
 from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
 from atesd.models.score import Pair, completion_logprobs
 from atesd.runs import RunFolder, write_atomic
-from atesd.aligned.foresight import AlignedForesight
-from atesd.aligned.scorer import grouped
 from atesd.train.components import Components
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from atesd.train.rollouts import rollout_params
 from atesd.train.stopwatch import Stopwatch
@@ -144,9 +144,13 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
     )
 
 
-def _gradient(components: Components, students: Sequence[Pair], contexts: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def _gradient(
+    components: Components, students: Sequence[Pair], contexts: Sequence[tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
     """The gradient of the loss on these rollouts under these teacher contexts."""
-    examples = [Example(context, completion, seen) for (context, completion), seen in zip(students, contexts, strict=True)]
+    examples = [
+        Example(context, completion, seen) for (context, completion), seen in zip(students, contexts, strict=True)
+    ]
     accumulate(plain_distillation(components), examples, components.plan)
     found = {}
     for name, parameter in components.weights.trained.items():
@@ -188,7 +192,9 @@ def held_out(components: Components) -> Held:
     return Held(pairs, _sums(components, pairs), worth)
 
 
-def true_change(components: Components, held: Held, gradient: dict[str, torch.Tensor], rate: float) -> tuple[float, float]:
+def true_change(
+    components: Components, held: Held, gradient: dict[str, torch.Tensor], rate: float
+) -> tuple[float, float]:
     """Change of success on the held-out problems after one step of -rate * gradient, and its standard error."""
     with components.weights.moved(gradient, -rate):
         after = _sums(components, held.pairs)
@@ -199,7 +205,9 @@ def true_change(components: Components, held: Held, gradient: dict[str, torch.Te
 
 def _sums(components: Components, pairs: Sequence[Pair]) -> tuple[float, ...]:
     """Log-probability of each completion under the student at the rollout temperature, nats."""
-    found = completion_logprobs(components.scorer, pairs, temperature=components.config.sampling.temperature, micro_batch_size=64)
+    found = completion_logprobs(
+        components.scorer, pairs, temperature=components.config.sampling.temperature, micro_batch_size=64
+    )
     return tuple(float(row.double().sum()) for row in found)
 
 

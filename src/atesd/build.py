@@ -30,6 +30,7 @@ from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.models.weights import ReplicatedWeights, Weights
 from atesd.records import Verdict
+from atesd.rows import revealed
 from atesd.runs import RunFolder
 from atesd.train.components import Components
 from atesd.train.fitting import problems_that_fit
@@ -64,7 +65,7 @@ def build(
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
-    scorer, teacher = Scorer(loaded, weights), Teacher(loaded.model, weights, config.teacher)
+    scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
     checker = make_checker(config.checker)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
@@ -146,7 +147,7 @@ def replayed_ratios(config: Config) -> list[float]:
     """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
     if config.exposure.kind != "replay" or config.exposure.replay_run is None:
         return []
-    return [row["reveal_ratio"] for row in RunFolder.open(config.exposure.replay_run).rows("metrics")]
+    return revealed(RunFolder.open(config.exposure.replay_run).rows("metrics"))
 
 
 @final

@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
 
-Estimate = TypedDict("Estimate", {"value": float, "low": float, "high": float})
+
+class Estimate(TypedDict):
+    value: float
+    low: float
+    high: float
+
+
 """A mean with its 95 % interval, shares."""
 
 
@@ -50,7 +56,7 @@ class MetricsRow(TypedDict):
     grad_norm: float | None
     learning_rate: float
     skipped: str | None
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
 
 
 class DecisionRow(TypedDict):
@@ -121,6 +127,11 @@ class SampleRow(TypedDict):
 
 Row = MetricsRow | DecisionRow | EvaluationRow | SampleRow
 RowKind = Literal["metrics", "decisions", "evaluations", "samples"]
+
+
+def revealed(rows: Sequence[MetricsRow]) -> list[float]:
+    """The reveal ratio of every update that had one: all of a distilling run but the skipped ones."""
+    return [row["reveal_ratio"] for row in rows if row["reveal_ratio"] is not None]
 
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:

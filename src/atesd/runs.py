@@ -150,6 +150,10 @@ class RunFolder:
         *lines, _ = path.read_bytes().split(b"\n")
         return [_parse_row(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
 
+    @overload
+    def last_row(self, kind: Literal["metrics"]) -> MetricsRow | None: ...
+    @overload
+    def last_row(self, kind: RowKind) -> Row | None: ...
     def last_row(self, kind: RowKind) -> Row | None:
         """The newest whole row, read from the end of the file; None if there is none."""
         path = self._rows_path(kind)

@@ -57,7 +57,7 @@ def train(
         components = build(config, ranks=ranks)
         words = list(command) or sys.argv
         try:
-            ranks.require_equal([dump_config(config), components.problems.fingerprint], "config and data")
+            ranks.require_equal(partial(_identity, components), "config and data")
             run = RunFolder(out, ranks.broadcast(partial(_run_id, components, out, known, words)))
             with ExitStack() as held:
                 ranks.broadcast(partial(_hold, held, run))
@@ -97,6 +97,11 @@ def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bo
         with run.lock():
             run.check_config(config)
     return known
+
+
+def _identity(components: Components) -> tuple[str, str]:
+    """What all ranks must have read alike."""
+    return dump_config(components.config), components.problems.fingerprint
 
 
 def _run_id(components: Components, out: Path, known: bool, command: Sequence[str]) -> str:

@@ -144,7 +144,7 @@ class SuccessDirection:
         self.epsilon = kept["epsilon"]
 
     def _ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The gradient of the examples' mean log-likelihood, by name; the parameters' gradients are clear afterwards."""
+        """The gradient of the examples' mean log-likelihood, by name; those of the parameters are clear afterwards."""
         config = self._config
         likelihood = Likelihood(
             self._scorer, Stopwatch(self._scorer.device), config.loss_temperature, config.loss.chunk_tokens

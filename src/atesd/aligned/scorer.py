@@ -13,6 +13,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from atesd.aligned.direction import SuccessDirection
 from atesd.maths.alignment import Displaced, alignments
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import chunk_size
@@ -20,7 +21,7 @@ from atesd.models.score import Pair, Scored, Scorer, completion_tokens, micro_ba
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 from atesd.records import Alignment
-from atesd.aligned.direction import SuccessDirection
+
 
 @final
 class AlignmentScorer:
@@ -47,8 +48,8 @@ class AlignmentScorer:
     def by_ratio(self, students: Sequence[Pair], contexts: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
         """Alignment of each rollout at each ratio, [rows][K], so that the mean over rows has the weights of the loss.
 
-        `contexts` are the teacher's at each ratio, [K][rows]. An alignment is the rollout's mean per token, and under reduction `token` times its length over the mean length. Shared between
-        the ranks of the model.
+        `contexts` are the teacher's at each ratio, [K][rows]. An alignment is the rollout's mean per token, and under
+        reduction `token` times its length over the mean length. Shared between the ranks of the model.
         """
         rows = list(zip(students, zip(*contexts, strict=True), strict=True))
         means = self._scorer.ranks.map_sharded(rows, self._rows_by_ratio)

@@ -70,12 +70,17 @@ def train(
     folder = out or Path("runs") / run_name(recipe)
 
     from atesd.cli.display import closing_lines, display_for
-    from atesd.models.ranks import joined
+    from atesd.models.ranks import process_group
 
-    with joined(config.model.device) as ranks, display_for(config, folder) if ranks.first else nullcontext() as display:
+    with (
+        process_group(config.model.device) as ranks,
+        display_for(config, folder) if ranks.first else nullcontext() as display,
+    ):
         from atesd import session
 
-        outcome = session.train(config, folder, resume=resume.value, listeners=[display] if display else [], command=sys.argv)
+        outcome = session.train(
+            config, folder, resume=resume.value, listeners=[display] if display else [], command=sys.argv
+        )
     if ranks.first:
         for line in closing_lines(outcome.run, config, outcome.status):
             typer.echo(line)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, final
+from typing import Literal, TextIO, cast, final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -17,8 +17,10 @@ from rich.segment import Segment
 from rich.text import Text
 
 from atesd.config import Config
-from atesd.runs import RunFolder
+from atesd.rows import EvaluationRow, MetricsRow, Row, RowKind
+from atesd.runs import EndStatus, RunFolder
 from atesd.text import MISSING, duration, number, percent, percent_interval, visible
+from atesd.train.listeners import Listener
 
 PHASES = ("sample", "teacher", "student", "loss_backward", "control", "evaluate")
 
@@ -30,7 +32,7 @@ class Progress:
     def __init__(self, config: Config, folder: Path) -> None:
         self.num_updates = config.train.num_updates
         self.done = 0
-        self.row: dict[str, Any] = {}
+        self.row: MetricsRow | None = None
         self.reward: float | None = None
         self._decides = config.exposure.decides
         self._folder = folder
@@ -38,7 +40,7 @@ class Progress:
         self._updates = 0
         self._began = time.monotonic()
 
-    def update(self, row: dict[str, Any]) -> None:
+    def update(self, row: MetricsRow) -> None:
         """Take in a row of metrics.jsonl."""
         self.row, self.done = row, row["update"] + 1
         self._seconds += sum(row["seconds"].values())
@@ -84,14 +86,19 @@ class PlainLines:
         self._progress = progress
         self._file = file or sys.stdout
 
-    def update(self, row: dict[str, Any]) -> None:
-        """One line."""
-        self._progress.update(row)
-        self.message("  ".join(self._progress.figures()))
+    def begin(self, config: Config, folder: Path) -> None:
+        """Nothing yet."""
 
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """One line."""
-        self.message(evaluation_line(row))
+    def row(self, kind: RowKind, row: Row) -> None:
+        """One line for an update and for an evaluation."""
+        if kind == "metrics":
+            self._progress.update(cast(MetricsRow, row))
+            self.message("  ".join(self._progress.figures()))
+        elif kind == "evaluations":
+            self.message(evaluation_line(cast(EvaluationRow, row)))
+
+    def end(self, status: EndStatus) -> None:
+        """Nothing more."""
 
     def message(self, text: str) -> None:
         """The text, with nothing invisible in it."""
@@ -106,13 +113,18 @@ class LiveBar:
         self._progress = progress
         self._console = console
 
-    def update(self, row: dict[str, Any]) -> None:
-        """Move the bar."""
-        self._progress.update(row)
+    def begin(self, config: Config, folder: Path) -> None:
+        """Nothing yet."""
 
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """One line above the bar."""
-        self.message(evaluation_line(row))
+    def row(self, kind: RowKind, row: Row) -> None:
+        """Move the bar for an update; one line above it for an evaluation."""
+        if kind == "metrics":
+            self._progress.update(cast(MetricsRow, row))
+        elif kind == "evaluations":
+            self.message(evaluation_line(cast(EvaluationRow, row)))
+
+    def end(self, status: EndStatus) -> None:
+        """Nothing more."""
 
     def message(self, text: str) -> None:
         """The text above the bar, never read as markup."""
@@ -126,35 +138,19 @@ class LiveBar:
         yield Text(fitting(self._progress.figures(), options.max_width), no_wrap=True, overflow="ellipsis")
 
 
-class Display(Protocol):
-    """A listener; see `atesd.train.parts.Listener`."""
-
-    def update(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl."""
-        ...
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """A row of evaluations.jsonl."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Something a user should know."""
-        ...
-
-
-def display_for(config: Config, folder: Path) -> AbstractContextManager[Display]:
+def display_for(config: Config, folder: Path) -> AbstractContextManager[Listener]:
     """A bar where stdout is a terminal, lines elsewhere."""
     progress, console = Progress(config, folder), Console()
     return _live(progress, console) if console.is_terminal else _plain(progress)
 
 
 @contextmanager
-def _plain(progress: Progress) -> Iterator[Display]:
+def _plain(progress: Progress) -> Iterator[Listener]:
     yield PlainLines(progress)
 
 
 @contextmanager
-def _live(progress: Progress, console: Console) -> Iterator[Display]:
+def _live(progress: Progress, console: Console) -> Iterator[Listener]:
     bar = LiveBar(progress, console)
     with Live(bar, console=console, refresh_per_second=4):
         yield bar
@@ -168,7 +164,7 @@ def fitting(figures: Sequence[str], width: int) -> str:
     return "  ".join(kept)
 
 
-def evaluation_line(row: dict[str, Any]) -> str:
+def evaluation_line(row: EvaluationRow) -> str:
     """A row of evaluations.jsonl on one line."""
     return (
         f"{row['split']} after {row['update']} updates: Average@{row['samples']} {percent_interval(row['average'])} %, "
@@ -182,7 +178,7 @@ def closing_lines(run: RunFolder, config: Config, status: Literal["finished", "s
     seconds = {phase: sum(row["seconds"].get(phase, 0.0) for row in rows) for phase in PHASES}
     total = sum(seconds.values())
     training = total - seconds["evaluate"]
-    tokens = sum(row["completion_tokens"] for row in rows) * config.train.batch_size
+    tokens = sum(row["completion_tokens"] or 0.0 for row in rows) * config.train.batch_size
     of = f"{len(rows)} of {config.train.num_updates} updates"
     lines = [f"finished: {of}" if status == "finished" else f"stopped after {of}; the same command resumes"]
     if total:

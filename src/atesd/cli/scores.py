@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from atesd.build import build, close
-from atesd.session import config_of_trained
 from atesd.config import Config, config_from_mapping, load_config, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
-from atesd.models.ranks import joined
+from atesd.models.ranks import process_group
 from atesd.records import Split
+from atesd.rows import EvaluationRow
 from atesd.runs import RunFolder
+from atesd.session import config_of_trained
 from atesd.table import Table, render_text
 from atesd.text import number, percent, percent_interval
 
@@ -26,7 +26,7 @@ class Scored:
     """An evaluation: of what, its row, and where the row went."""
 
     name: str
-    row: dict[str, Any]
+    row: EvaluationRow
     where: str
 
 
@@ -43,7 +43,7 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     config = with_overrides(_config(target, run, data), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
     update = run.config.train.num_updates if run else 0
-    with joined(config.model.device) as ranks:
+    with process_group(config.model.device) as ranks:
         components = build(config, benchmark, ranks=ranks)
         try:
             row = components.evaluation.evaluate("test" if benchmark else split, update)
@@ -55,7 +55,7 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     return Scored(target, row, where)
 
 
-def score_table(name: str, row: dict[str, Any]) -> str:
+def score_table(name: str, row: EvaluationRow) -> str:
     """Average@k and pass@k over all problems, Average@k per difficulty, and how the completions ended."""
     k, levels = row["samples"], row["by_difficulty"]
     rows = [("all", str(row["problems"]), percent_interval(row["average"]), percent_interval(row["pass_at_k"]))]
@@ -102,7 +102,7 @@ def _on_benchmark(config: Config, source: str) -> Config:
     return config_from_mapping({**values, "data": {"source": source, "test_source": source}}, name="--data")
 
 
-def _keep(run: RunFolder, row: dict[str, Any], fingerprint: str) -> str:
+def _keep(run: RunFolder, row: EvaluationRow, fingerprint: str) -> str:
     """Append the row to its run if it belongs there and is new; says what was done."""
     if fingerprint != run.manifest["data_fingerprint"]:
         return f"nothing was written: these are not the problems of {run.path}"

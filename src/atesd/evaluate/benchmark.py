@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, get_args
+from typing import final, get_args
 
 from atesd.data.answers import Checker
+from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer
-from atesd.engine.sample import Request, Sampler, sample
-from atesd.errors import DataError
-from atesd.maths.keyed import uniforms
+from atesd.engine.interface import Engine, Request, SamplingParams
+from atesd.errors import ConfigError, DataError
 from atesd.maths.statistics import average_at_k, bootstrap_interval, is_looping, pass_at_k
-from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem, Rollout, Split, Verdict
+from atesd.rows import Estimate, EvaluationRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,18 @@ class Graded:
 
 
 def evaluate_problems(
-    loaded: LoadedModel,
+    engine: Engine,
     problems: Sequence[Problem],
     *,
     encoder: PromptEncoder,
     renderer: Renderer,
     checker: Checker | None,
-    sampler: Sampler,
+    params: SamplingParams,
     samples: int,
     seed: int,
     split: Split,
     update: int,
-) -> dict[str, Any]:
+) -> EvaluationRow:
     """Answer every problem `samples` times without a reference and grade it: a row of evaluations.jsonl.
 
     The draws are keyed by (seed, split, problem, sample) and not by `update`: every evaluation of a run, and of every
@@ -58,14 +58,49 @@ def evaluate_problems(
     if not problems:
         raise DataError(f"evaluation of split {split}: no problems; raise data.{split}_size above 0")
     requests = [
-        Request(
-            problem.id, number, prompt, uniforms(sampler.completion_tokens, seed, "evaluate", split, problem.id, number)
-        )
+        Request(problem.id, number, prompt, (seed, "evaluate", split, problem.id, number))
         for problem, prompt in zip(problems, student_prompts(problems, encoder, renderer), strict=True)
         for number in range(samples)
     ]
-    graded = grade(sample(loaded, requests, sampler), problems, encoder, checker)
-    return summarise(graded, split=split, update=update, sampler=sampler_record(sampler), seed=seed)
+    graded = grade(engine.complete(requests, params), problems, encoder, checker)
+    return summarise(graded, split=split, update=update, sampler=params_record(params), seed=seed)
+
+
+@final
+class SplitEvaluation:
+    """Scores the student on the held-out splits of a run."""
+
+    def __init__(
+        self,
+        problems: ProblemSets,
+        *,
+        engine: Engine,
+        encoder: PromptEncoder,
+        renderer: Renderer,
+        checker: Checker | None,
+        params: SamplingParams,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self._problems, self._engine, self._encoder, self._renderer = problems, engine, encoder, renderer
+        self._checker, self._params, self._samples, self._seed = checker, params, samples, seed
+
+    def evaluate(self, split: Split, update: int) -> EvaluationRow:
+        """The row of evaluations.jsonl of a split, after `update` updates; `ConfigError` without a checker."""
+        if self._checker is None:
+            raise ConfigError("data.checker: none leaves nothing to evaluate by; set data.checker: math")
+        return evaluate_problems(
+            self._engine,
+            getattr(self._problems, split),
+            encoder=self._encoder,
+            renderer=self._renderer,
+            checker=self._checker,
+            params=self._params,
+            samples=self._samples,
+            seed=self._seed,
+            split=split,
+            update=update,
+        )
 
 
 def student_prompts(problems: Sequence[Problem], encoder: PromptEncoder, renderer: Renderer) -> list[tuple[int, ...]]:
@@ -94,8 +129,8 @@ def grade(
 
 
 def summarise(
-    graded: Sequence[Graded], *, split: Split, update: int, sampler: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
+    graded: Sequence[Graded], *, split: Split, update: int, sampler: Mapping[str, float | int], seed: int
+) -> EvaluationRow:
     """The row of evaluations.jsonl: Average@k and pass@k at k = samples per problem, with intervals over problems.
 
     Every verdict but `correct` counts as not solved, and each is counted. Intervals are 95 % bootstrap intervals; they
@@ -116,7 +151,7 @@ def summarise(
         "problems": len(correct),
         "samples": samples,
         "average": _average(counts, samples, seed),
-        "pass_at_k": {"value": fmean(passed), **_interval(passed, seed)},
+        "pass_at_k": _estimate(fmean(passed), passed, seed),
         "by_difficulty": {
             str(level): {"average": _average(some, samples, seed), "problems": len(some)}
             for level, some in by_level.items()
@@ -130,14 +165,14 @@ def summarise(
     }
 
 
-def sampler_record(sampler: Sampler) -> dict[str, float | int]:
-    """The settings that decide what is drawn, as they really were; the batch size is not one of them."""
+def params_record(params: SamplingParams) -> dict[str, float | int]:
+    """The settings that decide what is drawn, as they really were."""
     return {
-        "temperature": sampler.temperature,
-        "top_p": sampler.top_p,
-        "top_k": sampler.top_k,
-        "min_p": sampler.min_p,
-        "completion_tokens": sampler.completion_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "completion_tokens": params.completion_tokens,
     }
 
 
@@ -150,10 +185,10 @@ def _correct_counts(graded: Sequence[Graded]) -> dict[str, int]:
     return {problem_id: right[problem_id] for problem_id in totals}
 
 
-def _average(correct: Sequence[int], samples: int, seed: int) -> dict[str, float]:
-    return {"value": average_at_k(correct, samples), **_interval([count / samples for count in correct], seed)}
+def _average(correct: Sequence[int], samples: int, seed: int) -> Estimate:
+    return _estimate(average_at_k(correct, samples), [count / samples for count in correct], seed)
 
 
-def _interval(values: Sequence[float], seed: int) -> dict[str, float]:
+def _estimate(value: float, values: Sequence[float], seed: int) -> Estimate:
     low, high = bootstrap_interval(values, seed=seed, key="problems")
-    return {"low": low, "high": high}
+    return {"value": value, "low": low, "high": high}

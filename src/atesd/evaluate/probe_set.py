@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, final
+from typing import TypedDict, cast, final
 
 import torch
 
 from atesd.control.interface import Measurement
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
-from atesd.engine.sample import Sampler, sample
+from atesd.engine.interface import Engine, SamplingParams
 from atesd.errors import ConfigError
 from atesd.evaluate.probes import Answered, graded, probe_nll, probe_requests, probe_success
 from atesd.maths.credit import reweighted_gain
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import divergence_profile
-from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair, Scorer, completion_logprobs, completion_tokens
 from atesd.models.teacher import Teacher
 from atesd.records import Problem
+from atesd.train.views import TeacherPrompts
+
+
+class ProbeState(TypedDict):
+    """What a checkpoint holds of the probes; an answer is its fields in order."""
+
+    completions: list[list[int]]
+    answered: list[tuple[list[int], list[int], bool, float]]
+    gain: float
+    gains_measured: int
 
 
 @final
@@ -31,23 +40,25 @@ class ProbeSet:
     def __init__(
         self,
         *,
-        loaded: LoadedModel,
+        engine: Engine,
         scorer: Scorer,
         teacher: Teacher,
         problems: Sequence[Problem],
         encoder: PromptEncoder,
         renderer: Renderer,
         checker: Checker | None,
-        sampler: Sampler,
+        params: SamplingParams,
         objective: Objective,
-        see: Callable[[Problem], tuple[int, ...]],
+        prompts: TeacherPrompts,
+        probe_ratio: float,
         seed: int,
         micro_batch_size: int,
     ) -> None:
-        self._loaded, self._scorer, self._teacher = loaded, scorer, teacher
+        self._engine, self._scorer, self._teacher = engine, scorer, teacher
         self._problems, self._encoder, self._renderer = problems, encoder, renderer
-        self._checker, self._sampler, self._objective = checker, sampler, objective
-        self._see, self._seed, self._micro_batch_size = see, seed, micro_batch_size
+        self._checker, self._params, self._objective = checker, params, objective
+        self._prompts, self._probe_ratio = prompts, probe_ratio
+        self._seed, self._micro_batch_size = seed, micro_batch_size
         self._completions: list[tuple[int, ...]] = []
         self._answered: list[Answered] = []
         self._gain, self._gains_measured = 0.0, 0
@@ -65,7 +76,7 @@ class ProbeSet:
             measured["probe_kl"] = self._kl()
         return measured
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The stored probe rollouts."""
         return {
             "completions": [list(completion) for completion in self._completions],
@@ -74,13 +85,12 @@ class ProbeSet:
             "gains_measured": self._gains_measured,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
-        self._completions = [tuple(completion) for completion in state["completions"]]
-        self._answered = [
-            Answered(tuple(p), tuple(c), correct, logprob) for p, c, correct, logprob in state["answered"]
-        ]
-        self._gain, self._gains_measured = state["gain"], state["gains_measured"]
+        kept = cast(ProbeState, state)
+        self._completions = [tuple(completion) for completion in kept["completions"]]
+        self._answered = [Answered(tuple(p), tuple(c), correct, logprob) for p, c, correct, logprob in kept["answered"]]
+        self._gain, self._gains_measured = kept["gain"], kept["gains_measured"]
 
     def _nll(self) -> float:
         return probe_nll(
@@ -98,12 +108,12 @@ class ProbeSet:
 
     def _success(self) -> float:
         return probe_success(
-            self._loaded,
+            self._engine,
             self._problems,
             encoder=self._encoder,
             renderer=self._renderer,
             checker=self._checker_for("probe_success"),
-            sampler=self._sampler,
+            params=self._params,
             seed=self._seed,
         )
 
@@ -119,11 +129,10 @@ class ProbeSet:
             self._problems,
             encoder=self._encoder,
             renderer=self._renderer,
-            sampler=self._sampler,
             seed=self._seed,
             key=("gain", self._gains_measured),
         )
-        rollouts = sample(self._loaded, requests, self._sampler)
+        rollouts = self._engine.complete(requests, self._params)
         correct = graded(rollouts, self._problems, encoder=self._encoder, checker=self._checker_for("probe_gain"))
         pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
         self._answered = [
@@ -135,22 +144,20 @@ class ProbeSet:
     def _logprobs(self, pairs: Sequence[Pair]) -> list[float]:
         """Log-probability of each whole completion, nats: to the bit the same as long as the student is."""
         rows = completion_logprobs(
-            self._scorer, pairs, temperature=self._sampler.temperature, micro_batch_size=self._micro_batch_size
+            self._scorer, pairs, temperature=self._params.temperature, micro_batch_size=self._micro_batch_size
         )
         return [float(row.double().sum()) for row in rows]
 
     def _kl(self) -> float:
         """Mean over stored rollouts of the mean divergence per token from the teacher at its fixed ratio."""
-        requests = probe_requests(
-            self._problems, encoder=self._encoder, renderer=self._renderer, sampler=self._sampler, seed=self._seed
-        )
+        requests = probe_requests(self._problems, encoder=self._encoder, renderer=self._renderer, seed=self._seed)
         if not self._completions:
-            self._completions = [rollout.completion_ids for rollout in sample(self._loaded, requests, self._sampler)]
-        contexts = [self._see(problem) for problem in self._problems]
+            self._completions = [rollout.completion_ids for rollout in self._engine.complete(requests, self._params)]
+        contexts = [self._prompts.view(problem, self._probe_ratio).context for problem in self._problems]
         students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
         teachers = list(zip(contexts, self._completions, strict=True))
         pairs = list(zip(students, teachers, strict=True))
-        means = self._scorer.ranks.spread(pairs, self._divergences)
+        means = self._scorer.ranks.map_sharded(pairs, self._divergences)
         return fmean(means)
 
     def _divergences(self, pairs: Sequence[tuple[Pair, Pair]]) -> list[float]:

@@ -6,7 +6,8 @@ are too narrow for a handful, and have no width where all values are equal (all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

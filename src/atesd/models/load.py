@@ -20,7 +20,7 @@ from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
 from atesd.models.quiet import quiet
-from atesd.models.ranks import ALONE, Ranks
+from atesd.models.ranks import SINGLE_PROCESS, Ranks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ADAPTER_FILE = "adapter_config.json"
@@ -40,7 +40,7 @@ class LoadedModel:
     device: torch.device
     end_ids: frozenset[int]
     pad_id: int
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
 
 
 def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:

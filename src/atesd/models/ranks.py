@@ -1,6 +1,6 @@
 """Several processes that train one model: who works on what, and how all come to know the same. torchrun starts them.
 
-Every rank holds the whole model and runs the same program on the same numbers. Only work that takes long is dealt out
+Every rank holds the whole model and runs the same program on the same numbers. Only work that takes long is sharded
 (completions to sample, rows to score, answers to check); its results are gathered on all ranks, so that whatever
 follows from them is the same everywhere. What travels is JSON and gradients, never pickle.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -24,19 +24,27 @@ from atesd.errors import AtesdError, ConfigError, ModelError, TrainingError
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = timedelta(hours=3)
+TIMEOUT = timedelta(hours=3)
 """How long a rank waits for another that is alive but silent; one that has died is noticed at once.
 
-Long, because shares differ: one rank's batch of completions of 38,912 tokens may run half an hour past another's.
+Long, because shards differ: one rank's batch of completions of 38,912 tokens may run half an hour past another's.
 """
 
 _FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 2**24  # gradient entries summed in one message
 
 
+@final
+class Gathered(Generic[R]):
+    """What one rank has worked out, and then what all have, by rank."""
+
+    own: R
+    all: list[R]
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Which process of how many this is. `ALONE` does all the work and never waits.
+    """Which process of how many this is. `SINGLE_PROCESS` does all the work and never waits.
 
     Each method must be called by all ranks in the same order, and the work given to one must not call another. Work
     returns JSON values. If it raises on one rank, every rank raises: that one its own error, the others a
@@ -51,17 +59,28 @@ class Ranks:
         """Whether this is the rank that writes files and talks to the user."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """The items that this rank works on: every `size`-th, so that long and short ones mix."""
         return items if self.size == 1 else items[self.rank :: self.size]
 
     def gather(self, work: Callable[[], R]) -> list[R]:
         """The result of every rank's own work, by rank, on all ranks."""
+        with self.gathering() as gathered:
+            gathered.own = work()
+        return gathered.all
+
+    @contextmanager
+    def gathering(self) -> Iterator[Gathered[Any]]:
+        """Inside, set `own`; afterwards `all` has it of every rank. What is raised inside reaches the others too."""
+        gathered: Gathered[Any] = Gathered()
         if self.size == 1:
-            return [work()]
+            yield gathered
+            gathered.all = [gathered.own]
+            return
         failure: Exception | None = None
         try:
-            message = json.dumps({"done": work()})
+            yield gathered
+            message = json.dumps({"done": gathered.own})
         except Exception as error:  # whatever it is, the others must not wait for a result
             failure, name = error, type(error).__name__
             message = json.dumps({"failed": str(error) if isinstance(error, AtesdError) else f"{name}: {error}"})
@@ -71,13 +90,13 @@ class Ranks:
         for rank, told in enumerate(found):
             if "failed" in told:
                 raise TrainingError(f"rank {rank} of {self.size} failed: {told['failed']}")
-        return [told["done"] for told in found]
+        gathered.all = [told["done"] for told in found]
 
-    def spread(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    def map_sharded(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
         """One result per item, in the order of the items, each worked out on one rank and known to all."""
-        return in_order(self.gather(lambda: work(self.share(items))))
+        return interleave(self.gather(lambda: work(self.shard(items))))
 
-    def from_first(self, work: Callable[[], R]) -> R:
+    def broadcast(self, work: Callable[[], R]) -> R:
         """What rank 0 alone does, and finds, for all: files, locks, whatever must happen once. The others wait."""
         return cast(R, self.gather(lambda: work() if self.first else None)[0])
 
@@ -136,11 +155,11 @@ class Ranks:
             ) from None
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, this process among them; a process alone without torchrun.
 
     `device` is the setting model.device: unless it is cpu, each rank takes the card of its LOCAL_RANK. A process group
@@ -159,9 +178,9 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def in_order(dealt: Sequence[Sequence[R]]) -> list[R]:
-    """The results of every rank's `share`, by rank, back in the order of the items."""
-    return [dealt[i % len(dealt)][i // len(dealt)] for i in range(sum(map(len, dealt)))]
+def interleave(shards: Sequence[Sequence[R]]) -> list[R]:
+    """The results of every rank's `shard`, by rank, back in the order of the items."""
+    return [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
 
 
 def _join(device: str) -> None:
@@ -177,7 +196,7 @@ def _join(device: str) -> None:
             raise ModelError(f"LOCAL_RANK {card} finds {cards} CUDA devices; start at most {cards} ranks on a machine")
         torch.cuda.set_device(card)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"rank {os.environ['RANK']} cannot join the others: {_first_line(error)}") from None
 

@@ -56,7 +56,7 @@ class Scorer:
         self._reading = self._reading_that_gives_the_models_logits()
 
     @property
-    def takes_head_apart(self) -> bool:
+    def has_separable_head(self) -> bool:
         """Whether backbone and head are used apart; if not, the model's own logits stand in for hidden states."""
         return self._reading is not None
 
@@ -78,7 +78,7 @@ class Scorer:
     @cached_property
     def follows_trees(self) -> bool:
         """Whether a pass over a tree of tokens gives the hidden states of separate passes (tried once)."""
-        return self.takes_head_apart and follows_trees(self._backbone)
+        return self.has_separable_head and follows_trees(self._backbone)
 
     def head(self) -> Head:
         """The head as it stands now; its tensors are those of the model at this moment.
@@ -103,7 +103,7 @@ class Scorer:
         Gradients flow if they are enabled. The completion must not be empty (`ValueError`).
         """
         ids, rows, columns = self._layout(pairs)
-        if not self.takes_head_apart:
+        if not self.has_separable_head:
             logits: Tensor = self._loaded.model(input_ids=ids, use_cache=False).logits
             return logits[rows, columns]
         hidden: Tensor = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -196,7 +196,7 @@ def completion_logprobs(
 
     if scorer.ranks.size == 1:
         return score(pairs)
-    told = scorer.ranks.spread(pairs, lambda mine: [row.tolist() for row in score(mine)])
+    told = scorer.ranks.map_sharded(pairs, lambda mine: [row.tolist() for row in score(mine)])
     return [torch.tensor(row, device=scorer.device) for row in told]
 
 

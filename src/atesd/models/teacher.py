@@ -7,9 +7,9 @@ that no second copy exists and teacher and base model agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,13 @@ class Teacher:
             for name, value in self._values.items():
                 value.copy_(self._trained[name])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The teacher's own tensors; empty for `live` and for a frozen adapter."""
         return {"values": {name: value.clone() for name, value in self._values.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`. Raises `CheckpointError` if it belongs to other teacher weights."""
-        values: dict[str, Tensor] = state["values"]
+        values = cast("dict[str, Tensor]", state["values"])
         if values.keys() != self._values.keys():
             raise CheckpointError(
                 f"teacher.weights: {self._config.weights} keeps {len(self._values)} tensors, the checkpoint has "

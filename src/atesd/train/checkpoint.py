@@ -50,7 +50,7 @@ class LoadedCheckpoint:
     skipped: tuple[str, ...]
 
 
-def save_checkpoint(folder: Path, updates_done: int, state: dict[str, Any], keep: int, *, run_id: str) -> Path:
+def save_checkpoint(folder: Path, updates_done: int, state: Mapping[str, object], keep: int, *, run_id: str) -> Path:
     """Write `update-NNNNNN` into `folder` and delete all but the `keep` newest. Returns its path.
 
     A crash at any moment leaves the older checkpoints whole. Checkpoints beyond `updates_done`, left by a resume that

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol
 
 from atesd.config import Config
 from atesd.control.interface import Exposure, Measurement
@@ -18,6 +18,7 @@ from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.models.weights import Weights
 from atesd.records import Split
+from atesd.rows import EvaluationRow
 from atesd.train.foresight import Foresight
 from atesd.train.optimiser import Optimiser
 from atesd.train.rollouts import RolloutSampler
@@ -44,7 +45,7 @@ class Probes(Protocol):
 class Evaluation(Protocol):
     """Scores the student on problems that it is not trained on."""
 
-    def evaluate(self, split: Split, update: int) -> dict[str, object]:
+    def evaluate(self, split: Split, update: int) -> EvaluationRow:
         """The row of evaluations.jsonl for a split, after `update` updates."""
         ...
 

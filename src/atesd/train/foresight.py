@@ -1,4 +1,4 @@
-"""What may be known of an update before its step: nothing, or what a first-order look-ahead foresees (`atesd.aligned`)."""
+"""What may be known of an update before its step: nothing, or what a first-order look-ahead foresees."""
 
 from __future__ import annotations
 

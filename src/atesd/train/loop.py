@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, final
 
 from atesd.errors import ModelError, NonFiniteError
+from atesd.rows import skipped_row
 from atesd.runs import RunFolder
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
 from atesd.train.listeners import Listener
 from atesd.train.record import Record, UpdateRecord
 from atesd.train.reveal import Batch, Revealed, reveal
-from atesd.rows import skipped_row
 from atesd.train.rows import decision_row, metrics_row, update_stats
 from atesd.train.signals import StopRequest
 from atesd.train.snapshots import Snapshots
@@ -102,7 +103,10 @@ class Trainer:
 
     def _require_one_controller(self, update: int, batch: Batch) -> None:
         """Every rank runs the exposure for itself, on numbers that all know; here they must have come to the same."""
-        ranks, exposure = self.components.loaded.ranks, self.components.exposure
-        if ranks.size > 1:
-            ratios = [row.reveal_ratio for row in batch.rows]
-            ranks.require_equal([ratios, digest(exposure.state_dict())], f"the exposure before update {update}")
+        state = partial(_controller_state, self.components, batch)
+        self.components.loaded.ranks.require_equal(state, f"the exposure before update {update}")
+
+
+def _controller_state(components: Components, batch: Batch) -> tuple[list[float], str]:
+    """What every rank's exposure has come to: its ratios, and a hash of its whole state."""
+    return [row.reveal_ratio for row in batch.rows], digest(components.exposure.state_dict())

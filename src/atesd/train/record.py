@@ -11,11 +11,11 @@ from atesd.card import write_model_card
 from atesd.errors import TrainingError
 from atesd.models.load import save_model
 from atesd.records import Split
+from atesd.rows import DecisionRow, MetricsRow, Row, RowKind
 from atesd.runs import RunFolder
 from atesd.train.components import Components
 from atesd.train.listeners import Listener
 from atesd.train.reveal import Batch
-from atesd.rows import DecisionRow, MetricsRow, Row, RowKind
 from atesd.train.rows import decision_row, sample_rows
 from atesd.train.snapshots import Snapshots
 from atesd.train.update import StepMeters
@@ -54,10 +54,11 @@ class Record:
         with self._components.method.watch.phase("evaluate"):
             self.evaluate(taken.update + 1)
         seconds = self._components.method.watch.seconds().get("evaluate", 0.0)
-        self._append("metrics", {**taken.row, "seconds": {**taken.row["seconds"], "evaluate": seconds}})
+        row: MetricsRow = {**taken.row, "seconds": {**taken.row["seconds"], "evaluate": seconds}}
+        self._append("metrics", row)
         if taken.batch and taken.meters and train.evaluate_every and taken.update % train.evaluate_every == 0:
-            for row in sample_rows(taken.update, taken.batch, taken.meters, self._components):
-                self._append("samples", row)
+            for sample in sample_rows(taken.update, taken.batch, taken.meters, self._components):
+                self._append("samples", sample)
         self._count_skips(taken)
 
     def evaluate(self, updates_done: int) -> None:

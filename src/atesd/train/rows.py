@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Literal, cast
 
@@ -15,12 +15,11 @@ from atesd.rows import AlignmentRow, DecisionRow, MetricsRow, SampleRow
 from atesd.train.components import Components
 from atesd.train.optimiser import Step
 from atesd.train.reveal import Batch, group_of
+from atesd.train.stopwatch import Phase
 from atesd.train.update import StepMeters
 
 
-def update_stats(
-    batch: Batch, meters: StepMeters, config: Config, measured: dict[str, float | None]
-) -> UpdateStats:
+def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dict[str, float | None]) -> UpdateStats:
     """What the exposure learns of an update; `measured` holds probes and grounding."""
     graded = [
         (row.graded.problem, float(row.graded.verdict == "correct"))
@@ -44,7 +43,7 @@ def update_stats(
 
 
 def metrics_row(
-    update: int, batch: Batch, meters: StepMeters, stats: UpdateStats, step: Step, seconds: dict[str, float]
+    update: int, batch: Batch, meters: StepMeters, stats: UpdateStats, step: Step, seconds: Mapping[Phase, float]
 ) -> MetricsRow:
     """A row of metrics.jsonl. What was not measured, or is not finite, is None."""
     means, distilled = meters.means, "kl" in meters.means
@@ -77,7 +76,7 @@ def metrics_row(
         "grad_norm": finite_or_none(step.grad_norm),
         "learning_rate": step.learning_rate,
         "skipped": None if step.taken else "non-finite loss or gradient",
-        "seconds": seconds,
+        "seconds": {str(phase): spent for phase, spent in seconds.items()},
     }
 
 

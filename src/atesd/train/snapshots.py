@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TypedDict, cast, final
+from typing import Any, TypedDict, cast, final
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class RunState(TypedDict):
     student: dict[str, Tensor]
     optimiser: Mapping[str, object]
     teacher: Mapping[str, object]
-    exposure: Mapping[str, object]
+    exposure: dict[str, Any]
     probes: Mapping[str, object]
     success: Mapping[str, object]
     skipped_in_a_row: int
@@ -47,10 +47,7 @@ class Snapshots:
 
     def save(self, updates_done: int) -> None:
         """Write the checkpoint after so many updates, once all ranks agree on what it holds."""
-        if self._ranks.size > 1:
-            self._ranks.require_equal(
-                self._components.weights.agreement(), f"the student after {updates_done} updates"
-            )
+        self._ranks.require_equal(self._components.weights.agreement, f"the student after {updates_done} updates")
         self._ranks.broadcast(partial(self._save, updates_done))
 
     def state_dict(self) -> RunState:
@@ -68,7 +65,7 @@ class Snapshots:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
-        c, kept = self._components, cast(RunState, state)
+        c, kept = self._components, cast("RunState", state)
         c.weights.load(kept["student"])
         c.optimiser.load_state_dict(kept["optimiser"])
         c.teacher.load_state_dict(kept["teacher"])

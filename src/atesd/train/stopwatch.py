@@ -31,7 +31,7 @@ class Stopwatch:
         self._seconds = {}
         self._since = self._now()
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> dict[Phase, float]:
         """Seconds by phase so far."""
         self._book()
         return dict(self._seconds)

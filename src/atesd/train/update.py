@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, Protocol, final
 
 import torch
@@ -45,11 +44,11 @@ class Candidate:
 class Example:
     """One completion of an optimiser step under the student's context and, to distil, under the teacher's.
 
-    `advantage` weighs the log-likelihood of the completion: 1 in SFT, GRPO's advantage in GRPO, and in distillation that
-    times `train.grpo_weight`, 0 where no likelihood is added to the divergence. `answer` is a second completion, only
-    measured: the teacher reads it in the same pass, after the context that both share. `key` names the rollout in keyed
-    draws, `correct` says that it was verified. With `candidates` the teacher reads the completion under each of them
-    instead of `teacher_context`; all examples of a step have as many.
+    `advantage` weighs the log-likelihood of the completion: 1 in SFT, GRPO's advantage in GRPO, and in distillation
+    that times `train.grpo_weight`, 0 where no likelihood is added to the divergence. `answer` is a second completion,
+    only measured: the teacher reads it in the same pass, after the context that both share. `key` names the rollout in
+    keyed draws, `correct` says that it was verified. With `candidates` the teacher reads the completion under each of
+    them instead of `teacher_context`; all examples of a step have as many.
     """
 
     context: tuple[int, ...]
@@ -87,7 +86,7 @@ class BatchPlan:
     micro_batch_tokens: int | None = None
 
     def weights(self, examples: Sequence[Example]) -> list[float]:
-        """Weight of every token of each example: 1 / (examples |y|) for `sequence` (the paper), 1 / tokens for `token`."""
+        """Weight of each example's tokens: 1 / (examples |y|) for `sequence` (the paper), 1 / tokens for `token`."""
         if self.reduction == "token":
             total = sum(len(example.completion) for example in examples)
             return [1 / total for _ in examples]
@@ -113,7 +112,7 @@ class StepMeters:
 
     @property
     def grounding(self) -> float | None:
-        """g_t: each answer's mean log-probability per token, over the examples that have one; None if none has, nats."""
+        """g_t in nats: each answer's mean log-probability per token, over the examples that have one; else None."""
         means = [statistics.fmean(answer) for answer in self.answers if answer]
         return statistics.fmean(means) if means else None
 
@@ -128,7 +127,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What every token is distilled from, the factors [N] of its weight (None: 1), and what was measured to find them."""
+    """What every token is distilled from, the factor of its weight (None: 1), and what was measured to find them."""
 
     teacher: Scored
     factors: Float[Tensor, " N"] | None = None
@@ -296,8 +295,9 @@ def accumulate(method: Method, examples: Sequence[Example], plan: BatchPlan) -> 
     """Accumulate the gradient of a method's loss on an update's examples; the meters are those of all ranks."""
     weights = plan.weights(examples)
     ranks = method.scorer.ranks
-    own = partial(_backpropagate, method, ranks.shard(examples), ranks.shard(weights), plan)
-    losses, shards = zip(*ranks.gather(own), strict=True)
+    with ranks.gathering() as gathered:
+        gathered.own = _backpropagate(method, ranks.shard(examples), ranks.shard(weights), plan)
+    losses, shards = zip(*gathered.all, strict=True)
     tokens = {name: interleave([shard.get(name, []) for shard in shards]) for name in shards[0]}
     answers = tokens.pop(_ANSWER, [])
     means = {name: _weighted_sum(values, weights) for name, values in tokens.items()}

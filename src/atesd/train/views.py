@@ -29,9 +29,7 @@ class TeacherPrompts:
     `others` are the problems from which a shuffled reference may come.
     """
 
-    def __init__(
-        self, config: Config, encoder: PromptEncoder, renderer: Renderer, others: Sequence[Problem]
-    ) -> None:
+    def __init__(self, config: Config, encoder: PromptEncoder, renderer: Renderer, others: Sequence[Problem]) -> None:
         self._config, self._encoder, self._renderer, self._others = config, encoder, renderer, others
 
     def view(self, problem: Problem, reveal_ratio: float) -> TeacherPrompt:
@@ -54,7 +52,7 @@ class TeacherPrompts:
         return TeacherPrompt(view, fitting.read[view.text])
 
     def with_answer(self, example: Example, problem: Problem, view: View) -> Example:
-        """The example with what g_t is measured on, under the teacher's view: the answer (paper) or what is withheld."""
+        """The example with what g_t is measured on under the teacher's view: the answer (paper) or what is withheld."""
         withheld = "".join(problem.segments[view.shown_segments :]) + problem.closing
         text = f"\\boxed{{{problem.answer}}}" if self._config.credit.grounding == "answer" else withheld
         return replace(example, answer=self._encoder.completion(text)[:-1])  # the end token is no answer

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from atesd.control.interface import Measurement
-from atesd.engine.sample import sample
 from atesd.evaluate.probes import graded, probe_requests
-from atesd.train.batches import rollout_sampler
 from atesd.train.components import Components
+from atesd.train.rollouts import rollout_params
 from atesd_lab.audit.null_measure import Say, as_batches, redrawn, score_rollouts
 from atesd_lab.audit.null_simulation import MeasuredRatio
 
@@ -124,18 +123,17 @@ def fresh_success(components: Components, repeats: int) -> tuple[float, float]:
     """
     if components.checker is None or repeats < 2:
         raise ValueError(f"{repeats} repeats and checker {components.checker}: needed are two repeats and a checker")
-    problems, sampler = components.problems.probe, rollout_sampler(components.config)
+    problems, params = components.problems.probe, rollout_params(components.config)
     answers = []
     for repeat in range(repeats):
         requests = probe_requests(
             problems,
             encoder=components.encoder,
             renderer=components.renderer,
-            sampler=sampler,
             seed=components.config.train.seed,
             key=("audit", repeat),
         )
-        rollouts = sample(components.loaded, requests, sampler)
+        rollouts = components.engine.complete(requests, params)
         answers.append(graded(rollouts, problems, encoder=components.encoder, checker=components.checker))
     shares = [fmean(own) for own in zip(*answers, strict=True)]
     within = [share * (1.0 - share) * repeats / (repeats - 1) for share in shares]

@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from atesd.maths import keyed
 from atesd.build import objective
+from atesd.maths import keyed
 from atesd.train.components import Components
 from atesd.train.rollouts import GradedRollout
 from atesd.train.stopwatch import Stopwatch
@@ -58,7 +58,9 @@ def measure(components: Components, batches: int, ratios: Sequence[float] = GRID
 
 
 @torch.no_grad()
-def score_rollouts(components: Components, count: int, ratios: Sequence[float] = GRID, say: Say | None = None) -> ScoredRollouts:
+def score_rollouts(
+    components: Components, count: int, ratios: Sequence[float] = GRID, say: Say | None = None
+) -> ScoredRollouts:
     """Sample the first `count` rollouts of the run and score them at every ratio. The weights stay what they are.
 
     Ratios that show a rollout's teacher the same are scored once.
@@ -68,7 +70,9 @@ def score_rollouts(components: Components, count: int, ratios: Sequence[float] =
     for update in range(-(-count // size)):
         done = min((update + 1) * size, count)
         rollouts = components.sampler.rollouts(update)
-        for rows, scored in zip(by_ratio, _at_ratios(components, rollouts[: done - update * size], ratios), strict=True):
+        for rows, scored in zip(
+            by_ratio, _at_ratios(components, rollouts[: done - update * size], ratios), strict=True
+        ):
             rows.extend(scored)
         if say is not None:
             say(f"{done} of {count} rollouts sampled and scored at {len(ratios)} ratios")

@@ -17,6 +17,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from atesd.cli.display import fitting
+from atesd.rows import MetricsRow
 from atesd.runs import RunFolder
 from atesd.text import duration, percent, visible
 from atesd_lab.sweep.grid import sweep_tables, write_index, write_shared
@@ -61,7 +62,7 @@ class SweepProgress:
         self._processes = processes
         self._done: dict[Path, int] = {}
         self._done_before: dict[Path, int] = {}
-        self._rows: dict[Path, dict[str, object]] = {}
+        self._rows: dict[Path, MetricsRow] = {}
         self._first: dict[Path, tuple[float, int]] = {}
         self._looked = 0.0
         self.board: Sequence[Entry] = ()
@@ -126,10 +127,10 @@ class SweepProgress:
         """One running cell."""
         folder = entry.job.folder
         found = [f"{entry.job.name}: update {self._done.get(folder, 0)}/{self._updates[folder]}"]
-        row = self._rows.get(folder, {})
-        if isinstance(row.get("reveal_ratio"), float | int):
+        row = self._rows.get(folder)
+        if row is not None and row["reveal_ratio"] is not None:
             found.append(f"ratio {row['reveal_ratio']:.2f}")
-        if row.get("accuracy") is not None:
+        if row is not None and row["accuracy"] is not None:
             found.append(f"accuracy {percent(row['accuracy'])} %")
         return found
 
@@ -145,7 +146,7 @@ def _updates_done(entry: Entry) -> int:
     return int(str(row["update"])) + 1 if row else 0
 
 
-def _last_row(folder: Path) -> dict[str, object] | None:
+def _last_row(folder: Path) -> MetricsRow | None:
     return RunFolder.open(folder).last_row("metrics") if RunFolder.exists(folder) else None
 
 

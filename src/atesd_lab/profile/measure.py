@@ -13,15 +13,15 @@ from itertools import islice
 
 import torch
 
+from atesd.aligned.direction import SuccessDirection
+from atesd.aligned.scorer import AlignmentScorer, grouped
+from atesd.build import objective
 from atesd.data.views import shown_segments
 from atesd.engine.interface import Request
 from atesd.maths.fused import divergence_profile
 from atesd.models.score import Pair, completion_tokens, hidden_logprobs
 from atesd.models.shared_prefix import shared_hidden
 from atesd.records import Alignment, Problem, View
-from atesd.aligned.direction import SuccessDirection
-from atesd.aligned.scorer import AlignmentScorer, grouped
-from atesd.build import objective
 from atesd.train.components import Components
 from atesd.train.rollouts import GradedRollout, rollout_params
 from atesd.train.views import TeacherPrompt
@@ -189,7 +189,9 @@ def _scores(components: Components, shown: Sequence[Shown]) -> list[list[Scores]
     tokens = completion_tokens(pairs, device)
     teachers = [torch.cat([row[k] for row in states]) for k in range(count)]
     sides = components.scorer.hidden(pairs), components.scorer.head(), teachers, head
-    meters = divergence_profile(objective(components.config), *sides, tokens, chunk_tokens=components.config.loss.chunk_tokens)
+    meters = divergence_profile(
+        objective(components.config), *sides, tokens, chunk_tokens=components.config.loss.chunk_tokens
+    )
     lengths = [len(completion) for _, completion in pairs]
     kl, differs = ([torch.split(m[name], lengths) for m in meters] for name in ("kl", "top1_disagreement"))
     found = []

@@ -16,15 +16,15 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from atesd.train.listeners import Listeners
 from atesd.config import Config, with_overrides
 from atesd.control.fixed import FixedExposure
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER
 from atesd.errors import ConfigError
 from atesd.runs import RunFolder
 from atesd.text import duration
-from atesd.train.loop import Trainer
 from atesd.train.components import Components
+from atesd.train.listeners import Listeners
+from atesd.train.loop import Trainer
 from atesd_lab.profile.measure import (
     ALL,
     AlignmentProfile,
@@ -34,7 +34,6 @@ from atesd_lab.profile.measure import (
     groups_of,
     is_shortened,
     score,
-    seen_at,
     show,
     teacher_verdicts,
 )
@@ -146,7 +145,9 @@ def default_problems(components: Components) -> int:
     return min(8 * components.config.train.batch_size, MOST_PROBLEMS, len(components.problems.train))
 
 
-def measure_profile(components: Components, problems: int | None = None, say: Callable[[str], None] | None = None) -> Profile:
+def measure_profile(
+    components: Components, problems: int | None = None, say: Callable[[str], None] | None = None
+) -> Profile:
     """Profile the student of `components`, whose config is a `profiled_config`, on as many training problems.
 
     `say` is told what is done and how long it took. The last thing done is one update, after which the student is no

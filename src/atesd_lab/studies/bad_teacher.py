@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.figure import Figure
 
+from atesd.rows import revealed
 from atesd.runs import RunFolder, write_atomic
 from atesd.table import Table, render_text
 from atesd.text import percent
@@ -76,10 +76,10 @@ def job_of(arm: str, seed: int, updates: int, out: Path) -> Job:
 def read_ending(arm: str, folder: Path) -> Ending:
     """What a finished run says."""
     run = RunFolder.open(folder)
-    rows: list[dict[str, Any]] = run.rows("evaluations")
+    rows = run.rows("evaluations")
     test = {row["update"]: row["average"]["value"] for row in rows if row["split"] == "test"}
     validation = tuple((row["update"], row["average"]["value"]) for row in rows if row["split"] == "validation")
-    ratios = tuple(row["reveal_ratio"] for row in run.rows("metrics"))
+    ratios = tuple(revealed(run.rows("metrics")))
     return Ending(arm, test[min(test)], test[max(test)], ratios, validation)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atesd.rows import revealed
 from atesd.runs import RunFolder, write_atomic
 from atesd.table import Table, render_text
 from atesd.text import duration, percent_interval
@@ -97,7 +98,7 @@ def read_scores(arm: Arm, folder: Path) -> Scores:
     """The scores of a finished arm."""
     run = RunFolder.open(folder)
     rows = {(row["split"], row["update"]): row for row in run.rows("evaluations")}
-    ratios, end = tuple(row["reveal_ratio"] for row in run.rows("metrics")), run.config.train.num_updates
+    ratios, end = tuple(revealed(run.rows("metrics"))), run.config.train.num_updates
     return Scores(arm, rows["test", 0], rows["test", end], rows["validation", end], ratios)
 
 
