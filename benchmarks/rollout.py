@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from atesd.engine.sample import Request, Sampler, sample
-from atesd.maths.keyed import uniforms
+from atesd.engine.factory import EngineKind, engine_for
+from atesd.engine.interface import Request, SamplingParams
 from atesd.models.load import LoadedModel
 from benchmarks.harness import Case, Goal, Result, Settings, Work, in_turns, spread
 from benchmarks.models import SPECIAL, TOY, ModelShape, about_12m, random_model
@@ -50,22 +50,23 @@ def generate(loaded: LoadedModel, prompts: list[tuple[int, ...]], tokens: int, *
 
 
 def ours(
-    loaded: LoadedModel, requests: list[Request], engine: Any, tokens: int, **filters: Any
+    loaded: LoadedModel, requests: list[Request], kind: EngineKind, tokens: int, **filters: Any
 ) -> list[tuple[int, ...]]:
     """What an engine of ours writes; without filters the most likely tokens."""
     drawing = filters or {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
-    sampler = Sampler(**drawing, min_p=0.0, completion_tokens=tokens, batch_size=len(requests), engine=engine)
-    return [rollout.completion_ids for rollout in sample(loaded, requests, sampler)]
+    params = SamplingParams(**drawing, min_p=0.0, completion_tokens=tokens)
+    engine = engine_for(loaded, kind, batch_size=len(requests))
+    return [rollout.completion_ids for rollout in engine.complete(requests, params)]
 
 
-def requests_for(prompts: list[tuple[int, ...]], tokens: int) -> list[Request]:
-    """The prompts with their uniforms."""
-    return [Request(f"p{i}", 0, ids, uniforms(tokens, 0, "benchmark", i)) for i, ids in enumerate(prompts)]
+def requests_for(prompts: list[tuple[int, ...]]) -> list[Request]:
+    """The prompts, each with draws of its own."""
+    return [Request(f"p{i}", 0, ids, (0, "benchmark", i)) for i, ids in enumerate(prompts)]
 
 
 def agreement(loaded: LoadedModel, prompts: list[tuple[int, ...]], tokens: int) -> float:
     """Share of greedy completions that both write token for token alike."""
-    theirs, mine = generate(loaded, prompts, tokens), ours(loaded, requests_for(prompts, tokens), "builtin", tokens)
+    theirs, mine = generate(loaded, prompts, tokens), ours(loaded, requests_for(prompts), "builtin", tokens)
     return sum(a == b for a, b in zip(theirs, mine, strict=True)) / len(prompts)
 
 
@@ -89,10 +90,11 @@ def run_case(
     """One batch size."""
     vocabulary = int(loaded.model.config.vocab_size)
     prompts = random_prompts(rows, prompt_tokens, vocabulary)
-    requests = requests_for(prompts, tokens)
+    requests = requests_for(prompts)
     work: dict[str, Work] = {GENERATE: partial(generate, loaded, prompts, tokens, **FILTERS)}
-    for name, engine in ((OURS, "builtin"), ("ours, through transformers", "transformers")):
-        work[name] = partial(ours, loaded, requests, engine, tokens, **FILTERS)
+    kinds: dict[str, EngineKind] = {OURS: "builtin", "ours, through transformers": "transformers"}
+    for name, kind in kinds.items():
+        work[name] = partial(ours, loaded, requests, kind, tokens, **FILTERS)
     taken = in_turns(work, rounds or settings.rounds, settings.device)
     rates = {name: {"tokens per second": rows * tokens / spread([row[name] for row in taken]).median} for name in work}
     name = f"rollout, vocabulary {vocabulary:,}, batch {rows}, {tokens} tokens, top-k 20, top-p 0.95"

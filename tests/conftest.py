@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from jaxtyping import install_import_hook
+
+pytest.register_assert_rewrite("engine_contract", "weights_contract")
 
 install_import_hook(["atesd.maths", "atesd.models.score"], "beartype.beartype")

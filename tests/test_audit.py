@@ -15,9 +15,8 @@ import torch
 from atesd import cli
 from atesd.build import build, close
 from atesd.config import load_config
-from atesd.engine.sample import sample
 from atesd.errors import ConfigError
-from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
+from atesd.train.batches import draw_batch, rollout_params, teacher_view
 from atesd.train.loop import objective
 from atesd.train.step import Row, distill
 from atesd_lab.audit import audit
@@ -315,11 +314,10 @@ def test_the_noise_of_the_probe_is_that_of_its_fresh_means():
                 parts.problems.probe,
                 encoder=parts.encoder,
                 renderer=parts.renderer,
-                sampler=rollout_sampler(parts.config),
                 seed=1,
                 key=("other", repeat),
             )
-            rollouts = sample(parts.loaded, requests, rollout_sampler(parts.config))
+            rollouts = parts.engine.complete(requests, rollout_params(parts.config))
             means.append(fmean(graded(rollouts, parts.problems.probe, encoder=parts.encoder, checker=parts.checker)))
         assert fresh_success(parts, 20)[1] == pytest.approx(np.std(means, ddof=1), rel=0.35)
     finally:

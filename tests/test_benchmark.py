@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +14,19 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atesd.config import DataConfig, ModelConfig, ViewsConfig
 from atesd.data.answers import ExactChecker
-from atesd.engine.sample import Sampler
+from atesd.engine.factory import engine_for
+from atesd.engine.interface import SamplingParams
 from atesd.errors import DataError
-from atesd.evaluate import benchmark, probes
 from atesd.evaluate.benchmark import Graded, evaluate_problems, is_looping, summarise
 from atesd.evaluate.probes import probe_nll, probe_success
+from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.records import Problem, Rollout
 from atesd.world.problems import WorldRenderer, world_problems
 
-SAMPLER = Sampler(temperature=1.0, top_p=0.9, top_k=0, min_p=0.0, completion_tokens=40, batch_size=4)
+PARAMS = SamplingParams(temperature=1.0, top_p=0.9, top_k=0, min_p=0.0, completion_tokens=40)
 RENDERER = SimpleNamespace(student=lambda problem: problem.text)
 ENCODER = SimpleNamespace(  # a token is a character
     students=lambda messages: [tuple(map(ord, message)) for message in messages],
@@ -43,27 +44,32 @@ def problem(n: int) -> Problem:
 PROBLEMS = [problem(n) for n in range(20)]
 
 
-def guessing(skill: float, seen: list | None = None):
-    """A stand-in for `sample`: a student that knows a problem's answer where its first uniform is below `skill`."""
+@dataclass
+class Guessing:
+    """An engine whose student knows a problem's answer where the first uniform of its key is below `skill`."""
 
-    def sample(_loaded, requests, sampler):
+    skill: float
+    seen: list[float] = field(default_factory=list)
+
+    def complete(self, requests, params):
         rollouts = []
         for r in requests:
-            assert len(r.uniforms) == sampler.completion_tokens
-            known = "".join(map(chr, r.prompt_ids)).rstrip("=") if r.uniforms[0] < skill else "-1"
+            draw = float(uniforms(params.completion_tokens, *r.key)[0])
+            known = "".join(map(chr, r.prompt_ids)).rstrip("=") if draw < self.skill else "-1"
             ids = tuple(map(ord, rf"\boxed{{{known}}}"))
             rollouts.append(Rollout(r.problem_id, r.sample, r.prompt_ids, ids, (0.0,) * len(ids), truncated=False))
-            if seen is not None:
-                seen.append(float(r.uniforms[0]))
+            self.seen.append(draw)
         return rollouts
 
-    return sample
+    def publish(self, update): ...
+
+    def close(self): ...
 
 
-def evaluate(problems=PROBLEMS, checker=ExactChecker(), **changes):  # noqa: B008
+def evaluate(engine=None, problems=PROBLEMS, checker=ExactChecker(), **changes):  # noqa: B008
     arguments = {"samples": 2, "seed": 0, "split": "test", "update": 0, **changes}
     return evaluate_problems(
-        None, problems, encoder=ENCODER, renderer=RENDERER, checker=checker, sampler=SAMPLER, **arguments
+        engine, problems, encoder=ENCODER, renderer=RENDERER, checker=checker, params=PARAMS, **arguments
     )
 
 
@@ -112,37 +118,32 @@ def test_uneven_samples_are_refused(rows):
         summarise(rows, split="test", update=0, sampler={}, seed=0)
 
 
-def test_every_evaluation_of_a_run_meets_the_same_noise(monkeypatch):
+def test_every_evaluation_of_a_run_meets_the_same_noise():
     seen: list[list[float]] = []
     for arguments in ({}, {"update": 50}, {"seed": 1}, {"split": "validation"}):
-        seen.append([])
-        monkeypatch.setattr(benchmark, "sample", guessing(0.5, seen[-1]))
-        evaluate(**arguments)
+        engine = Guessing(0.5)
+        evaluate(engine, **arguments)
+        seen.append(engine.seen)
     assert seen[0] == seen[1]
     assert len({tuple(draws) for draws in seen}) == 3  # another seed or split is other noise
     assert len(set(seen[0])) == len(PROBLEMS) * 2  # and so is another problem or sample
 
 
-def test_fewer_samples_are_the_first_of_more(monkeypatch):
-    seen: list[float] = []
-    monkeypatch.setattr(benchmark, "sample", guessing(0.5, seen))
-    evaluate(samples=3)
-    evaluate(samples=1)
-    assert seen[60:] == seen[0:60:3]
+def test_fewer_samples_are_the_first_of_more():
+    engine = Guessing(0.5)
+    evaluate(engine, samples=3)
+    evaluate(engine, samples=1)
+    assert engine.seen[60:] == engine.seen[0:60:3]
 
 
-def test_a_better_student_is_paired_with_a_worse_one(monkeypatch):
-    counts = []
-    for skill in (0.3, 0.6):
-        monkeypatch.setattr(benchmark, "sample", guessing(skill))
-        counts.append(evaluate()["correct_counts"])
+def test_a_better_student_is_paired_with_a_worse_one():
+    counts = [evaluate(Guessing(skill))["correct_counts"] for skill in (0.3, 0.6)]
     assert all(counts[0][name] <= counts[1][name] for name in counts[0])
     assert 0 < sum(counts[0].values()) < sum(counts[1].values()) < 40
 
 
-def test_the_sampler_is_recorded_as_it_was(monkeypatch):
-    monkeypatch.setattr(benchmark, "sample", guessing(1.0))
-    row = evaluate(seed=5)
+def test_the_sampling_parameters_are_recorded_as_they_were():
+    row = evaluate(Guessing(1.0), seed=5)
     settings = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "completion_tokens": 40, "seed": 5}
     assert row["sampler"] == settings
     assert row["average"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -184,26 +185,25 @@ def test_any_period_is_found_once_it_has_gone_round_often_enough(block, before):
     assert is_looping([*before, *tail])
 
 
-def success(seed=0):
+def success(engine, seed=0):
     return probe_success(
-        None, PROBLEMS, encoder=ENCODER, renderer=RENDERER, checker=ExactChecker(), sampler=SAMPLER, seed=seed
+        engine, PROBLEMS, encoder=ENCODER, renderer=RENDERER, checker=ExactChecker(), params=PARAMS, seed=seed
     )
 
 
-def test_probe_success_moves_only_with_the_student_or_the_seed(monkeypatch):
-    monkeypatch.setattr(probes, "sample", guessing(0.5, seen := []))
-    first, second = success(), success()
-    assert first == second == sum(draw < 0.5 for draw in seen[:20]) / 20
-    success(seed=1)
-    assert seen[:20] == seen[20:40] != seen[40:]
+def test_probe_success_moves_only_with_the_student_or_the_seed():
+    engine = Guessing(0.5)
+    first, second = success(engine), success(engine)
+    assert first == second == sum(draw < 0.5 for draw in engine.seen[:20]) / 20
+    success(engine, seed=1)
+    assert engine.seen[:20] == engine.seen[20:40] != engine.seen[40:]
 
 
-def test_probe_and_evaluation_have_noise_of_their_own(monkeypatch):
-    monkeypatch.setattr(probes, "sample", guessing(0.5, probe := []))
-    monkeypatch.setattr(benchmark, "sample", guessing(0.5, test := []))
-    success()
-    evaluate(split="probe")
-    assert not set(probe) & set(test)
+def test_probe_and_evaluation_have_noise_of_their_own():
+    probe, test = Guessing(0.5), Guessing(0.5)
+    success(probe)
+    evaluate(test, split="probe")
+    assert not set(probe.seen) & set(test.seen)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
@@ -234,12 +234,13 @@ def world():
     loaded = load_model(model)
     encoder, renderer = PromptEncoder(loaded.tokenizer, model), WorldRenderer(ViewsConfig())
     problems = world_problems(DataConfig(train_size=1, test_size=30, validation_size=0)).test
-    plain = Sampler(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=32, batch_size=64)
+    plain = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=32)
 
-    def evaluate(seed=0, samples=2, **sampler):
+    def evaluate(seed=0, samples=2, batch_size=64, temperature=1.0):
+        engine = engine_for(loaded, "auto", batch_size)
         return evaluate_problems(
-            loaded, problems, encoder=encoder, renderer=renderer, checker=ExactChecker(),
-            sampler=replace(plain, **sampler), samples=samples, seed=seed, split="test", update=0,
+            engine, problems, encoder=encoder, renderer=renderer, checker=ExactChecker(),
+            params=replace(plain, temperature=temperature), samples=samples, seed=seed, split="test", update=0,
         )  # fmt: skip
 
     return evaluate

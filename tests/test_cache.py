@@ -10,16 +10,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from atesd.engine.cache import cache_argument
-from atesd.engine.sample import Request, Sampler, sample
+from atesd.engine.interface import Request, SamplingParams
+from atesd.engine.transformers import TransformersEngine
 from atesd.errors import ModelError
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
 from tiny import SIZES, tiny_model
 
-GREEDY = Sampler(
-    temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=12, batch_size=8, engine="transformers"
-)
-REQUESTS = [Request(f"p{length}", 0, tuple(range(7, 7 + length)), torch.zeros(0).numpy()) for length in (3, 9)]
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=12)
+REQUESTS = [Request(f"p{length}", 0, tuple(range(7, 7 + length)), (0, "test")) for length in (3, 9)]
 
 
 class Newer(torch.nn.Module):
@@ -70,7 +69,7 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def completions(loaded: LoadedModel) -> list[tuple[int, ...]]:
-    return [rollout.completion_ids for rollout in sample(loaded, REQUESTS, GREEDY)]
+    return [rollout.completion_ids for rollout in TransformersEngine(loaded, 8).complete(REQUESTS, GREEDY)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,26 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import engine_contract as contract
 from atesd.config import TeacherConfig
 from atesd.engine import layers
-from atesd.engine.captured import StaticSteps
+from atesd.engine.batch import Batch
+from atesd.engine.builtin import BuiltinEngine
+from atesd.engine.captured import CudaGraphDecoder
 from atesd.engine.decode import Decoder
-from atesd.engine.sample import Request, Sampler, _Batch, draw, engine_note, engine_of, sample
+from atesd.engine.draw import draw
+from atesd.engine.factory import engine_for, engine_note
+from atesd.engine.interface import Request, SamplingParams
+from atesd.engine.transformers import TransformersEngine
 from atesd.errors import ModelError
 from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
 from atesd.models.teacher import Teacher
+from atesd.records import Rollout
 from tiny import tiny_model
 
-KEYED = Sampler(1.0, 0.95, 20, 0.0, completion_tokens=8, batch_size=8, engine="builtin")
+KEYED = SamplingParams(1.0, 0.95, 20, 0.0, completion_tokens=8)
 GREEDY = replace(KEYED, temperature=0.0, top_p=1.0, top_k=0)
 SIZES: dict[str, Any] = {
     "vocab_size": 53,
@@ -94,12 +102,12 @@ def adapted(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     return wrapped
 
 
-def requests_of(lengths: list[int], steps: int = 10, vocab: int = 53) -> list[Request]:
-    ids = np.random.default_rng(5).integers(2, vocab, size=(len(lengths), max(lengths)))
-    return [
-        Request(f"p{i}", i, tuple(ids[i, :length].tolist()), uniforms(steps, 0, "test", i))
-        for i, length in enumerate(lengths)
-    ]
+def requests_of(lengths: list[int]) -> list[Request]:
+    return contract.requests_of(lengths, vocabulary=53, lowest=2)
+
+
+def completed(loaded: LoadedModel, requests: list[Request], params: SamplingParams) -> list[Rollout]:
+    return BuiltinEngine(loaded, batch_size=8).complete(requests, params)
 
 
 @pytest.fixture(params=["as they are", "joined", "packed"])
@@ -117,9 +125,9 @@ def test_weights_are_packed_on_x86_only(monkeypatch):
         assert not layers.read_network(make("llama").model, 4).head.packed
 
 
-def assert_engines_agree(loaded: LoadedModel, requests: list[Request], sampler: Sampler, tolerance: float = 1e-5):
-    ours = sample(loaded, requests, sampler)
-    theirs = sample(loaded, requests, replace(sampler, engine="transformers"))
+def assert_engines_agree(loaded: LoadedModel, requests: list[Request], params: SamplingParams, tolerance: float = 1e-5):
+    ours = completed(loaded, requests, params)
+    theirs = TransformersEngine(loaded, batch_size=8).complete(requests, params)
     assert [r.completion_ids for r in ours] == [r.completion_ids for r in theirs]
     for own, other in zip(ours, theirs, strict=True):
         assert own.logprobs == pytest.approx(other.logprobs, abs=tolerance)
@@ -128,7 +136,7 @@ def assert_engines_agree(loaded: LoadedModel, requests: list[Request], sampler: 
 @every_model
 def test_greedy_completions_equal_generate(name):
     loaded, requests = make(name), requests_of([3, 9, 1])
-    for request, rollout in zip(requests, sample(loaded, requests, GREEDY), strict=True):
+    for request, rollout in zip(requests, completed(loaded, requests, GREEDY), strict=True):
         prompt = torch.tensor([request.prompt_ids])
         output = loaded.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8
@@ -148,10 +156,10 @@ def test_keyed_draws_and_logprobs_equal_those_of_transformers(name, lora):
 @pytest.mark.usefixtures("layout")
 def test_an_adapter_that_is_off_is_left_out():
     loaded, requests = make("qwen3", lora=True), requests_of([4, 6])
-    with_adapter = sample(loaded, requests, KEYED)
+    with_adapter = completed(loaded, requests, KEYED)
     with loaded.model.disable_adapter():
         assert_engines_agree(loaded, requests, KEYED)
-        assert sample(loaded, requests, KEYED) != with_adapter
+        assert completed(loaded, requests, KEYED) != with_adapter
 
 
 def test_an_adapter_stays_in_float32_beside_bfloat16_weights():
@@ -185,32 +193,32 @@ def test_bfloat16_logits_are_those_of_transformers_up_to_rounding(name):
 @pytest.mark.usefixtures("layout")
 def test_weights_are_read_anew_by_every_call():
     loaded, requests = make("qwen3, tied"), requests_of([4, 7])
-    before = sample(loaded, requests, KEYED)
+    before = completed(loaded, requests, KEYED)
     saved = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             parameter.mul_(1.1)  # as an optimiser does, in place
     assert_engines_agree(loaded, requests, KEYED)
-    assert sample(loaded, requests, KEYED) != before
+    assert completed(loaded, requests, KEYED) != before
     loaded.model.load_state_dict(saved)
-    assert sample(loaded, requests, KEYED) == before
+    assert completed(loaded, requests, KEYED) == before
 
 
 @pytest.mark.usefixtures("layout")
 def test_inside_the_teachers_weights_the_teacher_is_sampled():
     loaded, requests = make("llama"), requests_of([4, 7])
-    teacher, before = Teacher(loaded.model, TeacherConfig(weights="frozen")), sample(make("llama"), requests, KEYED)
+    teacher, before = Teacher(loaded.model, TeacherConfig(weights="frozen")), completed(make("llama"), requests, KEYED)
     with torch.no_grad():
         loaded.model.lm_head.weight.neg_()
-    assert sample(loaded, requests, KEYED) != before
+    assert completed(loaded, requests, KEYED) != before
     with teacher.weights():
-        assert sample(loaded, requests, KEYED) == before
+        assert completed(loaded, requests, KEYED) == before
     assert_engines_agree(loaded, requests, KEYED)
 
 
 def test_room_for_more_than_one_block_is_made_as_it_is_needed():
     loaded = replace(make("qwen3"), end_ids=frozenset())
-    assert_engines_agree(loaded, requests_of([250, 3], steps=20), replace(KEYED, completion_tokens=20))
+    assert_engines_agree(loaded, requests_of([250, 3]), replace(KEYED, completion_tokens=20))
 
 
 UNSUPPORTED = {
@@ -225,7 +233,7 @@ def test_what_is_not_exactly_supported_goes_to_transformers(reason):
     name, changes = UNSUPPORTED[reason]
     loaded = make(name, **changes)
     assert reason in (layers.unsupported(loaded.model) or "")
-    assert engine_of(loaded, "auto") == "transformers"
+    assert type(engine_for(loaded, "auto", 8)) is TransformersEngine
     assert reason in (engine_note(loaded, "auto") or "")
     assert engine_note(loaded, "transformers") is None
 
@@ -234,10 +242,13 @@ def test_another_architecture_or_an_unusual_module_is_refused_by_name():
     absolute = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2))
     loaded = replace(tiny_model(), model=absolute.eval())
     with pytest.raises(ModelError, match=r"builtin.*GPT2LMHeadModel.*set sampling.engine: auto"):
-        sample(loaded, requests_of([3], vocab=30), KEYED)
+        engine_for(loaded, "builtin", 8)
     hooked = make("qwen3")
+    engine = BuiltinEngine(hooked, 8)
     hooked.model.model.layers[0].register_forward_hook(lambda *_: None)
     assert layers.unsupported(hooked.model) == "hooks on its modules"
+    with pytest.raises(ModelError, match="hooks on its modules"):
+        engine.complete(requests_of([3]), KEYED)
     dora = adapted(make("qwen3").model, use_dora=True)
     assert layers.unsupported(dora.eval()) == "an adapter that is not plain LoRA"
 
@@ -253,9 +264,9 @@ def test_every_family_is_decoded_by_the_builtin_engine():
 def test_steps_of_static_shape_draw_the_same_tokens(name, lengths):
     # What a CUDA graph captures, without the graph; with the longest prompt the cache grows on the way.
     loaded, requests = replace(make(name), end_ids=frozenset()), requests_of(lengths)
-    expected = sample(loaded, requests, KEYED)
+    expected = completed(loaded, requests, KEYED)
     padded = torch.tensor([(0,) * (max(lengths) - len(r.prompt_ids)) + r.prompt_ids for r in requests])
-    drawn = torch.from_numpy(np.stack([request.uniforms for request in requests]))
+    drawn = torch.from_numpy(np.stack([uniforms(8, *request.key) for request in requests]))
 
     def choose(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return draw(logits, u, KEYED)
@@ -263,7 +274,7 @@ def test_steps_of_static_shape_draw_the_same_tokens(name, lengths):
     with torch.no_grad():
         decoder = Decoder(layers.read_network(loaded.model, len(requests)), lengths, steps=8)
         first, _ = choose(decoder.logits(padded), drawn[:, 0])
-        static = StaticSteps(decoder, choose, first[:, None], drawn[:, 1:8].contiguous())
+        static = CudaGraphDecoder(decoder, choose, first[:, None], drawn[:, 1:8].contiguous())
         tokens, logprobs = (torch.cat(parts, 1) for parts in zip(static.advance(3), static.advance(4), strict=True))
     assert tokens.tolist() == [list(r.completion_ids[1:]) for r in expected]
     for row, rollout in zip(logprobs.tolist(), expected, strict=True):
@@ -273,7 +284,7 @@ def test_steps_of_static_shape_draw_the_same_tokens(name, lengths):
 def test_padding_sees_something_and_masked_prompts_repeat_their_keys(monkeypatch):
     # On CUDA a row that sees nothing may become NaN, and grouped keys with a mask mean a kernel that holds all scores.
     loaded, requests = replace(make("llama"), end_ids=frozenset()), requests_of([3, 17, 8, 1, 25])
-    expected = sample(loaded, requests, KEYED)
+    expected = completed(loaded, requests, KEYED)
     attention, masked = torch.nn.functional.scaled_dot_product_attention, []
 
     def as_on_cuda(query, keys, values, mask=None, **options):
@@ -284,7 +295,7 @@ def test_padding_sees_something_and_masked_prompts_repeat_their_keys(monkeypatch
         return mixed.masked_fill((mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True), torch.nan)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_cuda)
-    assert sample(loaded, requests, KEYED) == expected
+    assert completed(loaded, requests, KEYED) == expected
     assert masked == [False, False]  # one prompt pass, two layers
 
 
@@ -292,10 +303,10 @@ def test_a_batch_with_captured_steps_is_freed_without_the_garbage_collector():
     # Its graphs and KV cache are the largest things on a GPU beside the weights.
     loaded = replace(make("llama"), end_ids=frozenset())
     with torch.no_grad():
-        network = layers.read_network(loaded.model, 2)
-        batch = _Batch(loaded, network, requests_of([3, 4]), KEYED)
-        batch.complete()
-        batch._static = StaticSteps(batch._reader, batch._choose, batch._ids, batch._uniforms)
+        decoder = Decoder(layers.read_network(loaded.model, 2), [3, 4], KEYED.completion_tokens)
+        batch = Batch(loaded, requests_of([3, 4]), KEYED, decoder, partial(CudaGraphDecoder, decoder))
+        del decoder
+        assert all(rollout.truncated for rollout in batch.complete())
     alive = weakref.ref(batch)
     gc.disable()
     try:

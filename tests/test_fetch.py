@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from atesd.config import LoraConfig, ModelConfig
-from atesd.engine.sample import Request, Sampler, sample
+from atesd.engine.factory import engine_for
+from atesd.engine.interface import Request, SamplingParams
 from atesd.errors import ModelError
-from atesd.maths.keyed import uniforms
 from atesd.models import fetch
 from atesd.models.fetch import fetch_smollm2, models_cache, smollm2_folder
 from atesd.models.load import load_model, save_model, trainable_parameters
@@ -142,9 +142,9 @@ def test_smollm2_with_an_adapter_answers_and_trains():
     config = ModelConfig(path="smollm2", lora=LoraConfig(rank=8, alpha=16), gradient_checkpointing=True)
     loaded = load_model(config)
     prompts = PromptEncoder(loaded.tokenizer, config)
-    greedy = Sampler(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=40, batch_size=4)
-    request = Request("p", 0, prompts.student("What is 2+3?"), uniforms(0, 0, "test"))
-    rollout = sample(loaded, [request], greedy)[0]
+    greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=40)
+    request = Request("p", 0, prompts.student("What is 2+3?"), (0, "test"))
+    [rollout] = engine_for(loaded, "auto", 4).complete([request], greedy)
     assert "5" in prompts.decode(rollout.completion_ids)
     assert not rollout.truncated
     ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])

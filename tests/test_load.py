@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atesd.config import LoraConfig, ModelConfig
-from atesd.engine.cache import cache_argument, roomy_cache
+from atesd.engine.cache import cache_argument, preallocated_cache
 from atesd.errors import ModelError
 from atesd.models import load
 from atesd.models.load import LoadedModel, load_model, save_model, trainable_parameters, without_checkpointing
@@ -126,7 +126,7 @@ def test_checkpointing_recomputes_layers_and_changes_no_gradient(folder, lora):
 def test_a_cache_works_inside_without_checkpointing_only(folder):
     loaded = load_model(ModelConfig(path=str(folder), gradient_checkpointing=True))
     with torch.no_grad(), without_checkpointing(loaded.model):
-        cache = roomy_cache(loaded.model.config)
+        cache = preallocated_cache(loaded.model.config)
         loaded.model(input_ids=IDS, use_cache=True, **{cache_argument(loaded.model): cache})
     assert cache.get_seq_length() == 4
     assert loaded.model.model.layers[0].training

@@ -26,13 +26,12 @@ from scipy.stats import spearmanr
 
 from atesd.build import Silent, build, close
 from atesd.config import Config, load_config
-from atesd.engine.sample import Request, sample
+from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
-from atesd.maths.keyed import uniforms
 from atesd.models.load import trainable_parameters
 from atesd.models.score import Pair, completion_logprobs
 from atesd.runs import RunFolder, write_atomic
-from atesd.train.batches import draw_batch, rollout_sampler, teacher_view
+from atesd.train.batches import draw_batch, rollout_params, teacher_view
 from atesd.train.lookahead import grouped
 from atesd.train.loop import Trainer, objective
 from atesd.train.parts import Parts
@@ -168,15 +167,14 @@ def held_out(parts: Parts) -> Held:
     """Completions of the test problems by the student as it is, keyed, graded, each at the worth of its verdict."""
     if parts.checker is None:
         raise ValueError("success is what a checker says; set data.checker")
-    problems, sampler = parts.problems.test, rollout_sampler(parts.config)
+    problems, seed = parts.problems.test, parts.config.train.seed
     prompts = student_prompts(problems, parts.encoder, parts.renderer)
-    count, seed = sampler.completion_tokens, parts.config.train.seed
     requests = [
-        Request(problem.id, k, prompt, uniforms(count, seed, "foresight", problem.id, k))
+        Request(problem.id, k, prompt, (seed, "foresight", problem.id, k))
         for problem, prompt in zip(problems, prompts, strict=True)
         for k in range(HELD_OUT_SAMPLES)
     ]
-    rollouts = sample(parts.loaded, requests, sampler)
+    rollouts = parts.engine.complete(requests, rollout_params(parts.config))
     asked = [problem for problem in problems for _ in range(HELD_OUT_SAMPLES)]
     texts = [parts.encoder.decode(rollout.completion_ids) for rollout in rollouts]
     verdicts = parts.checker.check([(text, p.answer) for text, p in zip(texts, asked, strict=True)])

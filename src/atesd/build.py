@@ -22,7 +22,8 @@ from atesd.data.answers import Checker, make_checker
 from atesd.data.sources import load_problems, require_consistent
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
-from atesd.engine.sample import Sampler, engine_note, engine_of
+from atesd.engine.factory import engine_for, engine_note
+from atesd.engine.interface import SamplingParams
 from atesd.errors import ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import evaluate_problems, is_looping, student_prompts
 from atesd.evaluate.probe_set import ProbeSet
@@ -33,7 +34,7 @@ from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.records import Problem, Split, Verdict
 from atesd.runs import RunFolder, new_manifest
-from atesd.train.batches import rollout_sampler, teacher_view
+from atesd.train.batches import rollout_params, teacher_view
 from atesd.train.lookahead import Lookahead
 from atesd.train.loop import Trainer, objective
 from atesd.train.parts import Listener, Parts
@@ -186,7 +187,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         torch.set_num_threads(config.train.threads)
     problems = problems or problem_sets(config.data)
     loaded = replace(load_model(config.model, config.train.seed), ranks=ranks)
-    engine_of(loaded, config.sampling.engine)  # one that cannot decode this model is refused before anything is run
+    engine = engine_for(loaded, config.sampling.engine, config.sampling.batch_size)
     encoder = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids)
     renderer = make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
@@ -199,12 +200,12 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         if checker is None:
             raise ConfigError("data.checker: none leaves nothing to evaluate by; set data.checker: math")
         return evaluate_problems(
-            loaded,
+            engine,
             getattr(problems, split),
             encoder=encoder,
             renderer=renderer,
             checker=checker,
-            sampler=evaluation_sampler(config),
+            params=evaluation_params(config),
             samples=config.evaluation.samples,
             seed=config.train.seed,
             split=split,
@@ -215,6 +216,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
     return Parts(
         config=config,
         loaded=loaded,
+        engine=engine,
         scorer=scorer,
         teacher=teacher,
         encoder=encoder,
@@ -223,14 +225,14 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         exposure=make_exposure(config, config.train.num_updates, config.train.seed, replayed_ratios(config)),
         checker=checker,
         probes=ProbeSet(
-            loaded=loaded,
+            engine=engine,
             scorer=scorer,
             teacher=teacher,
             problems=problems.probe,
             encoder=encoder,
             renderer=renderer,
             checker=checker,
-            sampler=rollout_sampler(config),
+            params=rollout_params(config),
             objective=objective(config),
             see=lambda problem: teacher_view(
                 problem, config.credit.probe_ratio, config, encoder, renderer, problems.train
@@ -256,7 +258,8 @@ def problem_sets(config: DataConfig) -> ProblemSets:
 
 
 def close(parts: Parts) -> None:
-    """End the checker's processes."""
+    """End the checker's processes, and what the engine holds outside this one."""
+    parts.engine.close()
     if parts.checker is not None:
         parts.checker.close()
 
@@ -287,10 +290,10 @@ def make_renderer(config: Config) -> Renderer:
     return WorldRenderer(config.views) if config.data.source == "world" else TextRenderer(config.views)
 
 
-def evaluation_sampler(config: Config) -> Sampler:
+def evaluation_params(config: Config) -> SamplingParams:
     """How completions are drawn in evaluation."""
-    e, s = config.evaluation, config.sampling
-    return Sampler(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens, s.batch_size, s.engine)
+    e = config.evaluation
+    return SamplingParams(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens)
 
 
 def make_lookahead(

@@ -19,7 +19,7 @@ _BLOCK = 256  # tokens; room grows by whole blocks
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of full attention whose `keys` and `values`, [B, heads, length, dim], are views of larger buffers."""
 
     def __init__(self) -> None:
@@ -45,10 +45,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._room = None
 
 
-def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The library's cache for this model, with its layers of full attention made roomy."""
+def preallocated_cache(config: PreTrainedConfig) -> DynamicCache:
+    """The library's cache for this model, with room made in its layers of full attention."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

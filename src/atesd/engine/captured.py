@@ -7,20 +7,17 @@ there a moving slice is faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import final
 
 import torch
 from torch import Tensor
 
 from atesd.engine.decode import Decoder
-
-Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Logits [B, V] and uniforms [B] to tokens [B] and log-probabilities [B], without making the CPU wait."""
+from atesd.engine.draw import Choose
 
 
 @final
-class StaticSteps:
+class CudaGraphDecoder:
     """Goes on with a batch whose prompts a decoder has read. Its rows are fixed; dropping some takes a new object."""
 
     def __init__(self, decoder: Decoder, choose: Choose, ids: Tensor, uniforms: Tensor) -> None:

@@ -10,11 +10,9 @@ from typing import Any, get_args
 
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
-from atesd.engine.sample import Request, Sampler, sample
+from atesd.engine.interface import Engine, Request, SamplingParams
 from atesd.errors import DataError
-from atesd.maths.keyed import uniforms
 from atesd.maths.statistics import average_at_k, bootstrap_interval, pass_at_k
-from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem, Rollout, Split, Verdict
 
@@ -33,13 +31,13 @@ class Graded:
 
 
 def evaluate_problems(
-    loaded: LoadedModel,
+    engine: Engine,
     problems: Sequence[Problem],
     *,
     encoder: PromptEncoder,
     renderer: Renderer,
     checker: Checker | None,
-    sampler: Sampler,
+    params: SamplingParams,
     samples: int,
     seed: int,
     split: Split,
@@ -58,14 +56,12 @@ def evaluate_problems(
     if not problems:
         raise DataError(f"evaluation of split {split}: no problems; raise data.{split}_size above 0")
     requests = [
-        Request(
-            problem.id, number, prompt, uniforms(sampler.completion_tokens, seed, "evaluate", split, problem.id, number)
-        )
+        Request(problem.id, number, prompt, (seed, "evaluate", split, problem.id, number))
         for problem, prompt in zip(problems, student_prompts(problems, encoder, renderer), strict=True)
         for number in range(samples)
     ]
-    graded = grade(sample(loaded, requests, sampler), problems, encoder, checker)
-    return summarise(graded, split=split, update=update, sampler=sampler_record(sampler), seed=seed)
+    graded = grade(engine.complete(requests, params), problems, encoder, checker)
+    return summarise(graded, split=split, update=update, sampler=params_record(params), seed=seed)
 
 
 def student_prompts(problems: Sequence[Problem], encoder: PromptEncoder, renderer: Renderer) -> list[tuple[int, ...]]:
@@ -130,14 +126,14 @@ def summarise(
     }
 
 
-def sampler_record(sampler: Sampler) -> dict[str, float | int]:
-    """The settings that decide what is drawn, as they really were; the batch size is not one of them."""
+def params_record(params: SamplingParams) -> dict[str, float | int]:
+    """The settings that decide what is drawn, as they really were."""
     return {
-        "temperature": sampler.temperature,
-        "top_p": sampler.top_p,
-        "top_k": sampler.top_k,
-        "min_p": sampler.min_p,
-        "completion_tokens": sampler.completion_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "completion_tokens": params.completion_tokens,
     }
 
 

@@ -11,13 +11,12 @@ import torch
 from atesd.control.interface import Measurement
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
-from atesd.engine.sample import Sampler, sample
+from atesd.engine.interface import Engine, SamplingParams
 from atesd.errors import ConfigError
 from atesd.evaluate.probes import Answered, graded, probe_nll, probe_requests, probe_success
 from atesd.maths.credit import reweighted_gain
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import divergence_profile
-from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair, Scorer, completion_logprobs, completion_tokens
 from atesd.models.teacher import Teacher
@@ -31,22 +30,22 @@ class ProbeSet:
     def __init__(
         self,
         *,
-        loaded: LoadedModel,
+        engine: Engine,
         scorer: Scorer,
         teacher: Teacher,
         problems: Sequence[Problem],
         encoder: PromptEncoder,
         renderer: Renderer,
         checker: Checker | None,
-        sampler: Sampler,
+        params: SamplingParams,
         objective: Objective,
         see: Callable[[Problem], tuple[int, ...]],
         seed: int,
         micro_batch_size: int,
     ) -> None:
-        self._loaded, self._scorer, self._teacher = loaded, scorer, teacher
+        self._engine, self._scorer, self._teacher = engine, scorer, teacher
         self._problems, self._encoder, self._renderer = problems, encoder, renderer
-        self._checker, self._sampler, self._objective = checker, sampler, objective
+        self._checker, self._params, self._objective = checker, params, objective
         self._see, self._seed, self._micro_batch_size = see, seed, micro_batch_size
         self._completions: list[tuple[int, ...]] = []
         self._answered: list[Answered] = []
@@ -98,12 +97,12 @@ class ProbeSet:
 
     def _success(self) -> float:
         return probe_success(
-            self._loaded,
+            self._engine,
             self._problems,
             encoder=self._encoder,
             renderer=self._renderer,
             checker=self._checker_for("probe_success"),
-            sampler=self._sampler,
+            params=self._params,
             seed=self._seed,
         )
 
@@ -119,11 +118,10 @@ class ProbeSet:
             self._problems,
             encoder=self._encoder,
             renderer=self._renderer,
-            sampler=self._sampler,
             seed=self._seed,
             key=("gain", self._gains_measured),
         )
-        rollouts = sample(self._loaded, requests, self._sampler)
+        rollouts = self._engine.complete(requests, self._params)
         correct = graded(rollouts, self._problems, encoder=self._encoder, checker=self._checker_for("probe_gain"))
         pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
         self._answered = [
@@ -135,17 +133,15 @@ class ProbeSet:
     def _logprobs(self, pairs: Sequence[Pair]) -> list[float]:
         """Log-probability of each whole completion, nats: to the bit the same as long as the student is."""
         rows = completion_logprobs(
-            self._scorer, pairs, temperature=self._sampler.temperature, micro_batch_size=self._micro_batch_size
+            self._scorer, pairs, temperature=self._params.temperature, micro_batch_size=self._micro_batch_size
         )
         return [float(row.double().sum()) for row in rows]
 
     def _kl(self) -> float:
         """Mean over stored rollouts of the mean divergence per token from the teacher at its fixed ratio."""
-        requests = probe_requests(
-            self._problems, encoder=self._encoder, renderer=self._renderer, sampler=self._sampler, seed=self._seed
-        )
+        requests = probe_requests(self._problems, encoder=self._encoder, renderer=self._renderer, seed=self._seed)
         if not self._completions:
-            self._completions = [rollout.completion_ids for rollout in sample(self._loaded, requests, self._sampler)]
+            self._completions = [rollout.completion_ids for rollout in self._engine.complete(requests, self._params)]
         contexts = [self._see(problem) for problem in self._problems]
         students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
         teachers = list(zip(contexts, self._completions, strict=True))

@@ -11,10 +11,8 @@ from statistics import fmean
 
 from atesd.data.answers import Checker
 from atesd.data.views import Renderer
-from atesd.engine.sample import Request, Sampler, sample
+from atesd.engine.interface import Engine, Request, SamplingParams
 from atesd.evaluate.benchmark import student_prompts
-from atesd.maths.keyed import uniforms
-from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer, completion_logprobs
 from atesd.records import Problem, Rollout
@@ -35,25 +33,24 @@ def probe_requests(
     *,
     encoder: PromptEncoder,
     renderer: Renderer,
-    sampler: Sampler,
     seed: int,
     key: tuple[int | str, ...] = (),
 ) -> list[Request]:
     """One request per probe problem, with draws keyed by (seed, problem) and `key`: without it always the same."""
     return [
-        Request(problem.id, 0, prompt, uniforms(sampler.completion_tokens, seed, "probe", *key, problem.id))
+        Request(problem.id, 0, prompt, (seed, "probe", *(*key, problem.id)))
         for problem, prompt in zip(problems, student_prompts(problems, encoder, renderer), strict=True)
     ]
 
 
 def probe_success(
-    loaded: LoadedModel,
+    engine: Engine,
     problems: Sequence[Problem],
     *,
     encoder: PromptEncoder,
     renderer: Renderer,
     checker: Checker,
-    sampler: Sampler,
+    params: SamplingParams,
     seed: int,
 ) -> float:
     """The verified share of the student's own completions, one per probe problem, in [0, 1].
@@ -61,8 +58,8 @@ def probe_success(
     A student that does not change has a signal that does not move (`probe_requests`). What is not `correct` counts as a
     failure.
     """
-    requests = probe_requests(problems, encoder=encoder, renderer=renderer, sampler=sampler, seed=seed)
-    return fmean(graded(sample(loaded, requests, sampler), problems, encoder=encoder, checker=checker))
+    requests = probe_requests(problems, encoder=encoder, renderer=renderer, seed=seed)
+    return fmean(graded(engine.complete(requests, params), problems, encoder=encoder, checker=checker))
 
 
 def graded(

@@ -16,9 +16,9 @@ from atesd.config import Config
 from atesd.control.aligned import LooksAhead
 from atesd.data.controls import controlled
 from atesd.data.views import Renderer, make_view
-from atesd.engine.sample import Request, Sampler, sample
+from atesd.engine.interface import Request, SamplingParams
 from atesd.errors import NonFiniteError
-from atesd.maths.keyed import generator, uniforms
+from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Alignment, Problem, Rollout, Verdict, View
 from atesd.train.lookahead import grouped
@@ -50,7 +50,7 @@ def draw_batch(parts: Parts, update: int) -> Batch:
         prompts = parts.encoder.students([parts.renderer.student(problem) for problem in problems])
         asked = zip(problems, numbers, prompts, strict=True)
         requests = [request(problem, number, prompt, update, parts) for problem, number, prompt in asked]
-        rollouts = sample(parts.loaded, requests, rollout_sampler(config))
+        rollouts = parts.engine.complete(requests, rollout_params(config))
     verdicts = grade(problems, rollouts, parts)
     begun = clock(parts.loaded.device)
     alignment = look_ahead(problems, rollouts, update, parts)
@@ -119,9 +119,8 @@ def candidates(problem: Problem, parts: Parts) -> tuple[Candidate, ...]:
 
 
 def request(problem: Problem, number: int, prompt: tuple[int, ...], update: int, parts: Parts) -> Request:
-    """What the sampler needs for one rollout; its uniforms belong to (seed, update, problem, number)."""
-    train, count = parts.config.train, parts.config.sampling.completion_tokens
-    return Request(problem.id, number, prompt, uniforms(count, train.seed, "rollout", update, problem.id, number))
+    """What the engine needs for one rollout; its draws belong to (seed, update, problem, number)."""
+    return Request(problem.id, number, prompt, (parts.config.train.seed, "rollout", update, problem.id, number))
 
 
 def reference_rollout(problem: Problem, parts: Parts) -> Rollout:
@@ -218,7 +217,7 @@ def group_advantages(verdicts: Sequence[Verdict | None], group_size: int) -> lis
     return advantages
 
 
-def rollout_sampler(config: Config) -> Sampler:
+def rollout_params(config: Config) -> SamplingParams:
     """How rollouts are drawn in training."""
     s = config.sampling
-    return Sampler(s.temperature, s.top_p, s.top_k, s.min_p, s.completion_tokens, s.batch_size, s.engine)
+    return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.completion_tokens)

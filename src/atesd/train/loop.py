@@ -60,6 +60,8 @@ class Trainer:
         done, name = self._ranks.broadcast(self._load_newest) or (0, None)
         if name is not None and not self._ranks.first:
             self.load_state_dict(load_checkpoint(self.run.checkpoints / name, self.run.run_id).state)
+        if done:
+            self.parts.engine.publish(done)
         return done
 
     def train(self, done: int) -> Literal["finished", "stopped"]:
@@ -112,6 +114,7 @@ class Trainer:
         self._ranks.sum_gradients(self._parameters.values())
         watch.lap("step")
         grad_norm, taken = self._optimiser.step(update, meters.loss)
+        parts.engine.publish(update + 1)
         parts.teacher.after_update(update + 1)
         if direction:
             direction.remember(batch.problems, batch.rollouts, batch.verdicts)

@@ -11,6 +11,7 @@ from atesd.control.interface import Exposure, Measurement
 from atesd.data.answers import Checker
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer
+from atesd.engine.interface import Engine
 from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
@@ -58,6 +59,7 @@ class Parts:
 
     config: Config
     loaded: LoadedModel
+    engine: Engine
     scorer: Scorer
     teacher: Teacher
     encoder: PromptEncoder

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from atesd.config import DataConfig, ViewsConfig
-from atesd.engine.sample import Request, Sampler, sample
+from atesd.engine.factory import engine_for
+from atesd.engine.interface import Request, SamplingParams
 from atesd.maths.divergence import forward_kl
-from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel
 from atesd.records import Problem
 from atesd.world.model import world_tokenizer
@@ -81,11 +81,12 @@ def _complete(model: Qwen3ForCausalLM, problems: Sequence[Problem], prompts: Seq
     end, pad = VOCABULARY.index(END), VOCABULARY.index(PAD)
     loaded = LoadedModel(model, world_tokenizer(), torch.device("cpu"), frozenset({end}), pad)
     requests = [
-        Request(problem.id, 0, prompt, uniforms(COMPLETION_WORDS, 0, "gate", stream, problem.id))
+        Request(problem.id, 0, prompt, (0, "gate", stream, problem.id))
         for problem, prompt in zip(problems, prompts, strict=True)
     ]
-    sampler = Sampler(1.0, 1.0, 0, 0.0, completion_tokens=COMPLETION_WORDS, batch_size=len(requests))
-    return [rollout.completion_ids for rollout in sample(loaded, requests, sampler)]
+    params = SamplingParams(1.0, 1.0, 0, 0.0, completion_tokens=COMPLETION_WORDS)
+    engine = engine_for(loaded, "auto", batch_size=len(requests))
+    return [rollout.completion_ids for rollout in engine.complete(requests, params)]
 
 
 def _solved(completion: Ids, problem: Problem) -> bool:

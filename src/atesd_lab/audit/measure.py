@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from atesd.control.interface import Measurement
-from atesd.engine.sample import sample
 from atesd.evaluate.probes import graded, probe_requests
-from atesd.train.batches import rollout_sampler
+from atesd.train.batches import rollout_params
 from atesd.train.parts import Parts
 from atesd_lab.audit.null_measure import Say, as_batches, redrawn, score_rollouts
 from atesd_lab.audit.null_simulation import MeasuredRatio
@@ -124,18 +123,17 @@ def fresh_success(parts: Parts, repeats: int) -> tuple[float, float]:
     """
     if parts.checker is None or repeats < 2:
         raise ValueError(f"{repeats} repeats and checker {parts.checker}: needed are two repeats and a checker")
-    problems, sampler = parts.problems.probe, rollout_sampler(parts.config)
+    problems, params = parts.problems.probe, rollout_params(parts.config)
     answers = []
     for repeat in range(repeats):
         requests = probe_requests(
             problems,
             encoder=parts.encoder,
             renderer=parts.renderer,
-            sampler=sampler,
             seed=parts.config.train.seed,
             key=("audit", repeat),
         )
-        rollouts = sample(parts.loaded, requests, sampler)
+        rollouts = parts.engine.complete(requests, params)
         answers.append(graded(rollouts, problems, encoder=parts.encoder, checker=parts.checker))
     shares = [fmean(own) for own in zip(*answers, strict=True)]
     within = [share * (1.0 - share) * repeats / (repeats - 1) for share in shares]

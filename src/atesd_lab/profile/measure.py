@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from atesd.data.views import shown_segments
-from atesd.engine.sample import Request, sample
+from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
 from atesd.maths.fused import divergence_profile
-from atesd.maths.keyed import uniforms
 from atesd.models.load import trainable_parameters
 from atesd.models.score import Pair, completion_tokens, hidden_logprobs
 from atesd.models.shared_prefix import shared_hidden
 from atesd.records import Alignment, Problem, Rollout, Verdict, View
-from atesd.train.batches import batch_at, grade, request, rollout_sampler, teacher_view
+from atesd.train.batches import batch_at, grade, request, rollout_params, teacher_view
 from atesd.train.lookahead import Lookahead, grouped
 from atesd.train.loop import objective
 from atesd.train.parts import Parts
@@ -85,7 +84,7 @@ def show(parts: Parts, count: int, ratios: Sequence[float]) -> list[Shown]:
     prompts = student_prompts([problem for problem, _, _ in drawn], parts.encoder, parts.renderer)
     asked = zip(drawn, prompts, strict=True)
     requests = [request(problem, number, prompt, at, parts) for (problem, number, at), prompt in asked]
-    rollouts = sample(parts.loaded, requests, rollout_sampler(parts.config))
+    rollouts = parts.engine.complete(requests, rollout_params(parts.config))
     problems = [problem for problem, _, _ in drawn]
     graded = zip(problems, rollouts, grade(problems, rollouts, parts), strict=True)
     return [_shown(parts, *row, ratios) for row in graded]
@@ -104,23 +103,18 @@ def score(parts: Parts, shown: Sequence[Shown]) -> list[list[Scores]]:
 def teacher_verdicts(parts: Parts, shown: Sequence[Shown]) -> list[list[bool]] | None:
     """Whether the teacher's own completion from its view is right: [n][K]; None without a checker.
 
-    One sample a view, drawn like a rollout; a problem has the same uniforms at every ratio.
+    One sample a view, drawn like a rollout; a problem has the same draws at every ratio.
     """
     if parts.checker is None:
         return None
     config = parts.config
     requests = [
-        Request(
-            one.problem.id,
-            place,
-            context,
-            uniforms(config.sampling.completion_tokens, config.train.seed, "profile", one.problem.id),
-        )
+        Request(one.problem.id, place, context, (config.train.seed, "profile", one.problem.id))
         for one in shown
         for place, context in enumerate(one.contexts)
     ]
     with parts.teacher.weights():
-        rollouts = sample(parts.loaded, requests, rollout_sampler(config))
+        rollouts = parts.engine.complete(requests, rollout_params(config))
     verdicts = grade([one.problem for one in shown for _ in one.contexts], rollouts, parts)
     right = iter(verdict == "correct" for verdict in verdicts)
     return [list(islice(right, len(one.contexts))) for one in shown]

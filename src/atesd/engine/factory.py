@@ -1,0 +1,61 @@
+"""From a loaded model and a setting to the engine that writes its completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal, final
+
+from atesd.engine.builtin import BuiltinEngine
+from atesd.engine.interface import Engine, Request, SamplingParams
+from atesd.engine.layers import unsupported
+from atesd.engine.transformers import TransformersEngine
+from atesd.models.load import LoadedModel
+from atesd.models.ranks import Ranks
+from atesd.records import Rollout
+
+EngineKind = Literal["auto", "builtin", "transformers"]
+
+
+def engine_for(loaded: LoadedModel, kind: EngineKind, batch_size: int) -> Engine:
+    """The engine of `sampling.engine`, its work shared between the ranks of the model.
+
+    `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not.
+    """
+    builtin = kind == "builtin" or (kind == "auto" and unsupported(loaded.model) is None)
+    engine: Engine = (BuiltinEngine if builtin else TransformersEngine)(loaded, batch_size)
+    return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks)
+
+
+def engine_note(loaded: LoadedModel, kind: EngineKind) -> str | None:
+    """What to tell the user of the choice that `auto` makes; None: nothing."""
+    why_not = unsupported(loaded.model) if kind == "auto" else None
+    return None if why_not is None else f"sampling goes through transformers, which is slower: {why_not}"
+
+
+@final
+class ShardedEngine:
+    """Each rank completes its shard of the requests with an engine of its own, and learns all rollouts."""
+
+    def __init__(self, engine: Engine, ranks: Ranks) -> None:
+        self._engine, self._ranks = engine, ranks
+
+    def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
+        """See `Engine`. What fails on one rank is raised on all."""
+        told = self._ranks.map_sharded(
+            requests, lambda own: [asdict(rollout) for rollout in self._engine.complete(own, params)]
+        )
+        return [_from_json(rollout) for rollout in told]
+
+    def publish(self, update: int) -> None:
+        """Tell the engine of this rank."""
+        self._engine.publish(update)
+
+    def close(self) -> None:
+        """Close the engine of this rank."""
+        self._engine.close()
+
+
+def _from_json(rollout: dict[str, Any]) -> Rollout:
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in rollout.items()}
+    return Rollout(**values)

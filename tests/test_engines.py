@@ -1,0 +1,68 @@
+"""The engines under the contract of all engines, and which of them a model gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from atesd.config import LoraConfig, ModelConfig
+from atesd.engine.builtin import BuiltinEngine
+from atesd.engine.factory import ShardedEngine, engine_for
+from atesd.engine.interface import Engine
+from atesd.engine.transformers import TransformersEngine
+from atesd.models.load import LoadedModel, load_model
+from atesd.models.ranks import SINGLE_PROCESS
+from engine_contract import GREEDY, PLAIN, EngineContract, ids_of, requests_of
+from tiny import tiny_folder, tiny_model
+
+
+class TestBuiltin(EngineContract):
+    def make(self, loaded: LoadedModel, batch_size: int = 8) -> Engine:
+        return BuiltinEngine(loaded, batch_size)
+
+
+class TestTransformers(EngineContract):
+    def make(self, loaded: LoadedModel, batch_size: int = 8) -> Engine:
+        return TransformersEngine(loaded, batch_size)
+
+
+class TestSharded(EngineContract):
+    """On one rank; two of them are in test_ranks."""
+
+    def make(self, loaded: LoadedModel, batch_size: int = 8) -> Engine:
+        return ShardedEngine(BuiltinEngine(loaded, batch_size), SINGLE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"), [("auto", BuiltinEngine), ("builtin", BuiltinEngine), ("transformers", TransformersEngine)]
+)
+def test_the_setting_names_the_engine_and_auto_is_builtin_where_it_can_be(kind, made):
+    assert type(engine_for(tiny_model(), kind, 8)) is made
+
+
+def test_no_step_is_spent_after_all_rows_have_ended():
+    loaded = replace(tiny_model(), end_ids=frozenset(range(30)))
+    steps = []
+    handle = loaded.model.register_forward_hook(lambda *_: steps.append(1))
+    rollouts = TransformersEngine(loaded, 8).complete(requests_of([3, 5]), PLAIN)
+    handle.remove()
+    assert [len(r.completion_ids) for r in rollouts] == [1, 1]
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["plain", "adapter"])
+def test_checkpointing_changes_no_draw(tmp_path, lora):
+    # transformers hooks the embedding of such a model, so that `auto` decodes it through transformers.
+    config = ModelConfig(path=str(tiny_folder(tmp_path)), lora=lora, gradient_checkpointing=True)
+    engine, plain = engine_for(load_model(config), "auto", 8), engine_for(tiny_model(), "builtin", 8)
+    assert type(engine) is TransformersEngine
+    requests = requests_of([3, 6, 2])
+    assert ids_of(engine.complete(requests, PLAIN)) == ids_of(plain.complete(requests, PLAIN))
+
+
+def test_a_greedy_completion_does_not_depend_on_its_key():
+    [request] = requests_of([4])
+    requests = [request, replace(request, key=(1, "elsewhere"))]
+    first, second = ids_of(BuiltinEngine(tiny_model(), 8).complete(requests, GREEDY))
+    assert first == second
