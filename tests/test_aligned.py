@@ -15,7 +15,6 @@ from atesd.control.aligned import AlignedExposure
 from atesd.control.fixed import FixedExposure
 from atesd.errors import ConfigError, NonFiniteError
 from atesd.maths.divergence import Objective
-from atesd.models.load import trainable_parameters
 from atesd.models.score import Scorer, completion_tokens
 from atesd.records import Alignment, UpdateStats
 from atesd.train.batches import batch_at, draw_batch, group_advantages
@@ -60,7 +59,7 @@ def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts
         places = range(len(row.context) - 1, ids.shape[1] - 1)
         own = torch.stack([logprobs[place, ids[0, place + 1]] for place in places])
         total = total + own.mean()
-    parameters = trainable_parameters(parts.loaded)
+    parameters = parts.weights.trained
     gradients = torch.autograd.grad(total, list(parameters.values()))
     length = torch.cat([g.flatten() for g in gradients]).norm()
     found = direction.state_dict()["unit"]
@@ -75,7 +74,7 @@ def test_displacing_the_student_leaves_it_bit_for_bit_as_it_was(adapter: tuple[s
     parts = with_direction(quick(*GATED, *adapter, "train.batch_size=16"))
     direction, parameters = parts.lookahead.direction, dict(parts.loaded.model.named_parameters())
     before = digest({name: p.detach() for name, p in parameters.items()})
-    trained = trainable_parameters(parts.loaded)
+    trained = parts.weights.trained
     with direction.displaced(1):
         inside = {name: p.detach() - 0 for name, p in trained.items()}
     assert digest({name: p.detach() for name, p in parameters.items()}) == before
@@ -139,7 +138,7 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
     batch = draw_batch(parts, 1)
     assert batch.alignment is not None
     unit = parts.lookahead.direction.state_dict()["unit"]
-    parameters = trainable_parameters(parts.loaded)
+    parameters = parts.weights.trained
     for ratio, value in zip(batch.alignment.ratios, batch.alignment.values, strict=True):
         fixed = build(quick("exposure.kind=fixed", f"exposure.reveal_ratio={ratio}", "train.batch_size=16"))
         contexts = [row.teacher_context for row in draw_batch(fixed, 1).rows]
@@ -466,7 +465,7 @@ def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
     batch = next(b for b in (draw_batch(parts, update) for update in range(9)) if any(row.advantage for row in b.rows))
     problems = [problem.id for problem in batch.problems]
     assert problems == [problem for problem in dict.fromkeys(problems) for _ in range(4)]
-    parameters = trainable_parameters(parts.loaded)
+    parameters = parts.weights.trained
 
     def gradient(rows: list[Row], how: str) -> dict[str, torch.Tensor]:
         cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}

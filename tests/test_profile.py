@@ -18,7 +18,6 @@ from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
 from atesd.maths.keyed import uniforms
-from atesd.models.load import trainable_parameters
 from atesd.train.batches import draw_batch
 from atesd.train.checkpoint import digest
 from atesd.train.parts import Parts
@@ -111,9 +110,7 @@ def test_the_teachers_own_answers_are_drawn_from_its_view_with_the_problems_unif
 
 
 def gradient(parts: Parts, value: torch.Tensor) -> torch.Tensor:
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, list(trainable_parameters(parts.loaded).values()))]
-    )
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(parts.weights.trained.values()))])
 
 
 def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Parts) -> None:
@@ -168,7 +165,7 @@ def test_the_profile_leaves_the_student_bit_for_bit_as_it_was_until_it_takes_its
     teacher_verdicts(parts, shown)
     align(parts, shown, RATIOS)
     assert digest(student) == before
-    assert all(parameter.grad is None for parameter in trainable_parameters(parts.loaded).values())
+    assert all(parameter.grad is None for parameter in parts.weights.trained.values())
 
 
 def test_the_tail_is_the_largest_five_per_cent() -> None:

@@ -28,7 +28,6 @@ from atesd.build import Silent, build, close
 from atesd.config import Config, load_config
 from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
-from atesd.models.load import trainable_parameters
 from atesd.models.score import Pair, completion_logprobs
 from atesd.runs import RunFolder, write_atomic
 from atesd.train.batches import draw_batch, rollout_params, teacher_view
@@ -156,7 +155,7 @@ def _gradient(parts: Parts, students: Sequence[Pair], contexts: Sequence[tuple[i
         chunk_tokens=parts.config.loss.chunk_tokens,
     )
     found = {}
-    for name, parameter in trainable_parameters(parts.loaded).items():
+    for name, parameter in parts.weights.trained.items():
         if parameter.grad is not None:
             found[name] = parameter.grad.clone()
         parameter.grad = None
@@ -189,15 +188,8 @@ def held_out(parts: Parts) -> Held:
 
 def true_change(parts: Parts, held: Held, gradient: dict[str, torch.Tensor], rate: float) -> tuple[float, float]:
     """Change of success on the held-out problems after one step of -rate * gradient, and its standard error."""
-    parameters = trainable_parameters(parts.loaded)
-    before = {name: parameters[name].data for name in gradient}
-    try:
-        for name, value in gradient.items():
-            parameters[name].data = before[name] - rate * value
+    with parts.weights.moved(gradient, -rate):
         after = _sums(parts, held.pairs)
-    finally:
-        for name, data in before.items():
-            parameters[name].data = data
     weights = (torch.tensor(after) - torch.tensor(held.logprobs)).exp() - 1
     changes = (weights * torch.tensor(held.worth)).tolist()
     return fmean(changes), stdev(changes) / len(changes) ** 0.5

@@ -27,11 +27,12 @@ from atesd.engine.interface import SamplingParams
 from atesd.errors import ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import evaluate_problems, is_looping, student_prompts
 from atesd.evaluate.probe_set import ProbeSet
-from atesd.models.load import LoadedModel, load_model, trainable_parameters
+from atesd.models.load import load_model
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import SINGLE_PROCESS, Ranks, process_group
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
+from atesd.models.weights import ReplicatedWeights, Weights
 from atesd.records import Problem, Split, Verdict
 from atesd.runs import RunFolder, new_manifest
 from atesd.train.batches import rollout_params, teacher_view
@@ -191,7 +192,8 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
     encoder = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids)
     renderer = make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
-    scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
+    weights = ReplicatedWeights(loaded.model, ranks)
+    scorer, teacher = Scorer(loaded, weights), Teacher(weights, config.teacher)
     checker = make_checker(config.checker)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
@@ -212,10 +214,11 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
             update=update,
         )
 
-    lookahead = make_lookahead(config, loaded, scorer, teacher, encoder)
+    lookahead = make_lookahead(config, weights, scorer, teacher, encoder)
     return Parts(
         config=config,
         loaded=loaded,
+        weights=weights,
         engine=engine,
         scorer=scorer,
         teacher=teacher,
@@ -297,14 +300,14 @@ def evaluation_params(config: Config) -> SamplingParams:
 
 
 def make_lookahead(
-    config: Config, loaded: LoadedModel, scorer: Scorer, teacher: Teacher, encoder: PromptEncoder
+    config: Config, weights: Weights, scorer: Scorer, teacher: Teacher, encoder: PromptEncoder
 ) -> Lookahead | None:
     """The first-order look-ahead, where the exposure or the token gate needs it."""
     wanted = config.exposure.kind == "aligned" or config.loss.token_gate == "aligned"
     if not wanted or config.train.method != "distill":
         return None
     return Lookahead(
-        SuccessDirection(trainable_parameters(loaded), scorer, encoder, config),
+        SuccessDirection(weights, scorer, encoder, config),
         scorer,
         teacher,
         objective(config),

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from atesd.control.budget import affordable, decisions
-from atesd.models.load import trainable_parameters
 from atesd.records import Split
 from atesd.train.batches import teacher_view
 from atesd.train.parts import Parts
@@ -27,7 +26,7 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     yield from (f"  {reason}" for reason in skipped[:LISTED])
     if len(skipped) > LISTED:
         yield f"  and {len(skipped) - LISTED} more"
-    trained = sum(parameter.numel() for parameter in trainable_parameters(parts.loaded).values())
+    trained = sum(parameter.numel() for parameter in parts.weights.trained.values())
     total = sum(parameter.numel() for parameter in parts.loaded.model.parameters())
     yield f"model: {config.model.path} on {parts.loaded.device}, {total:,} parameters, {trained:,} trained"
     yield from _contexts(parts)

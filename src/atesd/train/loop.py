@@ -18,7 +18,7 @@ from atesd.card import write_model_card
 from atesd.config import Config
 from atesd.errors import ModelError, NonFiniteError, TrainingError
 from atesd.maths.divergence import Objective
-from atesd.models.load import save_model, trainable_parameters
+from atesd.models.load import save_model
 from atesd.records import Split, UpdateStats
 from atesd.runs import RowKind, RunFolder
 from atesd.train.batches import Batch, batch_at, draw_batch, group_of, with_answer
@@ -39,7 +39,7 @@ class Trainer:
         self.parts = parts
         self.run = run
         self._listener = listener
-        self._parameters = trainable_parameters(parts.loaded)
+        self._parameters = parts.weights.trained
         if not self._parameters:
             raise ModelError(
                 f"model.path: {parts.config.model.path} is an adapter on a bfloat16 model, kept apart, and leaves "
@@ -111,7 +111,7 @@ class Trainer:
         watch.lap("control")
         meters = self._backward(rows)
         probed["grounding"] = meters.grounding
-        self._ranks.sum_gradients(self._parameters.values())
+        parts.weights.add_up_gradients()
         watch.lap("step")
         grad_norm, taken = self._optimiser.step(update, meters.loss)
         parts.engine.publish(update + 1)
@@ -143,13 +143,13 @@ class Trainer:
 
     def save(self, done: int) -> None:
         """Write the checkpoint after `done` updates, once all ranks agree on what it holds."""
-        self._ranks.require_equal(self._weight_sums, f"the student after {done} updates")
+        self._ranks.require_equal(self.parts.weights.agreement, f"the student after {done} updates")
         self._ranks.broadcast(lambda: self._save(done))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; the data position and every draw are functions of the update."""
         return {
-            "student": {name: parameter.detach() for name, parameter in self._parameters.items()},
+            "student": {name: part.tensor for name, part in self.parts.weights.parts().items()},
             "optimiser": self._optimiser.state_dict(),
             "teacher": self.parts.teacher.state_dict(),
             "exposure": self.parts.exposure.state_dict(),
@@ -160,9 +160,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(state["student"][name])
+        self.parts.weights.load(state["student"])
         self._optimiser.load_state_dict(state["optimiser"])
         self.parts.teacher.load_state_dict(state["teacher"])
         self.parts.exposure.load_state_dict(state["exposure"])
@@ -202,10 +200,6 @@ class Trainer:
         """Gradients by name, in the optimiser's metric."""
         steps = self._optimiser.preconditioned({self._parameters[name]: g for name, g in gradients.items()})
         return {name: steps[self._parameters[name]] for name in gradients}
-
-    def _weight_sums(self) -> str:
-        """A hash of the sum of every trained tensor: cheap, and it differs as soon as the ranks' weights do."""
-        return digest([parameter.detach().sum(dtype=torch.float64) for parameter in self._parameters.values()])
 
     def _backward(self, rows: Sequence[Row]) -> StepMeters:
         parts, config = self.parts, self.parts.config

@@ -16,6 +16,7 @@ from atesd.models.load import LoadedModel
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
+from atesd.models.weights import Weights
 from atesd.records import Split
 from atesd.train.lookahead import Lookahead
 from atesd.train.step import Choose, Gate
@@ -59,6 +60,7 @@ class Parts:
 
     config: Config
     loaded: LoadedModel
+    weights: Weights
     engine: Engine
     scorer: Scorer
     teacher: Teacher

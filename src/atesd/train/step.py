@@ -3,7 +3,7 @@
 Each method is a loss per token and a weight per token. The weights are counted over the whole optimiser step before the
 first micro-batch is scored, so that neither the cut into micro-batches nor the order of the rows changes the gradient,
 nor the number of ranks: each backpropagates its share of the rows, and the caller adds the gradients up
-(`Ranks.sum_gradients`). Under `torch.no_grad` everything is measured and nothing accumulated.
+(`Weights.add_up_gradients`). Under `torch.no_grad` everything is measured and nothing accumulated.
 """
 
 from __future__ import annotations

@@ -17,12 +17,13 @@ from statistics import fmean
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atesd.config import Config
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair, Scorer
+from atesd.models.weights import Weights
 from atesd.records import Problem, Rollout, Verdict
 from atesd.train.step import Row, maximise_likelihood
 
@@ -53,12 +54,12 @@ class SuccessDirection:
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        weights: Weights,
         scorer: Scorer,
         encoder: PromptEncoder,
         config: Config,
     ) -> None:
-        self._parameters = parameters
+        self._weights = weights
         self._scorer = scorer
         self._encoder = encoder
         self._config = config
@@ -104,9 +105,9 @@ class SuccessDirection:
             micro_batch_tokens=self._config.train.micro_batch_tokens,
             chunk_tokens=self._config.loss.chunk_tokens,
         )
-        self._scorer.ranks.sum_gradients(self._parameters.values())
-        ascent = {name: -p.grad for name, p in self._parameters.items() if p.grad is not None}
-        for parameter in self._parameters.values():
+        self._weights.add_up_gradients()
+        ascent = {name: -p.grad for name, p in self._weights.trained.items() if p.grad is not None}
+        for parameter in self._weights.trained.values():
             parameter.grad = None
         if self._config.aligned.metric == "optimiser":
             ascent = self.step_metric(ascent)
@@ -124,7 +125,7 @@ class SuccessDirection:
 
         The tensors of the parameters are exchanged, not overwritten: heads read inside stay what they were.
         """
-        with self._moved(side * self.epsilon):
+        with self._weights.moved(self._unit, side * self.epsilon):
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,20 +138,8 @@ class SuccessDirection:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in state["attempts"]]
-        self._unit = {name: value.to(self._parameters[name].device) for name, value in state["unit"].items()}
+        self._unit = {name: value.to(self._scorer.device) for name, value in state["unit"].items()}
         self.epsilon = state["epsilon"]
-
-    @contextmanager
-    def _moved(self, distance: float) -> Iterator[None]:
-        kept = {name: self._parameters[name].data for name in self._unit}
-        with torch.no_grad():
-            try:
-                for name, value in self._unit.items():
-                    self._parameters[name].data = kept[name] + distance * value
-                yield
-            finally:
-                for name, value in kept.items():
-                    self._parameters[name].data = value
 
     def _scaled_epsilon(self, rows: Sequence[Row]) -> float:
         """The step that changes logits by `aligned.logit_change` nats (root mean square), from a trial step.
@@ -165,7 +154,7 @@ class SuccessDirection:
             if count >= _CALIBRATION_TOKENS:
                 break
         wanted = self._config.aligned.logit_change
-        distance = _TRIAL * float(_length(p.detach() for p in self._parameters.values()))
+        distance = _TRIAL * float(_length(p.detach() for p in self._weights.trained.values()))
         change = self._logit_change(pairs, distance)
         for _ in range(_ENLARGEMENTS):
             distance *= wanted / change if change else 10
@@ -178,7 +167,7 @@ class SuccessDirection:
         """Root mean square of half the difference between the logits on both sides."""
         logits = []
         for side in (1, -1):
-            with self._moved(side * distance):
+            with self._weights.moved(self._unit, side * distance):
                 hidden = self._scorer.hidden(pairs)[:_CALIBRATION_TOKENS]
                 logits.append(self._scorer.head().logits(hidden))
         return float((logits[0] - logits[1]).std()) / 2

@@ -18,7 +18,6 @@ from atesd.data.views import shown_segments
 from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
 from atesd.maths.fused import divergence_profile
-from atesd.models.load import trainable_parameters
 from atesd.models.score import Pair, completion_tokens, hidden_logprobs
 from atesd.models.shared_prefix import shared_hidden
 from atesd.records import Alignment, Problem, Rollout, Verdict, View
@@ -208,7 +207,7 @@ def _scores(parts: Parts, shown: Sequence[Shown]) -> list[list[Scores]]:
 
 
 def _direction(parts: Parts, shown: Sequence[Shown]) -> SuccessDirection:
-    direction = SuccessDirection(trainable_parameters(parts.loaded), parts.scorer, parts.encoder, parts.config)
+    direction = SuccessDirection(parts.weights, parts.scorer, parts.encoder, parts.config)
     direction.remember([one.problem for one in shown], [one.rollout for one in shown], [one.verdict for one in shown])
     direction.renew(0)
     return direction
