@@ -236,11 +236,11 @@ def world():
     problems = world_problems(DataConfig(train_size=1, test_size=30, validation_size=0)).test
     plain = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=32)
 
-    def evaluate(seed=0, samples=2, batch_size=64, temperature=1.0):
+    def evaluate(seed=0, samples=2, batch_size=64, **changes):
         engine = engine_for(loaded, "auto", batch_size)
         return evaluate_problems(
             engine, problems, encoder=encoder, renderer=renderer, checker=ExactChecker(),
-            params=replace(plain, temperature=temperature), samples=samples, seed=seed, split="test", update=0,
+            params=replace(plain, **changes), samples=samples, seed=seed, split="test", update=0,
         )  # fmt: skip
 
     return evaluate

@@ -40,6 +40,7 @@ from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
 from atesd.models.teacher import Teacher
+from atesd.models.weights import ReplicatedWeights
 from atesd.records import Rollout
 from tiny import tiny_model
 
@@ -207,7 +208,10 @@ def test_weights_are_read_anew_by_every_call():
 @pytest.mark.usefixtures("layout")
 def test_inside_the_teachers_weights_the_teacher_is_sampled():
     loaded, requests = make("llama"), requests_of([4, 7])
-    teacher, before = Teacher(loaded.model, TeacherConfig(weights="frozen")), completed(make("llama"), requests, KEYED)
+    teacher, before = (
+        Teacher(ReplicatedWeights(loaded.model), TeacherConfig(weights="frozen")),
+        completed(make("llama"), requests, KEYED),
+    )
     with torch.no_grad():
         loaded.model.lm_head.weight.neg_()
     assert completed(loaded, requests, KEYED) != before

@@ -51,9 +51,10 @@ def test_no_step_is_spent_after_all_rows_have_ended():
     assert len(steps) == 1
 
 
-def test_an_adapter_with_checkpointing_changes_no_draw(tmp_path):
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["plain", "adapter"])
+def test_checkpointing_changes_no_draw(tmp_path, lora):
     # transformers hooks the embedding of such a model, so that `auto` decodes it through transformers.
-    config = ModelConfig(path=str(tiny_folder(tmp_path)), lora=LoraConfig(rank=2), gradient_checkpointing=True)
+    config = ModelConfig(path=str(tiny_folder(tmp_path)), lora=lora, gradient_checkpointing=True)
     engine, plain = engine_for(load_model(config), "auto", 8), engine_for(tiny_model(), "builtin", 8)
     assert type(engine) is TransformersEngine
     requests = requests_of([3, 6, 2])

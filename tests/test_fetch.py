@@ -16,8 +16,9 @@ from atesd.engine.interface import Request, SamplingParams
 from atesd.errors import ModelError
 from atesd.models import fetch
 from atesd.models.fetch import fetch_smollm2, models_cache, smollm2_folder
-from atesd.models.load import load_model, save_model, trainable_parameters
+from atesd.models.load import load_model, save_model
 from atesd.models.prompts import PromptEncoder
+from atesd.models.weights import ReplicatedWeights
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -149,5 +150,5 @@ def test_smollm2_with_an_adapter_answers_and_trains():
     assert not rollout.truncated
     ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
     loaded.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    grown = [name for name, p in trainable_parameters(loaded).items() if p.grad is not None and p.grad.any()]
+    grown = [name for name, p in ReplicatedWeights(loaded.model).trained.items() if p.grad is not None and p.grad.any()]
     assert len(grown) == 30 * 7  # lora_B of every linear layer; lora_A waits until B has left zero

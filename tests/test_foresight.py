@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from atesd.build import build, close
-from atesd.models.load import trainable_parameters
 from quick import quick
 from validation import foresight
 from validation.foresight import Foresight, check, held_out, true_change
@@ -22,7 +21,7 @@ def test_the_true_change_is_the_importance_weighted_change_of_success() -> None:
     parts = build(quick(*SETTINGS, "data.test_size=12"))
     held = held_out(parts)
     assert len(held.pairs) == 12 * foresight.HELD_OUT_SAMPLES
-    parameters = trainable_parameters(parts.loaded)
+    parameters = parts.weights.trained
     nothing = {name: torch.zeros_like(p) for name, p in parameters.items()}
     assert true_change(parts, held, nothing, 1.0) == (0.0, 0.0)
     generator = torch.Generator().manual_seed(0)

@@ -15,15 +15,15 @@ import atesd_lab
 
 ROWS = {
     "atesd": [
-        {"errors", "records", "text"},
+        {"errors", "records", "rows", "text"},
         {"config", "table"},
         {"maths", "runs"},
         {"data", "models", "control"},
         {"engine", "card"},
-        {"world"},
-        {"evaluate"},
-        {"train"},
+        {"world", "train"},
+        {"aligned", "evaluate"},
         {"build"},
+        {"session"},
         {"cli"},
     ],
     "atesd_lab": [

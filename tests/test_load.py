@@ -13,7 +13,8 @@ from atesd.config import LoraConfig, ModelConfig
 from atesd.engine.cache import cache_argument, preallocated_cache
 from atesd.errors import ModelError
 from atesd.models import load
-from atesd.models.load import LoadedModel, load_model, save_model, trainable_parameters, without_checkpointing
+from atesd.models.load import LoadedModel, load_model, save_model, without_checkpointing
+from atesd.models.weights import ReplicatedWeights
 from tiny import tiny_folder, tiny_model
 
 IDS = torch.tensor([[7, 8, 9, 10]])
@@ -74,16 +75,16 @@ def test_without_a_pad_token_the_end_token_fills(tmp_path):
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(folder):
     loaded = load_model(ModelConfig(path=str(folder), lora=LORA))
     assert torch.equal(logits(loaded), logits(tiny_model()))
-    assert all("lora_" in name for name in trainable_parameters(loaded))
+    assert all("lora_" in name for name in ReplicatedWeights(loaded.model).trained)
     # 7 linear layers in each of 2 blocks, two matrices each; the tied head is left alone.
-    assert len(trainable_parameters(loaded)) == 28
+    assert len(ReplicatedWeights(loaded.model).trained) == 28
 
 
 def test_an_adapter_is_a_function_of_the_seed_alone(folder):
     config = ModelConfig(path=str(folder), lora=LORA)
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
-    first, again, other = (trainable_parameters(load_model(config, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (ReplicatedWeights(load_model(config, seed=seed).model).trained for seed in (0, 0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -91,7 +92,8 @@ def test_an_adapter_is_a_function_of_the_seed_alone(folder):
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "q_proj"])
 def test_an_adapter_sits_on_the_named_modules(folder, targets):
-    names = trainable_parameters(load_model(ModelConfig(path=str(folder), lora=LoraConfig(target_modules=targets))))
+    config = ModelConfig(path=str(folder), lora=LoraConfig(target_modules=targets))
+    names = ReplicatedWeights(load_model(config).model).trained
     found = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
     assert found == {targets} if isinstance(targets, str) else set(targets)
 
@@ -99,12 +101,12 @@ def test_an_adapter_sits_on_the_named_modules(folder, targets):
 def test_dropout_never_acts_while_gradients_flow(folder):
     loaded = load_model(ModelConfig(path=str(folder), lora=LoraConfig(rank=4, dropout=0.5)))
     with torch.no_grad():
-        for parameter in trainable_parameters(loaded).values():
+        for parameter in ReplicatedWeights(loaded.model).trained.values():
             parameter.add_(0.1)
     once, twice = loaded.model(input_ids=IDS).logits, loaded.model(input_ids=IDS).logits
     assert torch.equal(once, twice)
     once.sum().backward()
-    assert all(p.grad is not None for p in trainable_parameters(loaded).values())
+    assert all(p.grad is not None for p in ReplicatedWeights(loaded.model).trained.values())
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -118,7 +120,7 @@ def test_checkpointing_recomputes_layers_and_changes_no_gradient(folder, lora):
         attention.register_forward_hook(lambda *_, count=count: count.append(1))
         loaded.model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
         calls.append(len(count))
-        gradients.append([p.grad for p in trainable_parameters(loaded).values()])
+        gradients.append([p.grad for p in ReplicatedWeights(loaded.model).trained.values()])
     assert calls == [1, 2]
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -135,7 +137,7 @@ def test_a_cache_works_inside_without_checkpointing_only(folder):
 
 def moved(loaded: LoadedModel) -> LoadedModel:
     with torch.no_grad():
-        for parameter in trainable_parameters(loaded).values():
+        for parameter in ReplicatedWeights(loaded.model).trained.values():
             parameter.add_(0.05)
     return loaded
 
@@ -172,14 +174,14 @@ def test_an_adapter_on_a_bfloat16_base_is_read_back_bit_for_bit(folder, tmp_path
     half = ModelConfig(path=str(folder), dtype="bfloat16")
     loaded = load_model(half.model_copy(update={"lora": LORA}))
     with torch.no_grad():
-        for name, parameter in trainable_parameters(loaded).items():
+        for name, parameter in ReplicatedWeights(loaded.model).trained.items():
             if "lora_B" in name:
                 parameter.add_(1e-3)
     save_model(loaded, tmp_path)
     again = load_model(half.model_copy(update={"path": str(tmp_path)}))
     assert torch.equal(logits(again), logits(loaded))
     assert not torch.equal(logits(again), logits(load_model(half)))
-    assert trainable_parameters(again) == {}
+    assert ReplicatedWeights(again.model).trained == {}
 
 
 def test_an_adapter_without_its_base_says_so(folder, tmp_path):

@@ -41,10 +41,11 @@ from atesd.build import objective
 from atesd.config import Config, ExposureConfig, LoraConfig, LossConfig, ModelConfig, SamplingConfig, ViewsConfig
 from atesd.control.factory import make_exposure
 from atesd.data.views import TextRenderer
-from atesd.models.load import load_model, save_model, trainable_parameters
+from atesd.models.load import load_model, save_model
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
+from atesd.models.weights import ReplicatedWeights
 from atesd.records import Problem
 from atesd.train.update import Example, StepMeters
 from atesd.train.views import TeacherPrompts
@@ -242,7 +243,7 @@ def our_rows(config: Config, completions: Sequence[tuple[int, ...]]) -> list[Exa
 def our_step(config: Config, update: PeerUpdate) -> tuple[StepMeters, dict[str, Tensor]]:
     """Loss and gradients of our step from the weights that TRL's student had, in micro-batches of three rows."""
     loaded = load_model(config.model)
-    teacher, trained = Teacher(loaded.model, config.teacher), trainable_parameters(loaded)
+    teacher, trained = Teacher(ReplicatedWeights(loaded.model), config.teacher), ReplicatedWeights(loaded.model).trained
     assert trained.keys() == update.weights.keys()
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -29,6 +29,7 @@ from atesd.models.score import Pair, Scorer
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
 from atesd.models.token_tree import common_prefix, token_tree
+from atesd.models.weights import ReplicatedWeights
 from tiny import SIZES, tiny_model
 
 Groups = Sequence[Sequence[Pair]]
@@ -106,7 +107,10 @@ def test_with_an_adapter_the_teacher_is_the_teacher() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.3)
-    scorer, teacher = Scorer(dataclasses.replace(loaded, model=model)), Teacher(model, TeacherConfig())
+    scorer, teacher = (
+        Scorer(dataclasses.replace(loaded, model=model)),
+        Teacher(ReplicatedWeights(model), TeacherConfig()),
+    )
     groups = GROUPS["nested views with a tail"]
     student = shared_hidden(scorer, groups)
     assert_equal(student, separately(scorer, groups))

@@ -15,6 +15,7 @@ from atesd.maths.divergence import Objective
 from atesd.models.load import LoadedModel
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
+from atesd.models.weights import ReplicatedWeights
 from atesd.train.optimiser import Optimiser, learning_rate
 from atesd.train.update import Example, StepMeters
 from tiny import tiny_model
@@ -33,7 +34,7 @@ TEMPERATURE = 1.3
 def distilled(
     loaded: LoadedModel, micro_batch_size: int, reduction: Literal["sequence", "token"] = "sequence", chunk: int = 4
 ) -> StepMeters:
-    teacher = Teacher(loaded.model, TeacherConfig())
+    teacher = Teacher(ReplicatedWeights(loaded.model), TeacherConfig())
     objective = Objective(temperature=TEMPERATURE)
     return distill(
         Scorer(loaded),
@@ -93,7 +94,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: Literal["s
 def test_the_gradient_does_not_depend_on_the_token_budget(budget: int) -> None:
     whole, cut = tiny_model(), tiny_model()
     distilled(whole, len(ROWS))
-    teacher, objective = Teacher(cut.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(ReplicatedWeights(cut.model), TeacherConfig()), Objective(temperature=TEMPERATURE)
     distill(Scorer(cut), teacher, ROWS, objective, micro_batch_size=1, micro_batch_tokens=budget, chunk_tokens=4)
     for a, b in zip(gradients(whole), gradients(cut), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -121,7 +122,7 @@ def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(siz
     asked = [dataclasses.replace(row, answer=answer) for row, answer in zip(ROWS, answers, strict=True)]
     plain, measured = tiny_model(), tiny_model()
     without = distilled(plain, size)
-    teacher, objective = Teacher(measured.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(ReplicatedWeights(measured.model), TeacherConfig()), Objective(temperature=TEMPERATURE)
     meters = distill(Scorer(measured), teacher, asked, objective, micro_batch_size=size, chunk_tokens=4)
     means = []
     for row, found in zip(asked, meters.answers, strict=True):
@@ -190,7 +191,10 @@ def test_the_teacher_keeps_its_own_head_when_the_student_has_moved() -> None:
     # At the weights that the teacher was made from, student and teacher agree on the same context: KL = 0. Once the
     # student has moved, the meter of the teacher's own entropy must still be that of the initial policy.
     loaded = tiny_model()
-    teacher, objective = Teacher(loaded.model, TeacherConfig(weights="frozen")), Objective(temperature=TEMPERATURE)
+    teacher, objective = (
+        Teacher(ReplicatedWeights(loaded.model), TeacherConfig(weights="frozen")),
+        Objective(temperature=TEMPERATURE),
+    )
     before = distill(Scorer(loaded), teacher, ROWS, objective, micro_batch_size=2, chunk_tokens=4)
     with torch.no_grad():
         for parameter in loaded.model.parameters():

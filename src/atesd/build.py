@@ -65,7 +65,7 @@ def build(
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
-    scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
+    scorer, teacher = Scorer(loaded, weights), Teacher(weights, config.teacher)
     checker = make_checker(config.checker)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)

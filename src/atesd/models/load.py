@@ -71,11 +71,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return _tokenizer(config, source, local)
 
 
-def trainable_parameters(loaded: LoadedModel) -> dict[str, torch.nn.Parameter]:
-    """The parameters that training moves, by name: all of them, or with LoRA the adapter's alone."""
-    return {name: parameter for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
-
-
 def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Write safetensors and tokenizer so that `AutoModelForCausalLM` reads them; of an adapter, PEFT's folder.
 

@@ -23,6 +23,7 @@ from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.models.token_tree import follows_trees
+from atesd.models.weights import ReplicatedWeights, Weights
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
@@ -48,8 +49,10 @@ class Scored:
 class Scorer:
     """Gives hidden states and head of one model; knows how its architecture makes logits."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, weights: Weights | None = None) -> None:
+        """`weights`: those of the run that trains this model; by default its parameters as they are."""
         self._loaded = loaded
+        self._weights = weights or ReplicatedWeights(loaded.model, loaded.ranks)
         model: Any = loaded.model
         self._causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._backbone = self._causal_lm.get_decoder()
@@ -83,15 +86,11 @@ class Scorer:
     def head(self) -> Head:
         """The head as it stands now; its tensors are those of the model at this moment.
 
-        Without gradient they are taken out of their parameters, whose values `Teacher.weights` swaps afterwards.
+        Without gradient it stays what it is when `Teacher.weights` or a displacement ends.
         """
         if self._reading is None:
             return Head(None)
-        layer = self._causal_lm.get_output_embeddings()
-        head = replace(self._reading, weight=layer.weight, bias=layer.bias)
-        if torch.is_grad_enabled() or head.weight is None:
-            return head
-        return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+        return self._weights.head(self._reading, keep=not torch.is_grad_enabled())
 
     def scored(self, pairs: Sequence[Pair]) -> Scored:
         """`hidden` and `head` of this moment."""

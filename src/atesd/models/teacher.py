@@ -1,4 +1,4 @@
-"""The teacher's weights: the same model, with other values of its trainable parameters during a scoring pass.
+"""The teacher's weights: the same model, with other values of its trained parameters during a scoring pass.
 
 Four clocks, independent of the exposure: `frozen` (the initial policy), `live` (the student itself), `ema`, and
 `refresh` (a copy of the student every n updates). With LoRA a frozen teacher is the model with its adapter off, so
@@ -12,47 +12,38 @@ from contextlib import contextmanager
 from typing import cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atesd.config import TeacherConfig
 from atesd.errors import CheckpointError
+from atesd.models.weights import Weights, overwrite
 
 
 @final
 class Teacher:
-    """Holds the teacher's own values of the trainable parameters, as far as they differ from the student's."""
+    """Holds the teacher's own values of the trained parameters, as far as they differ from the student's."""
 
-    def __init__(self, model: nn.Module, config: TeacherConfig) -> None:
-        self._model = model
+    def __init__(self, weights: Weights, config: TeacherConfig) -> None:
+        self._weights = weights
         self._config = config
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._adapter_off = config.weights == "frozen" and hasattr(model, "peft_config")
+        self._adapter_off = config.weights == "frozen" and weights.has_adapter
         own_copy = config.weights != "live" and not self._adapter_off
-        self._values = {name: p.detach().clone() for name, p in self._trained.items()} if own_copy else {}
+        self._values = {name: part.tensor.clone() for name, part in weights.parts().items()} if own_copy else {}
 
     @contextmanager
     def weights(self) -> Iterator[None]:
         """Inside, the model is the teacher, without gradient; afterwards it is the student again, bit for bit."""
-        with torch.no_grad():
-            if self._adapter_off:
-                with self._model.disable_adapter():  # type: ignore[operator]
-                    yield
-                return
-            self._swap()
-            try:
-                yield
-            finally:
-                self._swap()
+        with self._weights.without_adapter() if self._adapter_off else self._weights.exchanged(self._values):
+            yield
 
     @torch.no_grad()
     def after_update(self, updates_done: int) -> None:
         """Move the teacher's clock: average (`ema`) or copy (`refresh`) after a student update."""
         if self._config.weights == "ema":
-            for name, value in self._values.items():
-                value.lerp_(self._trained[name].detach(), 1 - self._config.ema_decay)
+            for name, part in self._weights.parts().items():
+                self._values[name].lerp_(part.tensor, 1 - self._config.ema_decay)
         elif self._config.weights == "refresh" and updates_done % self._config.refresh_every == 0:
-            for name, value in self._values.items():
-                value.copy_(self._trained[name])
+            overwrite(self._values, {name: part.tensor for name, part in self._weights.parts().items()})
 
     def state_dict(self) -> dict[str, object]:
         """The teacher's own tensors; empty for `live` and for a frozen adapter."""
@@ -66,10 +57,4 @@ class Teacher:
                 f"teacher.weights: {self._config.weights} keeps {len(self._values)} tensors, the checkpoint has "
                 f"{len(values)}; resume with the teacher settings of the run"
             )
-        for name, value in self._values.items():
-            value.copy_(values[name])
-
-    def _swap(self) -> None:
-        for name, value in self._values.items():
-            parameter = self._trained[name]
-            self._values[name], parameter.data = parameter.data, value
+        overwrite(self._values, values)

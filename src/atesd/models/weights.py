@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Part:
     shape: tuple[int, ...]
 
 
+@runtime_checkable
 class Weights(Protocol):
     """The parameters of one model, whole on every rank or split between them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast, final
 
 import torch
@@ -41,9 +42,12 @@ class Optimiser:
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
         self._parameters = parameters
         self._config = config
-        self._adam = torch.optim.AdamW(
-            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
-        )
+
+    @cached_property
+    def _adam(self) -> torch.optim.AdamW:
+        """Made when it is first needed: a model that is only evaluated may have nothing to train."""
+        parameters, config = self._parameters.values(), self._config
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
 
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update."""
