@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch  # noqa: F401 (before what is read without it: its annotations are then checked too)
 from jaxtyping import install_import_hook
 
 pytest.register_assert_rewrite("engine_contract", "weights_contract")

@@ -147,7 +147,7 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         close(fixed)
         rows = [Example(r.context, r.completion, c) for r, c in zip(batch.examples, contexts, strict=True)]
         cut = {"reduction": reduction, "micro_batch_size": 16, "chunk_tokens": None}
-        distill(parts.scorer, parts.teacher, rows, objective(config), **cut)  # type: ignore[arg-type]
+        distill(parts.scorer, parts.teacher, rows, objective(config), **cut)
         along = sum(float((p.grad * unit[name]).sum()) for name, p in parameters.items() if p.grad is not None)
         for parameter in parameters.values():
             parameter.grad = None
@@ -262,7 +262,7 @@ def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_o
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
     meters = distill(
         parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut
-    )  # type: ignore[arg-type]
+    )
     kept = meters.tokens["kept"]
     assert {value for row in kept for value in row} == {0.0, 1.0}
     signs = [[float(value > 0) for value in row] for row in meters.tokens["alignment"]]
@@ -284,13 +284,13 @@ def test_per_token_every_token_is_distilled_from_the_view_that_helps_it_most(gat
     cut = {"reduction": "sequence", "micro_batch_size": 5, "chunk_tokens": 7}
     given = parts.scorer, parts.teacher
     loss = objective(parts.config)
-    meters = distill(*given, batch.examples, loss, selector=selector_of(parts), **cut)  # type: ignore[arg-type]
+    meters = distill(*given, batch.examples, loss, selector=selector_of(parts), **cut)
     ratios = parts.config.aligned.ratios
     alone = []
     for k in range(len(ratios)):
         rows = [replace(row, teacher_context=row.candidates[k].context, candidates=()) for row in batch.examples]
         with torch.no_grad():
-            alone.append(distill(*given, rows, loss, selector=AlignedGate(alignment_scorer(parts)), **cut).tokens)  # type: ignore[arg-type]
+            alone.append(distill(*given, rows, loss, selector=AlignedGate(alignment_scorer(parts)), **cut).tokens)
     for i, row in enumerate(batch.examples):
         values = torch.tensor([tokens["alignment"][i] for tokens in alone])
         best = values.amax(0)
@@ -341,7 +341,7 @@ def test_a_gate_without_a_number_stops_the_update_and_names_the_rollout() -> Non
     rows = batch_of(parts, 1).examples
     cut = {"reduction": "sequence", "micro_batch_size": 4, "chunk_tokens": None}
     with pytest.raises(NonFiniteError, match="not finite on rollout"):
-        distill(parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut)  # type: ignore[arg-type]
+        distill(parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut)
     close(parts)
 
 
@@ -398,7 +398,7 @@ def test_a_ranked_gate_keeps_the_share_of_each_rollout_that_its_meter_ranks_firs
         student = scorer.scored([row.student_pair for row in rows])
         teacher = scorer.scored([row.teacher_pairs[0] for row in rows])
         tokens = completion_tokens([row.student_pair for row in rows], scorer.device)
-        factors = RankedGate(by, 0.4, side, Objective()).select(rows, student, [teacher], tokens).factors  # type: ignore[arg-type]
+        factors = RankedGate(by, 0.4, side, Objective()).select(rows, student, [teacher], tokens).factors
         log_p, log_q = teacher.logits(slice(None)).log_softmax(-1), student.logits(slice(None)).log_softmax(-1)
     kl, entropy = (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)
     meter = kl if by == "disagreement" else entropy
@@ -464,7 +464,7 @@ def test_the_correct_gate_distils_verified_rollouts_only() -> None:
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
     meters = distill(
         parts.scorer, parts.teacher, batch.examples, objective(parts.config), selector=selector_of(parts), **cut
-    )  # type: ignore[arg-type]
+    )
     kept = [set(row) for row in meters.tokens["kept"]]
     assert kept == [{float(row.graded.verdict == "correct")} for row in batch.rows]
     assert {0.0, 1.0} == set.union(*kept)
@@ -485,9 +485,9 @@ def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
     def gradient(rows: list[Example], how: str) -> dict[str, torch.Tensor]:
         cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
         if how == "distill":
-            distill(parts.scorer, parts.teacher, rows, objective(parts.config), **cut)  # type: ignore[arg-type]
+            distill(parts.scorer, parts.teacher, rows, objective(parts.config), **cut)
         else:
-            maximise_likelihood(parts.scorer, rows, temperature=1.0, **cut)  # type: ignore[arg-type]
+            maximise_likelihood(parts.scorer, rows, temperature=1.0, **cut)
         found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         for parameter in parameters.values():
             parameter.grad = None

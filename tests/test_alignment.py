@@ -14,7 +14,13 @@ from atesd.maths.alignment import Displaced, alignments, logit_gradient, token_a
 from atesd.maths.divergence import Objective
 
 OBJECTIVES = [
-    Objective(divergence=name, clip=clip, threshold=threshold, temperature=temperature, jsd_weight=0.3, top_k=3)
+    Objective(
+        divergence=name,
+        clip=clip,
+        threshold=threshold,
+        temperature=temperature,
+        parameter={"jensen_shannon": 0.3, "top_k": 3.0}.get(name),
+    )
     for (name, temperature), (clip, threshold) in itertools.product(
         [
             ("forward_kl", 1.0),

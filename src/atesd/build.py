@@ -134,7 +134,8 @@ def make_renderer(config: Config) -> Renderer:
 def objective(config: Config) -> Objective:
     """The configured divergence."""
     loss = config.loss
-    return Objective(loss.divergence, loss.clip, loss.threshold, config.loss_temperature, loss.jsd_weight, loss.top_k)
+    parameter = {"jensen_shannon": loss.jsd_weight, "top_k": float(loss.top_k)}.get(loss.divergence)
+    return Objective(loss.divergence, loss.clip, loss.threshold, config.loss_temperature, parameter)
 
 
 def evaluation_params(config: Config) -> SamplingParams:

@@ -37,7 +37,7 @@ def logit_gradient(
     Whatever the objective calls constant (the scale of `per_token`, the value of `sampled_token`) is constant here too:
     it is the gradient that the optimiser gets.
     """
-    if objective.divergence not in ("top_k", "sampled_token"):
+    if objective.kind.closed_form is not None:
         gradient, ones = student_logits.detach().clone(), torch.ones_like(student_logits[:, 0])
         divergence_rows(objective, _LOGITS, _LOGITS, False, gradient, teacher_logits.detach(), tokens, ones)
         return gradient

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from atesd.maths.divergence import Objective
+from atesd.maths.divergences import Compared
 from atesd.maths.head import Head
 
 Meters = dict[str, Tensor]
@@ -70,15 +71,18 @@ def divergence_rows(
     q = larger.add_(excess.clamp(max=0))  # p and q anew, from one of them and their ratio: their own roundings differ
     p = q - excess
     kl = torch.addcmul(excess, p, ratio).sum(-1)
-    raw, slope, terms = _terms(objective, p, q, ratio, sign, decay, excess, kl)
+    compared = Compared(p, q, ratio, sign, decay, excess, kl)
+    assert objective.kind.closed_form is not None
+    terms = objective.kind.closed_form(compared, objective.number, objective.clip == "per_entry")
+    raw, slope = terms.value, terms.slope
     loss, factor, reversed_mass = raw, weights, torch.zeros_like(raw)
     if objective.clip == "per_token":
         keep = objective.threshold / raw.clamp(min=objective.threshold)
         loss, factor = raw * keep, None if weights is None else weights * keep
-    elif terms is not None:
-        entries, pull = terms
+    elif terms.entries is not None and terms.pull is not None:
+        entries = terms.entries
         over = entries > objective.threshold
-        cut = pull * over
+        cut = terms.pull * over
         clipped_slope = slope - torch.addcmul(cut, q, cut.sum(-1, keepdim=True), value=-1)
         loss = raw - (entries - objective.threshold).clamp_(min=0).sum(-1)
         if objective.divergence == "forward_kl":
@@ -88,39 +92,6 @@ def divergence_rows(
     if factor is not None:
         student.copy_(_projection_slope(slope, factor, u_q, student_head, objective.temperature))
     return meters
-
-
-def _terms(
-    objective: Objective,
-    p: Tensor,
-    q: Tensor,
-    ratio: Tensor,
-    sign: Tensor,
-    decay: Tensor,
-    excess: Tensor,
-    kl: Tensor,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Divergence [n], its slope in the logits [n, V] and, where entries are clipped, (entries, their pulls), [n, V].
-
-    An entry depends on the logits through its own log q_v alone; with pull_v its derivative the slope is pull - q
-    sum(pull).
-    """
-    by_entry = objective.clip == "per_entry"
-    if objective.divergence == "forward_kl":
-        centred = torch.addcmul(excess, p, excess.sum(-1, keepdim=True), value=-1)
-        return kl, centred, (p * ratio, -p) if by_entry else None
-    if objective.divergence == "reverse_kl":
-        entries = -q * ratio
-        slope = torch.addcmul(entries, q, entries.sum(-1, keepdim=True), value=-1)
-        return (entries - excess).sum(-1), slope, (entries, entries + q) if by_entry else None
-    # log max(p, q)/m = -log(1 + c (exp(-|r|) - 1)), c the other one's share of m; log q/m from it, never overflowing
-    w = objective.jsd_weight
-    share = 0.5 if w == 0.5 else 0.5 - (w - 0.5) * sign
-    log_q_to_mixture = (decay * share).log1p_().add_(ratio.clamp(min=0)).neg_()
-    entries = (w * p).mul_(ratio).addcmul_(torch.add(q, excess, alpha=-w), log_q_to_mixture)
-    pull = log_q_to_mixture.mul_(q).mul_(1 - w)
-    slope = torch.addcmul(pull, q, pull.sum(-1, keepdim=True), value=-1)
-    return entries.sum(-1), slope, (entries, pull) if by_entry else None
 
 
 def _reversed_share(clipped: Tensor, unclipped: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Per-token divergences between teacher and student, their clips and their meters.
+"""Per-token divergences between teacher and student by autograd, their clips and their meters.
 
 Everything here takes logits that the caller has already divided by the temperature, teacher before student, and works
-in float32 or better. The teacher is detached in every function, so that no caller can leak a gradient into it. These
-plain forms are the reference; `chunked_loss` runs them a block of tokens at a time, so that the logits of a whole
-batch never exist at once.
+in float32 or better. The teacher is detached in every function, so that no caller can leak a gradient into it. The
+divergences are those of `maths.divergences`. These plain forms are the reference of `maths.fused`; `chunked_loss` runs
+them a block of tokens at a time, so that the logits of a whole batch never exist at once.
 """
 
 from __future__ import annotations
@@ -16,37 +16,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "top_k", "sampled_token"]
+from atesd.maths.divergences import (
+    Divergence,
+    divergence_named,
+    forward_kl_entries,
+    jensen_shannon_entries,
+    log_softmax,
+    reverse_kl_entries,
+)
+
 ClipName = Literal["none", "per_token", "per_entry"]
-
-
-def forward_kl_entries(
-    teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"]
-) -> Float[Tensor, "N V"]:
-    """Vocabulary terms of KL(teacher || student): p (log p - log q), in nats; single terms may be negative."""
-    log_p, log_q = _log_softmax(teacher_logits.detach()), _log_softmax(student_logits)
-    return log_p.exp() * (log_p - log_q)
-
-
-def reverse_kl_entries(
-    teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"]
-) -> Float[Tensor, "N V"]:
-    """Vocabulary terms of KL(student || teacher): q (log q - log p), in nats."""
-    log_p, log_q = _log_softmax(teacher_logits.detach()), _log_softmax(student_logits)
-    return log_q.exp() * (log_q - log_p)
-
-
-def jensen_shannon_entries(
-    teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"], weight: float
-) -> Float[Tensor, "N V"]:
-    """Vocabulary terms of the generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649), in nats.
-
-    w p (log p - log m) + (1 - w) q (log q - log m) with m = w p + (1 - w) q and 0 < w < 1 the teacher's share.
-    """
-    log_p, log_q = _log_softmax(teacher_logits.detach()), _log_softmax(student_logits)
-    log_w, log_rest = torch.tensor([weight, 1 - weight], dtype=log_p.dtype, device=log_p.device).log()
-    log_m = torch.logaddexp(log_w + log_p, log_rest + log_q)
-    return weight * log_p.exp() * (log_p - log_m) + (1 - weight) * log_q.exp() * (log_q - log_m)
 
 
 def forward_kl(teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -64,39 +43,6 @@ def jensen_shannon(
 ) -> Float[Tensor, " N"]:
     """Generalised Jensen-Shannon divergence at every token, in nats; see `jensen_shannon_entries`."""
     return jensen_shannon_entries(teacher_logits, student_logits, weight).sum(-1)
-
-
-def top_k_kl(teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"], k: int) -> Float[Tensor, " N"]:
-    """KL(teacher || student) over the teacher's k largest entries and one bucket for all others, in nats.
-
-    A lower bound of `forward_kl` (data processing inequality), equal to it at k >= V. The bucket keeps the value
-    non-negative and the student's mass outside the k entries under control; a renormalised top-k would not.
-    """
-    log_p, log_q = _log_softmax(teacher_logits.detach()), _log_softmax(student_logits)
-    if k >= log_p.shape[-1]:
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    top_p, index = log_p.topk(k, dim=-1)
-    top_q = log_q.gather(-1, index)
-    kept = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, index, True)
-    tail_p = log_p.masked_fill(kept, -torch.inf).logsumexp(-1)
-    tail_q = log_q.masked_fill(kept, -torch.inf).logsumexp(-1)
-    return (top_p.exp() * (top_p - top_q)).sum(-1) + tail_p.exp() * (tail_p - tail_q)
-
-
-def sampled_token(
-    teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]
-) -> Float[Tensor, " N"]:
-    """One-sample estimate of KL(student || teacher) from the student's own token, in nats.
-
-    The value is log q(y) - log p(y). The gradient is that of the expectation (score function): the value, detached,
-    times the gradient of log q(y). Unbiased where y was drawn from the student at the same temperature without
-    truncation.
-    """
-    log_p, log_q = _log_softmax(teacher_logits.detach()), _log_softmax(student_logits)
-    own_p = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-    own_q = log_q.gather(-1, tokens[:, None]).squeeze(-1)
-    value = (own_q - own_p).detach()
-    return value + value * (own_q - own_q.detach())
 
 
 def clip_per_entry(entries: Float[Tensor, "N V"], threshold: float) -> Float[Tensor, " N"]:
@@ -126,7 +72,7 @@ def reversed_gradient_mass(
     in C], where the unclipped gradient is q_j - p_j. The share is |gradient| summed over the entries whose sign
     differs, over |gradient| summed over all. 0 where nothing is clipped.
     """
-    p, q = _log_softmax(teacher_logits.detach()).exp(), _log_softmax(student_logits.detach()).exp()
+    p, q = log_softmax(teacher_logits.detach()).exp(), log_softmax(student_logits.detach()).exp()
     outside = p.masked_fill(entries_are_clipped, 0.0)
     clipped = q * outside.sum(-1, keepdim=True) - outside
     against = clipped * (q - p) < 0
@@ -137,14 +83,36 @@ def reversed_gradient_mass(
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Which divergence, how it is clipped, and the temperature that divides both logits."""
+    """Which divergence, how it is clipped, and the temperature that divides both logits.
 
-    divergence: DivergenceName = "forward_kl"
+    `parameter` is the divergence's own number, None for its default. Raises `ValueError` for an unknown divergence, a
+    parameter that it does not have, and a clip per entry where it has no entries.
+    """
+
+    divergence: str = "forward_kl"
     clip: ClipName = "none"
     threshold: float = float("inf")
     temperature: float = 1.0
-    jsd_weight: float = 0.5
-    top_k: int = 100
+    parameter: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be computed."""
+        if self.parameter is not None and self.kind.parameter is None:
+            raise ValueError(f"{self.divergence} has no parameter; {self.parameter} is given")
+        if self.clip == "per_entry" and not self.kind.clips_entries:
+            raise ValueError(f"{self.divergence} has no entries to clip; use clip none or per_token")
+
+    @property
+    def kind(self) -> Divergence:
+        """The divergence."""
+        return divergence_named(self.divergence)
+
+    @property
+    def number(self) -> float:
+        """The parameter in force; 0 where there is none."""
+        if self.parameter is not None:
+            return self.parameter
+        return self.kind.parameter.default if self.kind.parameter else 0.0
 
     def __call__(
         self, teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]
@@ -155,13 +123,12 @@ class Objective:
         `top1_disagreement`, `teacher_entropy`, `student_entropy`, `clipped_mass` (nats cut off), `reversed_mass`.
         """
         teacher, student = teacher_logits.detach() / self.temperature, student_logits / self.temperature
-        entries = self._entries(teacher, student)
+        entries = self.kind.entries(teacher, student, self.number) if self.kind.entries else None
         if entries is not None:
             raw = entries.sum(-1)
-        elif self.divergence == "top_k":
-            raw = top_k_kl(teacher, student, self.top_k)
         else:
-            raw = sampled_token(teacher, student, tokens)
+            assert self.kind.values is not None
+            raw = self.kind.values(teacher, student, tokens, self.number)
         clipped = raw
         if self.clip == "per_entry" and entries is not None:
             clipped = clip_per_entry(entries, self.threshold)
@@ -169,20 +136,11 @@ class Objective:
             clipped = clip_per_token(raw, self.threshold)
         return clipped, self._meters(teacher, student.detach(), tokens, entries, raw.detach(), clipped.detach())
 
-    def _entries(self, teacher: Tensor, student: Tensor) -> Tensor | None:
-        if self.divergence == "forward_kl":
-            return forward_kl_entries(teacher, student)
-        if self.divergence == "reverse_kl":
-            return reverse_kl_entries(teacher, student)
-        if self.divergence == "jensen_shannon":
-            return jensen_shannon_entries(teacher, student, self.jsd_weight)
-        return None
-
     @torch.no_grad()
     def _meters(
         self, teacher: Tensor, student: Tensor, tokens: Tensor, entries: Tensor | None, raw: Tensor, clipped: Tensor
     ) -> dict[str, Tensor]:
-        log_p, log_q = _log_softmax(teacher), _log_softmax(student)
+        log_p, log_q = log_softmax(teacher), log_softmax(student)
         p, q = log_p.exp(), log_q.exp()
         reversed_mass = torch.zeros_like(raw)
         if self.clip == "per_entry" and self.divergence == "forward_kl" and entries is not None:
@@ -263,8 +221,3 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = grad_outputs
         features, *parameters = ctx.saved_tensors
         return None, None, None, None, features * scale, *(p * scale for p in parameters)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.log_softmax(-1)

@@ -55,21 +55,18 @@ def fused_divergence(
     The gradient reaches the student's hidden states and whatever of `student_head` requires it; neither the teacher
     nor the weights (mask, normaliser) receive one. Tokens of weight 0 are measured, but no gradient is computed for
     them. `top1_disagreement` is 0 where both share a most likely token. `chunk_tokens`: see `chunk_size`. The
-    objectives without a closed form (`top_k`, `sampled_token`) go through `chunked_loss`.
+    objectives without a closed form go through `chunked_loss`.
 
     Raises `ValueError` without tokens, or if the two vocabularies differ in size.
     """
-    if objective.divergence in ("top_k", "sampled_token"):
+    if objective.kind.closed_form is None:
         chunk = chunk_size(_vocabulary(student, student_head), student.device, chunk_tokens)
-
-        def block_loss(part: Tensor, block: slice) -> tuple[Tensor, Meters]:
-            with torch.no_grad():
-                teacher_logits = teacher_head.logits(teacher[block])
-            return objective(teacher_logits, student_head.logits(part), tokens[block])
-
+        block_loss = partial(_block_loss, objective, student_head, teacher, teacher_head, tokens)
         return chunked_loss(block_loss, student, weights, student_head.trained, chunk)
-    sweep = _divergence_sweep(objective, student, student_head, (teacher,), teacher_head, tokens, chunk_tokens)
-    return _with_gradient(sweep, weights)
+    chunked = _divergence_pass(objective, student, student_head, (teacher,), teacher_head, tokens, chunk_tokens)
+    weights, gradient = weights.detach().to(_wide(student)), _Gradient.of(student, student_head)
+    (meters,) = chunked.run(weights, gradient)
+    return _attached(meters, weights, gradient, student, student_head), meters
 
 
 def fused_likelihood(
@@ -86,7 +83,10 @@ def fused_likelihood(
     Meters, each [N]: `loss` (-log q), `logprob`, `student_entropy`. Raises `ValueError` without tokens.
     """
     rows = partial(likelihood_rows, replace(head, weight=None), temperature)
-    return _with_gradient(_Sweep(rows, student, head, (), head, False, tokens, chunk_tokens), weights)
+    chunked = ChunkedPass(rows, student, head, (), head, False, tokens, chunk_tokens)
+    weights, gradient = weights.detach().to(_wide(student)), _Gradient.of(student, head)
+    (meters,) = chunked.run(weights, gradient)
+    return _attached(meters, weights, gradient, student, head), meters
 
 
 def divergence_profile(
@@ -103,14 +103,14 @@ def divergence_profile(
 
     The student's hidden states are projected once: K teachers cost K + 1 projections instead of 2 K.
     """
-    if objective.divergence in ("top_k", "sampled_token"):
+    if objective.kind.closed_form is None:
         with torch.no_grad():
             ones = torch.ones(len(tokens), dtype=_wide(student), device=student.device)
             pairs = [(student, student_head, teacher, teacher_head, tokens, ones) for teacher in teachers]
             return [fused_divergence(objective, *pair, chunk_tokens=chunk_tokens)[1] for pair in pairs]
     with torch.no_grad():
-        sweep = _divergence_sweep(objective, student, student_head, teachers, teacher_head, tokens, chunk_tokens)
-        return sweep.run()
+        chunked = _divergence_pass(objective, student, student_head, teachers, teacher_head, tokens, chunk_tokens)
+        return chunked.run()
 
 
 def chunk_size(vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> int:
@@ -127,7 +127,7 @@ def chunk_size(vocabulary: int, device: torch.device, chunk_tokens: int | None =
 
 
 @dataclass(frozen=True, slots=True)
-class _Sweep:
+class ChunkedPass:
     """One pass over all tokens against none, one or several teachers."""
 
     rows: partial[Meters]
@@ -139,12 +139,13 @@ class _Sweep:
     tokens: Tensor
     chunk_tokens: int | None
 
+    @torch.no_grad()
     def run(self, weights: Tensor | None = None, gradient: _Gradient | None = None) -> list[Meters]:
         """The meters against each teacher (or the one list without any); fills the gradient of the weighted sum."""
         count, vocabulary = len(self.student), _vocabulary(self.student, self.head)
         if count == 0:
             raise ValueError("no tokens: a loss needs at least one")
-        live, order = _live_first(weights) if weights is not None and gradient is not None else (0, None)
+        live, order = _weighted_first(weights) if weights is not None and gradient is not None else (0, None)
         chunk = chunk_size(vocabulary, self.student.device, self.chunk_tokens)
         kept = _Matrices(self.student, vocabulary)
         found: list[list[Meters]] = [[] for _ in self.teachers or (None,)]
@@ -167,7 +168,7 @@ class _Sweep:
         return kept.projection(1, teacher, self.teacher_head)
 
 
-def _divergence_sweep(
+def _divergence_pass(
     objective: Objective,
     student: Tensor,
     student_head: Head,
@@ -175,33 +176,55 @@ def _divergence_sweep(
     teacher_head: Head,
     tokens: Tensor,
     chunk_tokens: int | None,
-) -> _Sweep:
+) -> ChunkedPass:
     size = _vocabulary(student, student_head)
     if any(_vocabulary(teacher, teacher_head) != size for teacher in teachers):
         raise ValueError(f"the student has {size} logits per token, the teacher another number")
     gap_form = student_head.is_linear_twin(teacher_head)
     heads = replace(student_head, weight=None), replace(teacher_head, weight=None)
     rows: partial[Meters] = partial(divergence_rows, objective, heads[0], heads[1], gap_form)
-    return _Sweep(rows, student, student_head, teachers, teacher_head, gap_form, tokens, chunk_tokens)
+    return ChunkedPass(rows, student, student_head, teachers, teacher_head, gap_form, tokens, chunk_tokens)
 
 
-def _with_gradient(sweep: _Sweep, weights: Tensor) -> tuple[Tensor, Meters]:
-    """The weighted sum of the meter `loss`, with its gradient attached, and all meters."""
-    inputs = [tensor for tensor in (sweep.student, *sweep.head.trained) if tensor.requires_grad]
-    with_gradient = torch.is_grad_enabled() and bool(inputs)
+def _block_loss(
+    objective: Objective,
+    student_head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    tokens: Tensor,
+    student: Tensor,
+    block: slice,
+) -> tuple[Tensor, Meters]:
+    """The loss of a block of tokens by autograd, given the student's hidden states of that block."""
     with torch.no_grad():
-        weights = weights.to(_wide(sweep.student))
-        gradient = _Gradient(sweep.student, sweep.head) if with_gradient else None
-        (meters,) = sweep.run(weights, gradient)
+        teacher_logits = teacher_head.logits(teacher[block])
+    return objective(teacher_logits, student_head.logits(student), tokens[block])
+
+
+def _attached(meters: Meters, weights: Tensor, gradient: _Gradient | None, student: Tensor, head: Head) -> Tensor:
+    """The weighted sum of the meter `loss`, with its gradient attached."""
+    with torch.no_grad():
         loss = (meters["loss"] * weights).sum()
-    if gradient is not None:
-        loss = _Attached.apply(loss, gradient.parts, *inputs)  # type: ignore[no-untyped-call]
-    return loss, meters
+    if gradient is None:
+        return loss
+    attached: Tensor = _Attached.apply(loss, gradient.parts, *_trained(student, head))  # type: ignore[no-untyped-call]
+    return attached
+
+
+def _trained(student: Tensor, head: Head) -> list[Tensor]:
+    """What receives a gradient: the hidden states, and what of the head is trained."""
+    return [tensor for tensor in (student, *head.trained) if tensor.requires_grad]
 
 
 class _Gradient:
     """The gradients of one sweep as they fill up: of the hidden states, and of what is trained of the head."""
 
+    @classmethod
+    def of(cls, student: Tensor, head: Head) -> _Gradient | None:
+        """Empty gradients; None where none is wanted."""
+        return cls(student, head) if torch.is_grad_enabled() and _trained(student, head) else None
+
+    @torch.no_grad()
     def __init__(self, student: Tensor, head: Head) -> None:
         self._head = head
         self._hidden = torch.zeros_like(student) if student.requires_grad else None
@@ -280,17 +303,9 @@ def _add_outer(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
 
 def _measure(rows: partial[Meters], matrices: list[Tensor], tokens: Tensor, weights: Tensor | None) -> Meters:
     """`rows` on one chunk: compiled in one piece on CUDA, else a few rows at a time."""
-    if matrices[0].is_cuda and rows.func not in _NOT_COMPILABLE:
-        try:
-            return _compiled(rows.func)(*rows.args, *matrices, tokens, weights)
-        except _compiler_errors() as error:
-            _NOT_COMPILABLE.add(rows.func)
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"the loss runs uncompiled, and slower, on {matrices[0].device}: {reason}", stacklevel=2)
-    return _a_few_rows_at_a_time(rows, matrices, tokens, weights)
-
-
-def _a_few_rows_at_a_time(rows: Rows, matrices: list[Tensor], tokens: Tensor, weights: Tensor | None) -> Meters:
+    compiled = _measure_compiled(rows, matrices, tokens, weights) if matrices[0].is_cuda else None
+    if compiled is not None:
+        return compiled
     count, vocabulary = matrices[0].shape
     budget = CPU_ROW_BYTES if tokens.device.type == "cpu" else CUDA_ROW_BYTES
     size = max(1, budget // (vocabulary * matrices[0].element_size()))
@@ -306,6 +321,21 @@ def _a_few_rows_at_a_time(rows: Rows, matrices: list[Tensor], tokens: Tensor, we
         for name, values in meters.items():
             found[name][block] = values
     return found
+
+
+def _measure_compiled(
+    rows: partial[Meters], matrices: list[Tensor], tokens: Tensor, weights: Tensor | None
+) -> Meters | None:
+    """`rows` compiled, on one chunk; None where the compiler could not, which is said once."""
+    if rows.func in _NOT_COMPILABLE:
+        return None
+    try:
+        return _compiled(rows.func)(*rows.args, *matrices, tokens, weights)
+    except _compiler_errors() as error:
+        _NOT_COMPILABLE.add(rows.func)
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"the loss runs uncompiled, and slower, on {matrices[0].device}: {reason}", stacklevel=2)
+        return None
 
 
 @lru_cache(maxsize=1)
@@ -339,7 +369,7 @@ def _pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(cuts)
 
 
-def _live_first(weights: Tensor) -> tuple[int, Tensor | None]:
+def _weighted_first(weights: Tensor) -> tuple[int, Tensor | None]:
     """How many tokens have a weight, and the order that puts them first; None if all have one."""
     live = weights != 0
     count = int(live.sum())
