@@ -80,7 +80,7 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 def test_top_k_equals_a_brute_force_bucket_and_bounds_the_kl_from_below() -> None:
     teacher, student = logits()
     for k in (1, 3, 10, 11, 50):
-        values = divergences.top_k_kl(teacher, student, k)
+        values = divergences.top_k_kl(teacher, student, float(k))
         for row in range(len(teacher)):
             p, q = teacher[row].softmax(-1).tolist(), student[row].softmax(-1).tolist()
             order = sorted(range(len(p)), key=lambda v: -p[v])

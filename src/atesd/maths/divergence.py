@@ -97,9 +97,10 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed."""
-        if self.parameter is not None and self.kind.parameter is None:
+        kind = divergence_named(self.divergence)
+        if self.parameter is not None and kind.parameter is None:
             raise ValueError(f"{self.divergence} has no parameter; {self.parameter} is given")
-        if self.clip == "per_entry" and not self.kind.clips_entries:
+        if self.clip == "per_entry" and not kind.clips_entries:
             raise ValueError(f"{self.divergence} has no entries to clip; use clip none or per_token")
 
     @property
