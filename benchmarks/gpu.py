@@ -16,18 +16,19 @@ from typing import Literal
 
 import torch
 
-from atesd.build import Silent, build
+from atesd.build import build
 from atesd.config import Config, LoraConfig, LossConfig, ModelConfig, SamplingConfig, TrainConfig
 from atesd.data.splits import ProblemSets
 from atesd.models.load import save_model
 from atesd.models.score import Scorer
 from atesd.runs import RunFolder
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from benchmarks import loss, prefix, rollout
 from benchmarks.children import peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, Work, in_turns, ratio, seconds_of, single, spread
 from benchmarks.models import QWEN3, TOY, ModelShape, random_model, word_problems
-from benchmarks.step import config_of
+from benchmarks.step import config_of, endless
 
 BF16 = torch.bfloat16
 
@@ -192,8 +193,7 @@ def lora_trainer(size: Shapes, folder: Path, device: Literal["cpu", "cuda"], voc
     """Our trainer with an adapter on the bfloat16 model in `folder`; its completions never end before their limit."""
     problems = word_problems(size.rows, vocabulary, size.problem, size.reference)
     parts = build(config_of_lengths(size, folder, device), ProblemSets(problems, (), problems[:1], ()))
-    endless = replace(parts.loaded, end_ids=frozenset({vocabulary}))
-    return Trainer(replace(parts, loaded=endless), RunFolder(folder / "run", "benchmark"), Silent())
+    return Trainer(endless(parts, vocabulary), RunFolder(folder / "run", "benchmark"), Listeners())
 
 
 def config_of_lengths(size: Shapes, folder: Path, device: Literal["cpu", "cuda"]) -> Config:

@@ -13,9 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from atesd.build import Silent, build, close
+from atesd.build import build, close
 from atesd.config import load_config
 from atesd.runs import RunFolder
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from benchmarks.children import ROOT, Mark, in_child
 from benchmarks.harness import Case, Goal, Result, Settings, spread
@@ -79,7 +80,7 @@ def train_a_little(recipe: str, words: list[str], updates: int) -> dict[str, Any
     parts = build(config)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parts, RunFolder(Path(folder) / "run", "benchmark"), Silent())
+            trainer = Trainer(parts, RunFolder(Path(folder) / "run", "benchmark"), Listeners())
             mark = Mark("cpu")
             seconds = [trainer.update(update)[2]["seconds"] for update in range(updates)]
             peak = mark.rise()

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from atesd.build import Silent, build
+from atesd.build import build
 from atesd.config import (
     Config,
     DataConfig,
@@ -31,9 +31,12 @@ from atesd.config import (
 )
 from atesd.data.splits import ProblemSets
 from atesd.data.views import TextRenderer
+from atesd.engine.factory import engine_for
 from atesd.records import Problem
 from atesd.runs import RunFolder
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
+from atesd.train.parts import Parts
 from benchmarks.children import Mark, peak_of
 from benchmarks.harness import Case, Goal, Result, Round, Settings, ratio, single
 from benchmarks.models import TOY, ModelShape, about_12m, save_random, word_problems
@@ -88,8 +91,14 @@ def our_trainer(work: Work, folder: Path, rows_at_a_time: int = 8) -> Trainer:
         config_of(folder, work.rows, work.completion_tokens, rows_at_a_time),
         ProblemSets(problems, (), problems[:1], ()),
     )
-    endless = replace(parts.loaded, end_ids=frozenset({work.model.vocabulary}))
-    return Trainer(replace(parts, loaded=endless), RunFolder(folder / "run", "benchmark"), Silent())
+    return Trainer(endless(parts, work.model.vocabulary), RunFolder(folder / "run", "benchmark"), Listeners())
+
+
+def endless(parts: Parts, vocabulary: int) -> Parts:
+    """The parts of a run whose completions never end before their limit: what ends them is beyond the vocabulary."""
+    loaded = replace(parts.loaded, end_ids=frozenset({vocabulary}))
+    sampling = parts.config.sampling
+    return replace(parts, loaded=loaded, engine=engine_for(loaded, sampling.engine, sampling.batch_size))
 
 
 def train_trl(work: Work, folder: Path, steps: int, callback: TrainerCallback, rows_at_a_time: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from atesd.build import train
 from atesd.config import Config, load_config
-from atesd.runs import RunFolder
+from atesd.runs import EndStatus, RowKind, RunFolder
 from atesd.train.checkpoint import digest, load_newest
+from atesd.train.listeners import RunInfo
 
 SMALL = (
     "data.train_size=24",
@@ -75,14 +76,20 @@ def fingerprint(run: RunFolder) -> dict[str, Any]:
 
 
 class Ears:
-    """A listener that keeps the messages."""
+    """A listener that keeps the messages, and everything else in the order in which it came."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.events: list[tuple[Any, ...]] = []
 
-    def update(self, row: dict[str, Any]) -> None: ...
+    def begin(self, config: Config, info: RunInfo) -> None:
+        self.events.append(("begin", config, info))
 
-    def evaluation(self, row: dict[str, Any]) -> None: ...
+    def row(self, kind: RowKind, row: dict[str, Any]) -> None:
+        self.events.append(("row", kind, row))
 
     def message(self, text: str) -> None:
         self.heard.append(text)
+
+    def end(self, status: EndStatus) -> None:
+        self.events.append(("end", status))

@@ -39,7 +39,7 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are():
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        ("train", ["config", "out", "resume", "listener", "command"]),
+        ("train", ["config", "out", "resume", "listeners", "command"]),
         ("build", ["config", "problems"]),
         ("evaluate", ["config", "split", "update"]),
     ],

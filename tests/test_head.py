@@ -110,7 +110,7 @@ def test_training_says_that_it_keeps_the_logits_whole(
     if not known:
         monkeypatch.setattr(atesd.build, "load_model", with_another_head)
     ears = Ears()
-    train(quick("train.num_updates=1", "train.evaluate_every=0"), tmp_path / "run", listener=ears)
+    train(quick("train.num_updates=1", "train.evaluate_every=0"), tmp_path / "run", listeners=[ears])
     assert any("so these are kept whole" in text for text in ears.heard) is not known
 
 

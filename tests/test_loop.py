@@ -94,7 +94,7 @@ def test_an_evaluated_run_scores_as_it_did_in_training_also_in_bfloat16(tmp_path
 def test_weights_too_coarse_for_their_updates_are_said(lora: str, warned: bool, tmp_path: Path) -> None:
     ears = Ears()
     config = quick("model.dtype=bfloat16", f"model.lora={lora}", "train.num_updates=1", "train.evaluate_every=0")
-    train(config, tmp_path / "run", listener=ears)
+    train(config, tmp_path / "run", listeners=[ears])
     assert any("bfloat16 without model.lora" in text for text in ears.heard) is warned
 
 

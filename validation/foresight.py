@@ -24,13 +24,14 @@ from statistics import fmean, stdev
 import torch
 from scipy.stats import spearmanr
 
-from atesd.build import Silent, build, close
+from atesd.build import build, close
 from atesd.config import Config, load_config
 from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
 from atesd.models.score import Pair, completion_logprobs
 from atesd.runs import RunFolder, write_atomic
 from atesd.train.batches import draw_batch, rollout_params, teacher_view
+from atesd.train.listeners import Listeners
 from atesd.train.lookahead import grouped
 from atesd.train.loop import Trainer, objective
 from atesd.train.parts import Parts
@@ -99,7 +100,7 @@ def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresigh
     parts = replace(build(config), gate=None)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parts, RunFolder(Path(folder), "foresight"), Silent())
+            trainer = Trainer(parts, RunFolder(Path(folder), "foresight"), Listeners())
             for update in range(updates):
                 trainer.update(update)
         return _compare(parts, world, checkpoint, updates)

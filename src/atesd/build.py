@@ -34,29 +34,16 @@ from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.models.weights import ReplicatedWeights, Weights
 from atesd.records import Problem, Split, Verdict
-from atesd.runs import RunFolder, new_manifest
+from atesd.runs import EndStatus, RunFolder, new_manifest
 from atesd.train.batches import rollout_params, teacher_view
+from atesd.train.listeners import Listener, Listeners, RunInfo
 from atesd.train.lookahead import Lookahead
 from atesd.train.loop import Trainer, objective
-from atesd.train.parts import Listener, Parts
+from atesd.train.parts import Parts
 from atesd.train.step import Choose, Gate
 from atesd.train.success import SuccessDirection
 from atesd.train.token_gate import AlignedChoice, AlignedGate, RandomGate, RankedGate, correct_gate
 from atesd.world.problems import WorldRenderer, world_problems
-
-
-@final
-class Silent:
-    """A listener that shows nothing."""
-
-    def update(self, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +59,16 @@ def train(
     out: Path,
     *,
     resume: Literal["auto", "never"] = "auto",
-    listener: Listener | None = None,
+    listeners: Sequence[Listener] = (),
     command: Sequence[str] = (),
 ) -> Outcome:
     """Train in the run folder `out`, from its newest valid checkpoint if it has one.
 
-    Under torchrun every rank calls it with the same arguments; rank 0 alone writes and tells the listener. Raises
+    Under torchrun every rank calls it with the same arguments; rank 0 alone writes and tells the listeners. Raises
     `RunError` if another process owns the folder or its recorded config differs, and whatever `build` raises.
     """
     with process_group(config.model.device) as ranks:
-        listener = listener if listener is not None and ranks.first else Silent()
+        listener = Listeners(listeners if ranks.first else ())
         known = ranks.broadcast(lambda: _is_known(config, out, resume))
         parts = build(config, ranks=ranks)
         words = list(command) or sys.argv
@@ -90,7 +77,7 @@ def train(
             run = RunFolder(out, ranks.broadcast(lambda: _run_id(parts, out, known, words)))
             with ExitStack() as held:
                 ranks.broadcast(lambda: held.enter_context(run.lock()))
-                return _train_locked(Trainer(parts, run, listener), known, words, listener)
+                return _train_watched(Trainer(parts, run, listener), known, words, listener)
         finally:
             close(parts)
 
@@ -121,6 +108,20 @@ def _run_id(parts: Parts, out: Path, known: bool, command: Sequence[str]) -> str
         ranks=parts.loaded.ranks.size,
     )
     return RunFolder.create(out, parts.config, {**manifest, "skipped_rows": list(parts.problems.skipped)}).run_id
+
+
+def _train_watched(trainer: Trainer, known: bool, command: Sequence[str], listener: Listener) -> Outcome:
+    """Tell the listener when the session begins and how it ends."""
+    run = trainer.run
+    status: EndStatus = "failed"
+    if trainer.parts.loaded.ranks.first:
+        listener.begin(trainer.parts.config, RunInfo(run.path, run.run_id, run.manifest, resumed=known))
+    try:
+        outcome = _train_locked(trainer, known, command, listener)
+        status = outcome.status
+        return outcome
+    finally:
+        listener.end(status)
 
 
 def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listener) -> Outcome:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, final
+from typing import Any, Literal, TextIO, final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -17,8 +17,9 @@ from rich.segment import Segment
 from rich.text import Text
 
 from atesd.config import Config
-from atesd.runs import RunFolder
+from atesd.runs import EndStatus, RowKind, RunFolder
 from atesd.text import MISSING, duration, number, percent, percent_interval, visible
+from atesd.train.listeners import Listener, RunInfo
 
 PHASES = ("sample", "teacher", "student", "loss_backward", "control", "evaluate")
 
@@ -84,18 +85,23 @@ class PlainLines:
         self._progress = progress
         self._file = file or sys.stdout
 
-    def update(self, row: dict[str, Any]) -> None:
-        """One line."""
-        self._progress.update(row)
-        self.message("  ".join(self._progress.figures()))
+    def begin(self, config: Config, info: RunInfo) -> None:
+        """Nothing."""
 
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """One line."""
-        self.message(evaluation_line(row))
+    def row(self, kind: RowKind, row: dict[str, Any]) -> None:
+        """One line for an update and for an evaluation."""
+        if kind == "metrics":
+            self._progress.update(row)
+            self.message("  ".join(self._progress.figures()))
+        elif kind == "evaluations":
+            self.message(evaluation_line(row))
 
     def message(self, text: str) -> None:
         """The text, with nothing invisible in it."""
         print(visible(text), file=self._file, flush=True)
+
+    def end(self, status: EndStatus) -> None:
+        """Nothing: `closing_lines` come last."""
 
 
 @final
@@ -106,17 +112,22 @@ class LiveBar:
         self._progress = progress
         self._console = console
 
-    def update(self, row: dict[str, Any]) -> None:
-        """Move the bar."""
-        self._progress.update(row)
+    def begin(self, config: Config, info: RunInfo) -> None:
+        """Nothing: the bar is there from the start."""
 
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """One line above the bar."""
-        self.message(evaluation_line(row))
+    def row(self, kind: RowKind, row: dict[str, Any]) -> None:
+        """An update moves the bar, an evaluation is a line above it."""
+        if kind == "metrics":
+            self._progress.update(row)
+        elif kind == "evaluations":
+            self.message(evaluation_line(row))
 
     def message(self, text: str) -> None:
         """The text above the bar, never read as markup."""
         self._console.print(Text(visible(text)))
+
+    def end(self, status: EndStatus) -> None:
+        """Nothing: `closing_lines` come last."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The bar, and under it as many figures as the width holds."""
@@ -126,35 +137,19 @@ class LiveBar:
         yield Text(fitting(self._progress.figures(), options.max_width), no_wrap=True, overflow="ellipsis")
 
 
-class Display(Protocol):
-    """A listener; see `atesd.train.parts.Listener`."""
-
-    def update(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl."""
-        ...
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """A row of evaluations.jsonl."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Something a user should know."""
-        ...
-
-
-def display_for(config: Config, folder: Path) -> AbstractContextManager[Display]:
+def display_for(config: Config, folder: Path) -> AbstractContextManager[Listener]:
     """A bar where stdout is a terminal, lines elsewhere."""
     progress, console = Progress(config, folder), Console()
     return _live(progress, console) if console.is_terminal else _plain(progress)
 
 
 @contextmanager
-def _plain(progress: Progress) -> Iterator[Display]:
+def _plain(progress: Progress) -> Iterator[Listener]:
     yield PlainLines(progress)
 
 
 @contextmanager
-def _live(progress: Progress, console: Console) -> Iterator[Display]:
+def _live(progress: Progress, console: Console) -> Iterator[Listener]:
     bar = LiveBar(progress, console)
     with Live(bar, console=console, refresh_per_second=4):
         yield bar

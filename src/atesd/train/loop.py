@@ -23,8 +23,9 @@ from atesd.records import Split, UpdateStats
 from atesd.runs import RowKind, RunFolder
 from atesd.train.batches import Batch, batch_at, draw_batch, group_of, with_answer
 from atesd.train.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint
+from atesd.train.listeners import Listener
 from atesd.train.optimiser import Optimiser, learning_rate
-from atesd.train.parts import Listener, Parts
+from atesd.train.parts import Parts
 from atesd.train.rows import decision_row, finite_or_none, metrics_row, sample_rows, skipped_row
 from atesd.train.step import Row, StepMeters, distill, maximise_likelihood
 
@@ -77,7 +78,6 @@ class Trainer:
                 done = update + 1
                 row["seconds"]["evaluate"] = self._evaluate(done)
                 self._append("metrics", row)
-                self._listener.update(row)
                 if batch and meters and train.evaluate_every and update % train.evaluate_every == 0:
                     for sample_row in sample_rows(update, batch, meters, self.parts):
                         self._append("samples", sample_row)
@@ -183,6 +183,7 @@ class Trainer:
     def _append(self, kind: RowKind, row: dict[str, Any]) -> None:
         if self._ranks.first:
             self.run.append(kind, row)
+            self._listener.row(kind, row)
 
     def _save(self, done: int) -> None:
         self.run.sync()
@@ -254,7 +255,6 @@ class Trainer:
             if split not in seen and getattr(self.parts.problems, split):
                 row = self.parts.evaluate(split, done)
                 self._append("evaluations", row)
-                self._listener.evaluation(row)
         return time.perf_counter() - started
 
     def _finish(self) -> None:
@@ -263,7 +263,7 @@ class Trainer:
         logged = self.run.rows("decisions")
         if not any(row["status"] == "pending" for row in logged):
             for decision in self.parts.exposure.pending():
-                self.run.append("decisions", decision_row(decision, self.parts.config.train.num_updates, "pending"))
+                self._append("decisions", decision_row(decision, self.parts.config.train.num_updates, "pending"))
         save_model(self.parts.loaded, self.run.final)
         write_model_card(self.run.final, self.parts.config, self.run)
 

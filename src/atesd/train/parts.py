@@ -1,4 +1,4 @@
-"""What a run is made of, and what it expects of its probes and of whoever watches it."""
+"""What a run is made of, and what it expects of its probes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,6 @@ class Probes(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
-        ...
-
-
-class Listener(Protocol):
-    """Shows what happens; a terminal, a notebook, nothing."""
-
-    def update(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl."""
-        ...
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """A row of evaluations.jsonl."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Something a user should know."""
         ...
 
 

@@ -16,13 +16,13 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from atesd.build import Silent
 from atesd.config import Config, with_overrides
 from atesd.control.fixed import FixedExposure
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER
 from atesd.errors import ConfigError
 from atesd.runs import RunFolder
 from atesd.text import duration
+from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
 from atesd.train.parts import Parts
 from atesd_lab.profile.measure import (
@@ -227,7 +227,7 @@ def measure_update(parts: Parts, reveal_ratio: float) -> UpdateCost:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
-        row = Trainer(timed, RunFolder(Path(folder), "profile"), Silent()).update(0)[2]
+        row = Trainer(timed, RunFolder(Path(folder), "profile"), Listeners()).update(0)[2]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_of_process()
     return UpdateCost(row["seconds"], peak, parts.config.train.num_updates)
 
