@@ -189,11 +189,11 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
         torch.set_num_threads(config.train.threads)
     problems = problems or problem_sets(config.data)
     loaded = replace(load_model(config.model, config.train.seed), ranks=ranks)
-    engine = engine_for(loaded, config.sampling.engine, config.sampling.batch_size)
+    weights = ReplicatedWeights(loaded.model, ranks)
+    engine = engine_for(loaded, config.sampling.engine, config.sampling.batch_size, weights.whole)
     encoder = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids)
     renderer = make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
-    weights = ReplicatedWeights(loaded.model, ranks)
     scorer, teacher = Scorer(loaded, weights), Teacher(weights, config.teacher)
     checker = make_checker(config.checker)
     if checker is not None and ranks.size > 1:

@@ -56,7 +56,7 @@ class Lookahead:
         """
         contexts = [see(ratio) for ratio in self.ratios]
         rows = [(pair, tuple(context[i] for context in contexts)) for i, pair in enumerate(students)]
-        means = self._scorer.ranks.map_sharded(rows, self._rows_by_ratio)
+        means = self._scorer.map_sharded(rows, self._rows_by_ratio)
         if self._reduction == "sequence":
             return means
         lengths = [len(completion) for _, completion in students]
