@@ -263,9 +263,11 @@ def problem_sets(config: DataConfig) -> ProblemSets:
 
 def close(parts: Parts) -> None:
     """End the checker's processes, and what the engine holds outside this one."""
-    parts.engine.close()
-    if parts.checker is not None:
-        parts.checker.close()
+    try:
+        parts.engine.close()
+    finally:
+        if parts.checker is not None:
+            parts.checker.close()
 
 
 def evaluate(config: Config, split: Split = "test", *, update: int = 0) -> dict[str, Any]:
