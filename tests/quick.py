@@ -9,9 +9,10 @@ from typing import Any
 
 from atesd.config import Config, load_config
 from atesd.rows import Row, RowKind
-from atesd.runs import RunFolder
+from atesd.runs import EndStatus, RunFolder
 from atesd.session import train
 from atesd.train.checkpoint import digest, load_newest
+from atesd.train.listeners import RunInfo
 
 SMALL = (
     "data.train_size=24",
@@ -76,16 +77,20 @@ def fingerprint(run: RunFolder) -> dict[str, Any]:
 
 
 class Ears:
-    """A listener that keeps the messages."""
+    """A listener that keeps the messages, and everything else in the order in which it came."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.events: list[tuple[Any, ...]] = []
 
-    def begin(self, config: Config, folder: Path) -> None: ...
+    def begin(self, config: Config, info: RunInfo) -> None:
+        self.events.append(("begin", config, info))
 
-    def row(self, kind: RowKind, row: Row) -> None: ...
+    def row(self, kind: RowKind, row: Row) -> None:
+        self.events.append(("row", kind, row))
 
     def message(self, text: str) -> None:
         self.heard.append(text)
 
-    def end(self, status: str) -> None: ...
+    def end(self, status: EndStatus) -> None:
+        self.events.append(("end", status))

@@ -10,12 +10,13 @@ import pytest
 
 from atesd.config import Config, SearchConfig, SetpointConfig, config_from_mapping
 from atesd.control.controlled import ControlledExposure
-from atesd.control.factory import OFFERED, controlled, make_exposure
+from atesd.control.factory import controlled, make_exposure
 from atesd.control.interface import Exposure
 from atesd.control.labels import method_name
 from atesd.control.search import GroupSearch
 from atesd.control.setpoint import Setpoint
 from atesd.errors import ConfigError
+from atesd.importing import require_offers
 from atesd.maths.keyed import generator
 from atesd.records import UpdateStats
 from quick import cut_after, fingerprint, finished, quick
@@ -159,7 +160,7 @@ def test_what_learns_from_verdicts_needs_a_checker(kind):
 @pytest.mark.parametrize("kind", ["full", "random", "learned", *DECIDING])
 def test_every_exposure_offers_what_the_protocol_asks(kind):
     made = make_exposure(config(kind), 40, 0)
-    assert all(hasattr(made, part) for part in OFFERED)
+    require_offers(made, Exposure, kind, "")
     assert made.dropped == {}
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
+import torch
 
 from atesd.config import LoraConfig, ModelConfig
+from atesd.engine.batch import Batch, complete_in_batches
 from atesd.engine.builtin import BuiltinEngine
+from atesd.engine.captured import CudaGraphDecoder
+from atesd.engine.decode import Decoder
 from atesd.engine.factory import ShardedEngine, engine_for
-from atesd.engine.interface import Engine
+from atesd.engine.interface import Engine, Request, SamplingParams
+from atesd.engine.layers import read_network
 from atesd.engine.transformers import TransformersEngine
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.ranks import SINGLE_PROCESS
+from atesd.records import Rollout
 from engine_contract import GREEDY, PLAIN, EngineContract, ids_of, requests_of
 from tiny import tiny_folder, tiny_model
 
@@ -32,6 +40,32 @@ class TestSharded(EngineContract):
 
     def make(self, loaded: LoadedModel, batch_size: int = 8) -> Engine:
         return ShardedEngine(BuiltinEngine(loaded, batch_size), SINGLE_PROCESS)
+
+
+@dataclass
+class Captured:
+    """The builtin engine as it decodes on CUDA, with its graphs as plain steps."""
+
+    loaded: LoadedModel
+    batch_size: int
+
+    def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
+        def open_batch(rows: Sequence[Request]) -> Batch:
+            with torch.no_grad():
+                network = read_network(self.loaded.model, len(rows))
+            decoder = Decoder(network, [len(row.prompt_ids) for row in rows], params.completion_tokens)
+            return Batch(self.loaded, rows, params, decoder, partial(CudaGraphDecoder, decoder))
+
+        return complete_in_batches(self.loaded, requests, self.batch_size, open_batch)
+
+    def publish(self, update: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TestCaptured(EngineContract):
+    def make(self, loaded: LoadedModel, batch_size: int = 8) -> Engine:
+        return Captured(loaded, batch_size)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.config import DataConfig, ViewsConfig
 from atesd.errors import TrainingError
-from atesd.train import pretrain as module
 from atesd.world import acceptance
+from atesd.world import pretrain as module
 from atesd.world.acceptance import GateFigures, Gates, measure_gates, word_ids
 from atesd.world.model import save_world_model, world_tokenizer
 from atesd.world.pretrain import RECIPES, PretrainRecipe, pretrain, pretrain_command, pretrain_until_gated

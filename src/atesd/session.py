@@ -24,9 +24,9 @@ from atesd.errors import RunError
 from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
-from atesd.runs import RunFolder, new_manifest
+from atesd.runs import EndStatus, RunFolder, new_manifest
 from atesd.train.components import Components
-from atesd.train.listeners import Listener, Listeners
+from atesd.train.listeners import Listener, Listeners, RunInfo
 from atesd.train.loop import Trainer
 
 
@@ -61,7 +61,7 @@ def train(
             run = RunFolder(out, ranks.broadcast(partial(_run_id, components, out, known, words)))
             with ExitStack() as held:
                 ranks.broadcast(partial(_hold, held, run))
-                return _train_locked(Trainer(components, run, listener), known, words, listener)
+                return _train_watched(Trainer(components, run, listener), known, words, listener)
         finally:
             close(components)
 
@@ -126,10 +126,23 @@ def _hold(held: ExitStack, run: RunFolder) -> None:
     held.enter_context(run.lock())
 
 
+def _train_watched(trainer: Trainer, known: bool, command: Sequence[str], listener: Listeners) -> Outcome:
+    """Tell the listeners when the session begins and how it ends."""
+    run = trainer.run
+    status: EndStatus = "failed"
+    if trainer.components.loaded.ranks.first:
+        listener.begin(trainer.components.config, RunInfo(run.path, run.run_id, run.manifest, resumed=known))
+    try:
+        outcome = _train_locked(trainer, known, command, listener)
+        status = outcome.status
+        return outcome
+    finally:
+        listener.end(status)
+
+
 def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listeners) -> Outcome:
     run, config, ranks = trainer.run, trainer.components.config, trainer.components.loaded.ranks
     updates_done = trainer.resume()
-    listener.begin(config, run.path)
     if known:
         begin = partial(
             run.begin_session,
@@ -149,10 +162,8 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
     except BaseException:
         if ranks.first:
             run.end_session("failed")
-        listener.end("failed")
         raise
     ranks.broadcast(partial(run.end_session, status))
-    listener.end(status)
     return Outcome(run, status)
 
 

@@ -59,11 +59,17 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME after the recipe.")] = None,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the newest valid checkpoint.")] = Resume.AUTO,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, say what is planned, stop.")] = False,
+    listener: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Who else watches: f(run folder) gives a listener. Repeatable."),
+    ] = None,
 ) -> None:
     """Train, with live progress. Ctrl-C saves a checkpoint; the same command resumes. torchrun: one process a card."""
+    from atesd.cli.watching import NamedListeners
     from atesd.config import load_config
 
     config = load_config(recipe, settings or [])
+    named = NamedListeners(listener or [])
     if dry_run:
         _show_plan(config)
         return
@@ -78,9 +84,8 @@ def train(
     ):
         from atesd import session
 
-        outcome = session.train(
-            config, folder, resume=resume.value, listeners=[display] if display else [], command=sys.argv
-        )
+        listeners = [display, *named.made(folder)] if display is not None else []
+        outcome = session.train(config, folder, resume=resume.value, listeners=listeners, command=sys.argv)
     if ranks.first:
         for line in closing_lines(outcome.run, config, outcome.status):
             typer.echo(line)

@@ -20,7 +20,7 @@ from atesd.config import Config
 from atesd.rows import EvaluationRow, MetricsRow, Row, RowKind
 from atesd.runs import EndStatus, RunFolder
 from atesd.text import MISSING, duration, number, percent, percent_interval, visible
-from atesd.train.listeners import Listener
+from atesd.train.listeners import Listener, RunInfo
 
 PHASES = ("sample", "teacher", "student", "loss_backward", "control", "evaluate")
 
@@ -86,7 +86,7 @@ class PlainLines:
         self._progress = progress
         self._file = file or sys.stdout
 
-    def begin(self, config: Config, folder: Path) -> None:
+    def begin(self, config: Config, info: RunInfo) -> None:
         """Nothing yet."""
 
     def row(self, kind: RowKind, row: Row) -> None:
@@ -113,7 +113,7 @@ class LiveBar:
         self._progress = progress
         self._console = console
 
-    def begin(self, config: Config, folder: Path) -> None:
+    def begin(self, config: Config, info: RunInfo) -> None:
         """Nothing yet."""
 
     def row(self, kind: RowKind, row: Row) -> None:

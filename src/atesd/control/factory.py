@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 from atesd.config import Config
@@ -14,10 +13,7 @@ from atesd.control.interface import Exposure
 from atesd.control.learned import LearnedExposure
 from atesd.control.search import GroupSearch
 from atesd.control.setpoint import Setpoint
-from atesd.errors import ConfigError
-
-OFFERED = tuple(name for name in vars(Exposure) if not name.startswith("_"))
-"""What an exposure must have."""
+from atesd.importing import named_function, require_offers
 
 
 def make_exposure(config: Config, num_updates: int, seed: int, replay: Sequence[float] = ()) -> Exposure:
@@ -89,20 +85,11 @@ def controlled(controller: Controller, config: Config, seed: int) -> ControlledE
 def _made_by_factory(config: Config, num_updates: int, seed: int) -> Exposure:
     """What `exposure.factory` makes of (config, num_updates, seed). It must be importable; nothing else is asked."""
     name = config.exposure.factory or ""
-    module, colon, function = name.partition(":")
-    if not (colon and module and function):
-        raise ConfigError(f"exposure.factory: {name!r} is not allowed; expected module:function")
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"exposure.factory: {name} cannot be imported ({error}); install it, or name its folder in PYTHONPATH"
-        ) from error
-    made: Exposure = factory(config, num_updates, seed)
-    missing = [part for part in OFFERED if not hasattr(made, part)]
-    if missing:
-        raise ConfigError(
-            f"exposure.factory: {name} made a {type(made).__name__} without {', '.join(missing)}; a controller becomes "
-            "an exposure by atesd.control.factory.controlled(controller, config, seed)"
-        )
+    made: Exposure = named_function(name, "exposure.factory")(config, num_updates, seed)
+    require_offers(
+        made,
+        Exposure,
+        f"exposure.factory: {name}",
+        "a controller becomes an exposure by atesd.control.factory.controlled(controller, config, seed)",
+    )
     return made

@@ -143,7 +143,10 @@ def complete_in_batches(
     batch_size: int,
     open_batch: Callable[[Sequence[Request]], Batch],
 ) -> list[Rollout]:
-    """Complete the requests, `batch_size` of about the same length together, without gradient; in their order."""
+    """Complete the requests, `batch_size` of about the same length together, without gradient; in their order.
+
+    Raises `ValueError` that names the problem of an empty prompt.
+    """
     for request in requests:
         if not request.prompt_ids:
             raise ValueError(f"the prompt of {request.problem_id} is empty")

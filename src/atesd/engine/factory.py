@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal, final
 
@@ -17,14 +18,18 @@ from atesd.records import Rollout
 EngineKind = Literal["auto", "builtin", "transformers"]
 
 
-def engine_for(loaded: LoadedModel, kind: EngineKind, batch_size: int) -> Engine:
+Whole = Callable[[], AbstractContextManager[None]]
+"""`Weights.whole`: inside, ranks may run the model as often as each of them likes."""
+
+
+def engine_for(loaded: LoadedModel, kind: EngineKind, batch_size: int, whole: Whole = nullcontext) -> Engine:
     """The engine of `sampling.engine`, its work shared between the ranks of the model.
 
     `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not.
     """
     builtin = kind == "builtin" or (kind == "auto" and unsupported(loaded.model) is None)
     engine: Engine = (BuiltinEngine if builtin else TransformersEngine)(loaded, batch_size)
-    return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks)
+    return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks, whole)
 
 
 def engine_note(loaded: LoadedModel, kind: EngineKind) -> str | None:
@@ -37,14 +42,17 @@ def engine_note(loaded: LoadedModel, kind: EngineKind) -> str | None:
 class ShardedEngine:
     """Each rank completes its shard of the requests with an engine of its own, and learns all rollouts."""
 
-    def __init__(self, engine: Engine, ranks: Ranks) -> None:
-        self._engine, self._ranks = engine, ranks
+    def __init__(self, engine: Engine, ranks: Ranks, whole: Whole = nullcontext) -> None:
+        self._engine, self._ranks, self._whole = engine, ranks, whole
 
     def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Engine`. What fails on one rank is raised on all."""
-        told = self._ranks.map_sharded(
-            requests, lambda own: [asdict(rollout) for rollout in self._engine.complete(own, params)]
-        )
+
+        def work(own: Sequence[Request]) -> list[dict[str, Any]]:
+            return [asdict(rollout) for rollout in self._engine.complete(own, params)]
+
+        with self._whole():
+            told = self._ranks.map_sharded(requests, work)
         return [_from_json(rollout) for rollout in told]
 
     def publish(self, update: int) -> None:

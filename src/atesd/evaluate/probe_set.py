@@ -157,7 +157,7 @@ class ProbeSet:
         students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
         teachers = list(zip(contexts, self._completions, strict=True))
         pairs = list(zip(students, teachers, strict=True))
-        means = self._scorer.ranks.map_sharded(pairs, self._divergences)
+        means = self._scorer.map_sharded(pairs, self._divergences)
         return fmean(means)
 
     def _divergences(self, pairs: Sequence[tuple[Pair, Pair]]) -> list[float]:

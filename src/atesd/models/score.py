@@ -8,10 +8,10 @@ that padding can reach no real token; masks come from lengths, never from the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,9 @@ from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.models.token_tree import follows_trees
 from atesd.models.weights import ReplicatedWeights, Weights
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
@@ -72,6 +75,11 @@ class Scorer:
     def ranks(self) -> Ranks:
         """The processes that hold this model."""
         return self._loaded.ranks
+
+    def map_sharded(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+        """`Ranks.map_sharded` for work without gradient that runs this model, on each rank as often as it likes."""
+        with self._weights.whole():
+            return self._loaded.ranks.map_sharded(items, work)
 
     @property
     def backbone(self) -> Any:
@@ -195,7 +203,7 @@ def completion_logprobs(
 
     if scorer.ranks.size == 1:
         return score(pairs)
-    told = scorer.ranks.map_sharded(pairs, lambda mine: [row.tolist() for row in score(mine)])
+    told = scorer.map_sharded(pairs, lambda mine: [row.tolist() for row in score(mine)])
     return [torch.tensor(row, device=scorer.device) for row in told]
 
 

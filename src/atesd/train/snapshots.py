@@ -54,7 +54,7 @@ class Snapshots:
         """The state after the last update."""
         c = self._components
         return {
-            "student": {name: parameter.detach() for name, parameter in c.weights.trained.items()},
+            "student": {name: part.tensor for name, part in c.weights.parts().items()},
             "optimiser": c.optimiser.state_dict(),
             "teacher": c.teacher.state_dict(),
             "exposure": c.exposure.state_dict(),
