@@ -112,7 +112,7 @@ def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresigh
 def _compare(parts: Parts, world: str, checkpoint: str, updates: int) -> Foresight:
     config, lookahead = parts.config, parts.lookahead
     if lookahead is None:
-        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.token_gate: aligned")
+        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.gate: aligned")
     direction = lookahead.direction
     direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
     first = config.train.num_updates  # batches beyond those that were trained on
@@ -252,8 +252,8 @@ def settings(overrides: Sequence[str], checkpoint: str) -> list[str]:
         f"model.path=world:{checkpoint}",
         "exposure.kind=fixed",
         "exposure.reveal_ratio=0.5",
-        "loss.token_gate=aligned",
-        "aligned.min_correct=1",
+        "loss.gate=aligned",
+        "alignment.min_correct=1",
         "train.num_updates=100",
         "train.seed=50",
     ]

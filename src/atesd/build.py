@@ -16,7 +16,17 @@ from typing import Any, Literal, final
 
 import torch
 
-from atesd.config import Config, DataConfig, dump_config
+from atesd.config import (
+    AlignedGateSettings,
+    AlignedSettings,
+    Config,
+    CorrectGateSettings,
+    DataConfig,
+    RandomGateSettings,
+    RankedGateSettings,
+    ReplaySettings,
+    dump_config,
+)
 from atesd.control.factory import make_exposure
 from atesd.data.answers import Checker, make_checker
 from atesd.data.sources import load_problems, require_consistent
@@ -297,15 +307,15 @@ def make_lookahead(
     config: Config, loaded: LoadedModel, scorer: Scorer, teacher: Teacher, encoder: PromptEncoder
 ) -> Lookahead | None:
     """The first-order look-ahead, where the exposure or the token gate needs it."""
-    wanted = config.exposure.kind == "aligned" or config.loss.token_gate == "aligned"
-    if not wanted or config.train.method != "distill":
+    if not config.looks_ahead:
         return None
+    exposure = config.exposure if isinstance(config.exposure, AlignedSettings) else AlignedSettings()
     return Lookahead(
         SuccessDirection(trainable_parameters(loaded), scorer, encoder, config),
         scorer,
         teacher,
         objective(config),
-        config.aligned.ratios,
+        exposure.ratios,
         micro_batch_size=config.train.micro_batch_size,
         chunk_tokens=config.loss.chunk_tokens,
         reduction=config.loss.reduction,
@@ -314,30 +324,29 @@ def make_lookahead(
 
 def make_choice(config: Config, lookahead: Lookahead | None) -> Choose | None:
     """The choice of a view for every token, and of the tokens, where the exposure has `granularity: per_token`."""
-    if lookahead is None or config.exposure.granularity != "per_token":
+    if lookahead is None or config.granularity != "per_token":
         return None
-    return AlignedChoice(lookahead, gated=config.loss.token_gate == "aligned")
+    return AlignedChoice(lookahead, gated=config.loss.gate.kind == "aligned")
 
 
 def make_gate(config: Config, lookahead: Lookahead | None) -> Gate | None:
-    """Which tokens are distilled: `loss.token_gate`."""
-    loss = config.loss
-    match loss.token_gate:
-        case "aligned" if lookahead is not None:
+    """Which tokens are distilled: `loss.gate`."""
+    match config.loss.gate:
+        case AlignedGateSettings() if lookahead is not None:
             return AlignedGate(lookahead)
-        case "correct":
+        case CorrectGateSettings():
             return correct_gate
-        case "random":
-            return RandomGate(loss.gate_share, config.train.seed)
-        case "disagreement" | "entropy":
-            return RankedGate(loss.token_gate, loss.gate_share, loss.gate_side, objective(config))
+        case RandomGateSettings(share=share):
+            return RandomGate(share, config.train.seed)
+        case RankedGateSettings(kind=kind, share=share, side=side):
+            return RankedGate(kind, share, side, objective(config))
         case _:
             return None
 
 
 def replayed_ratios(config: Config) -> list[float]:
     """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
-    if config.exposure.kind != "replay" or config.exposure.replay_run is None:
+    if not isinstance(config.exposure, ReplaySettings):
         return []
     return [row["reveal_ratio"] for row in RunFolder.open(config.exposure.replay_run).rows("metrics")]
 
@@ -346,7 +355,7 @@ def _perhaps_too_long(
     problems: Sequence[Problem], config: Config, encoder: PromptEncoder, renderer: Renderer
 ) -> Sequence[Problem]:
     """The problems whose shortest teacher context is too long; all of them where a control changes what it holds."""
-    if config.train.method != "distill" or config.exposure.control != "off":
+    if config.train.method != "distill" or config.exposure.reference_ablation != "off":
         return problems
     room = config.model.max_context_tokens - config.sampling.completion_tokens
     shortest = encoder.teachers([renderer.teacher(problem, 0, False) for problem in problems])

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from atesd.config import Config, dump_config, load_config
+from atesd.config import Config, acting_settings, dump_config, load_config
 from atesd.errors import RunError
 
 RowKind = Literal["metrics", "decisions", "evaluations", "samples"]
@@ -190,7 +190,7 @@ class RunFolder:
 
         Raises `RunError` that lists every other change: a resumed run must be the same run.
         """
-        changes = _changes(self.config.model_dump(mode="json"), config.model_dump(mode="json"))
+        changes = _changes(acting_settings(self.config), acting_settings(config))
         refused = [text for setting, text in changes.items() if not _may_change(setting)]
         if config.train.num_updates < self.config.train.num_updates:
             refused.append(changes["train.num_updates"] + " (it may only grow)")

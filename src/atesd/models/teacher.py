@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from atesd.config import TeacherConfig
+from atesd.config import EmaTeacher, RefreshedTeacher, TeacherConfig
 from atesd.errors import CheckpointError
 
 
@@ -47,10 +47,10 @@ class Teacher:
     @torch.no_grad()
     def after_update(self, updates_done: int) -> None:
         """Move the teacher's clock: average (`ema`) or copy (`refresh`) after a student update."""
-        if self._config.weights == "ema":
+        if isinstance(self._config, EmaTeacher):
             for name, value in self._values.items():
-                value.lerp_(self._trained[name].detach(), 1 - self._config.ema_decay)
-        elif self._config.weights == "refresh" and updates_done % self._config.refresh_every == 0:
+                value.lerp_(self._trained[name].detach(), 1 - self._config.decay)
+        elif isinstance(self._config, RefreshedTeacher) and updates_done % self._config.every == 0:
             for name, value in self._values.items():
                 value.copy_(self._trained[name])
 

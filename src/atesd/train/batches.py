@@ -111,7 +111,7 @@ def look_ahead(problems: Sequence[Problem], rollouts: Sequence[Rollout], update:
 def candidates(problem: Problem, parts: Parts) -> tuple[Candidate, ...]:
     """What the teacher reads of a problem at each ratio among which its tokens choose; empty while they cannot."""
     lookahead = parts.lookahead
-    if lookahead is None or parts.config.exposure.granularity != "per_token" or not lookahead.direction.known:
+    if lookahead is None or parts.config.granularity != "per_token" or not lookahead.direction.known:
         return ()
     given = parts.config, parts.encoder, parts.renderer, parts.problems.train
     seen = [(ratio, *teacher_view(problem, ratio, *given)) for ratio in lookahead.ratios]
@@ -169,7 +169,7 @@ def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 def group_of(problem: Problem, config: Config) -> str:
     """Which rows share what `reveal_ratio` of the exposure says: all, those of a difficulty, or those of a problem."""
     groups = {"per_difficulty": str(problem.difficulty), "per_problem": problem.id}
-    return groups.get(config.exposure.granularity, "")
+    return groups.get(config.granularity, "")
 
 
 def teacher_view(
@@ -186,12 +186,12 @@ def teacher_view(
     """
     if config.train.method != "distill":
         return View("", 0, len(problem.segments)), ()
-    if config.exposure.control == "none":
+    if config.exposure.reference_ablation == "none":
         message = renderer.student(problem)
         return View(message, 0, len(problem.segments)), encoder.teacher(message)
     shown = problem
-    if config.exposure.control != "off":
-        shown = controlled(problem, config.exposure.control, others, config.train.seed)
+    if config.exposure.reference_ablation != "off":
+        shown = controlled(problem, config.exposure.reference_ablation, others, config.train.seed)
     room = config.model.max_context_tokens - config.sampling.completion_tokens
     read: dict[str, tuple[int, ...]] = {}
 

@@ -349,4 +349,5 @@ def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dic
 def objective(config: Config) -> Objective:
     """The configured divergence."""
     loss = config.loss
-    return Objective(loss.divergence, loss.clip, loss.threshold, config.loss_temperature, loss.jsd_weight, loss.top_k)
+    divergence = loss.divergence
+    return Objective(divergence.kind, loss.clip, loss.threshold, config.loss_temperature, loss.jsd_weight, loss.top_k)

@@ -48,7 +48,7 @@ class SuccessDirection:
     """Remembers the rollouts of a hold, turns them into a unit direction, and displaces the student along it.
 
     Rollouts that gave a direction are then forgotten: what is scored along it is always newer. `step_metric` turns a
-    gradient into the step that the optimiser would make of it; read under `aligned.metric: optimiser`.
+    gradient into the step that the optimiser would make of it; read under `alignment.metric: optimiser`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class SuccessDirection:
     ) -> None:
         """Keep the graded rollouts of an update."""
         for problem, rollout, verdict in zip(problems, rollouts, verdicts, strict=True):
-            read = self._config.aligned.success == "references"
+            read = self._config.alignment.success == "references"
             reference = self._encoder.completion(problem.reference) if read else ()
             context, completion = rollout.prompt_ids, rollout.completion_ids
             self._attempts.append(
@@ -108,7 +108,7 @@ class SuccessDirection:
         ascent = {name: -p.grad for name, p in self._parameters.items() if p.grad is not None}
         for parameter in self._parameters.values():
             parameter.grad = None
-        if self._config.aligned.metric == "optimiser":
+        if self._config.alignment.metric == "optimiser":
             ascent = self.step_metric(ascent)
         length = _length(ascent.values())
         if not torch.isfinite(length) or length == 0:
@@ -153,7 +153,7 @@ class SuccessDirection:
                     self._parameters[name].data = value
 
     def _scaled_epsilon(self, rows: Sequence[Row]) -> float:
-        """The step that changes logits by `aligned.logit_change` nats (root mean square), from a trial step.
+        """The step that changes logits by `alignment.logit_change` nats (root mean square), from a trial step.
 
         Enlarged while it changes them by clearly less: what a small step changes in bfloat16 is mostly rounding. 0 if
         no step changes anything.
@@ -164,7 +164,7 @@ class SuccessDirection:
             count += len(row.completion)
             if count >= _CALIBRATION_TOKENS:
                 break
-        wanted = self._config.aligned.logit_change
+        wanted = self._config.alignment.logit_change
         distance = _TRIAL * float(_length(p.detach() for p in self._parameters.values()))
         change = self._logit_change(pairs, distance)
         for _ in range(_ENLARGEMENTS):
@@ -187,9 +187,9 @@ class SuccessDirection:
 def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Row]:
     """The rollouts (or references) whose likelihood is to rise, each with its advantage as `scale`.
 
-    Empty if fewer than `aligned.min_correct` are correct, or none is wrong where success is centred.
+    Empty if fewer than `alignment.min_correct` are correct, or none is wrong where success is centred.
     """
-    settings = config.aligned
+    settings = config.alignment
     correct = [attempt.correct for attempt in attempts]
     if sum(correct) < settings.min_correct:
         return []
@@ -211,8 +211,8 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
 
 
 def drawn(rows: list[Row], config: Config, update: int) -> list[Row]:
-    """At most `aligned.direction_rollouts` of the rows, drawn by key: the direction is a backward pass over them."""
-    most = config.aligned.direction_rollouts
+    """At most `alignment.direction_rollouts` of the rows, drawn by key: the direction is a backward pass over them."""
+    most = config.alignment.direction_rollouts
     if most is None or len(rows) <= most:
         return rows
     chosen = generator(config.train.seed, "direction", update).permutation(len(rows))[:most]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from atesd.build import Silent
-from atesd.config import Config, with_overrides
+from atesd.config import AlignedSettings, Config, with_overrides
 from atesd.control.fixed import FixedExposure
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER
 from atesd.errors import ConfigError
@@ -45,7 +45,7 @@ TAIL = 0.05
 
 MOST_PROBLEMS = 256
 VIEWS_MEASURED = 512  # training problems whose whole reference is rendered, for the over-long share
-PLAIN = ("loss.token_gate=none", "train.grpo_weight=0")
+PLAIN = ("exposure.kind=full", "loss.gate=none", "train.grpo_weight=0", "data.on_bad_row=skip")
 """Distillation of one rollout a problem, with nothing around it."""
 
 
@@ -138,7 +138,12 @@ def profiled_config(config: Config) -> Config:
     """
     if config.train.method != "distill":
         raise ConfigError(f"profile: train.method: {config.train.method} has no teacher; set train.method: distill")
-    return with_overrides(config, ["exposure.kind=full", "exposure.granularity=update", *PLAIN, "data.on_bad_row=skip"])
+    return with_overrides(config, PLAIN).model_copy(update={"alignment": config.alignment})
+
+
+def ratios_of(config: Config) -> tuple[float, ...]:
+    """The ratios of the recipe's look-ahead; the usual ones where it has none."""
+    return (config.exposure if isinstance(config.exposure, AlignedSettings) else AlignedSettings()).ratios
 
 
 def default_problems(parts: Parts) -> int:
@@ -146,15 +151,20 @@ def default_problems(parts: Parts) -> int:
     return min(8 * parts.config.train.batch_size, MOST_PROBLEMS, len(parts.problems.train))
 
 
-def measure_profile(parts: Parts, problems: int | None = None, say: Callable[[str], None] | None = None) -> Profile:
+def measure_profile(
+    parts: Parts,
+    problems: int | None = None,
+    say: Callable[[str], None] | None = None,
+    ratios: Sequence[float] = AlignedSettings().ratios,
+) -> Profile:
     """Profile the student of `parts`, whose config is a `profiled_config`, on as many training problems.
 
     `say` is told what is done and how long it took. The last thing done is one update, after which the student is no
     longer the one that was profiled. Raises `ConfigError` for more problems than there are, or a single ratio.
     """
-    ratios = tuple(sorted(set(parts.config.aligned.ratios)))
+    ratios = tuple(sorted(set(ratios)))
     if len(ratios) < 2:
-        raise ConfigError(f"aligned.ratios: {ratios[0]:g} alone; a profile needs two ratios or more")
+        raise ConfigError(f"exposure.ratios: {ratios[0]:g} alone; a profile needs two ratios or more")
     available = len(parts.problems.train)
     count = default_problems(parts) if problems is None else problems
     if not 2 <= count <= available:

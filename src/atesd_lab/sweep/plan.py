@@ -11,7 +11,8 @@
 
 A value `{cell: {arm: sound}}` stands for the run folder of the cell that has this point on that axis, and otherwise
 the points and the seed of the cell where it stands; that cell is then trained first. A point may set `recipe` too.
-`exclude` lists combinations to leave out: `{world: steps, arm: [best, random]}`.
+`exclude` lists combinations to leave out: `{world: steps, arm: [best, random]}`. `without` lists settings that some
+combinations do without, because nothing would read them there: `{world: ema, arm: grpo, settings: [teacher.weights]}`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Plan(Component):
     axes: dict[str, list[Any] | dict[str, Overrides]] = Field(default_factory=dict, description="what varies")
     seeds: Annotated[int, Field(ge=1)] | Seeds = Field(1, description="how many, from 0, or a list: train.seed")
     exclude: list[dict[str, Any]] = Field(default_factory=list, description="combinations that are left out")
+    without: list[dict[str, Any]] = Field(default_factory=list, description="settings that combinations do without")
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -135,7 +137,8 @@ def cells_of(plan: Plan, out: Path, name: str = "plan") -> list[Cell]:
     """
     axes = [_axis(axis, points, name) for axis, points in plan.axes.items()]
     _require_apart(plan, axes, name)
-    excluded = _excluded(plan, axes, name)
+    excluded = [_combination(entry, plan, axes, f"{name}: exclude[{i}]") for i, entry in enumerate(plan.exclude)]
+    spared = [_spared(entry, plan, axes, f"{name}: without[{i}]") for i, entry in enumerate(plan.without)]
     combinations = [
         (dict(zip((axis.name for axis in axes), points, strict=True)), seed)
         for seed in plan.seed_list
@@ -145,7 +148,7 @@ def cells_of(plan: Plan, out: Path, name: str = "plan") -> list[Cell]:
     if not kept:
         raise ConfigError(f"{name}: exclude leaves no cell of {len(combinations)}")
     folders = {_key(points, seed): _folder(out, points, seed) for points, seed in kept}
-    cells = [_cell(plan, axes, points, seed, folders, name) for points, seed in kept]
+    cells = [_cell(plan, axes, points, seed, folders, _omitted(points, seed, spared), name) for points, seed in kept]
     _require_configs(cells, name)
     return _in_order(cells, name)
 
@@ -227,26 +230,45 @@ def _require_apart(plan: Plan, axes: Sequence[_Axis], name: str) -> None:
         groups[group] = points
 
 
-def _excluded(plan: Plan, axes: Sequence[_Axis], name: str) -> list[dict[str, set[Any]]]:
-    """Each entry of `exclude` as axis -> names of points (or seeds)."""
+def _combination(entry: Mapping[str, Any], plan: Plan, axes: Sequence[_Axis], where: str) -> dict[str, set[Any]]:
+    """An entry of `exclude` or `without` as axis -> names of points (or seeds)."""
     by_name = {axis.name: axis for axis in axes}
-    found = []
-    for place, entry in enumerate(plan.exclude):
-        where = f"{name}: exclude[{place}]"
-        named: dict[str, set[Any]] = {}
-        for axis, written in entry.items():
-            listed = written if isinstance(written, list) else [written]
-            if axis == "seed":
-                named[axis] = set(listed)
-                unknown = sorted(map(str, named[axis] - set(plan.seed_list)))
-                if unknown:
-                    raise ConfigError(f"{where}: seed {', '.join(unknown)} is not in the plan: {plan.seed_list}")
-            else:
-                named[axis] = {_known_axis(axis, by_name, where).point(point, where) for point in listed}
-        if not named:
-            raise ConfigError(f"{where}: is empty, which would leave out everything; name an axis and a point")
-        found.append(named)
-    return found
+    named: dict[str, set[Any]] = {}
+    for axis, written in entry.items():
+        listed = written if isinstance(written, list) else [written]
+        if axis == "seed":
+            named[axis] = set(listed)
+            unknown = sorted(map(str, named[axis] - set(plan.seed_list)))
+            if unknown:
+                raise ConfigError(f"{where}: seed {', '.join(unknown)} is not in the plan: {plan.seed_list}")
+        else:
+            named[axis] = {_known_axis(axis, by_name, where).point(point, where) for point in listed}
+    if not named:
+        raise ConfigError(f"{where}: is empty, which would leave out everything; name an axis and a point")
+    return named
+
+
+def _spared(
+    entry: Mapping[str, Any], plan: Plan, axes: Sequence[_Axis], where: str
+) -> tuple[dict[str, set[Any]], frozenset[str]]:
+    """An entry of `without`: the combination, and the settings that it does without."""
+    written = entry.get("settings")
+    listed = written if isinstance(written, list) else [written]
+    set_anywhere = {*plan.common, *(setting for axis in axes for point in axis.points.values() for setting in point)}
+    for setting in listed:
+        if setting not in set_anywhere:
+            raise ConfigError(
+                f"{where}: settings: {setting!r} is set nowhere in the plan{_nearest(str(setting), set_anywhere)}"
+            )
+    rest = {axis: points for axis, points in entry.items() if axis != "settings"}
+    return _combination(rest, plan, axes, where), frozenset(listed)
+
+
+def _omitted(
+    points: Mapping[str, str], seed: int, spared: Sequence[tuple[Mapping[str, set[Any]], frozenset[str]]]
+) -> frozenset[str]:
+    """The settings that a cell does without."""
+    return frozenset().union(*(settings for entry, settings in spared if _is_excluded(points, seed, [entry])))
 
 
 def _known_axis(axis: str, axes: Mapping[str, _Axis], where: str) -> _Axis:
@@ -274,12 +296,14 @@ def _cell(
     points: Mapping[str, str],
     seed: int,
     folders: Mapping[tuple[Any, ...], Path],
+    omitted: frozenset[str],
     name: str,
 ) -> Cell:
     where = f"{name}: cell {_folder(Path(), points, seed)}"
     settings = dict(plan.common)
     for axis in axes:
         settings |= axis.points[points[axis.name]]
+    settings = {setting: value for setting, value in settings.items() if setting not in omitted}
     recipe = str(settings.pop("recipe", plan.recipe))
     needs: dict[str, Path] = {}
     for setting, value in settings.items():
