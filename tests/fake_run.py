@@ -18,7 +18,7 @@ def fake_config(updates: int, seed: int = 0, kind: str = "learned", **groups: An
     return config_from_mapping(
         {
             "data": {"source": "world", "leap_share": 0.5},
-            "exposure": {"kind": kind},
+            "exposure": {"kind": kind} | ({"replay_run": "elsewhere"} if kind == "replay" else {}),
             "sampling": {"completion_tokens": 40},
             "train": {"num_updates": updates, "seed": seed},
             **groups,

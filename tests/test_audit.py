@@ -38,7 +38,8 @@ from atesd_lab.audit.measure import MeasuredStudent, Reading, fresh_success, rea
 from atesd_lab.audit.null_measure import ScoredRollout, ScoredRollouts, as_batches, measure, redrawn, score_rollouts
 from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, noise
 from atesd_lab.audit.text import readings_table, rewards_table, sentences
-from quick import SMALL, quick
+from quick import SMALL_LEARNED as SMALL
+from quick import quick
 
 Loss = Callable[[float, float], float]
 RATIOS = np.linspace(0, 1, 5).tolist()
@@ -197,7 +198,7 @@ def test_the_number_of_updates_it_names_is_enough():
     ("setting", "mend"),
     [
         ("credit.shuffle_rewards=true", "credit.shuffle_rewards=false"),
-        ("policy.learning_rate=0", "policy.learning_rate=0.02"),
+        ("exposure.policy.learning_rate=0", "exposure.policy.learning_rate=0.02"),
     ],
 )
 def test_a_policy_that_cannot_learn_from_anything_is_said(setting: str, mend: str):

@@ -23,7 +23,7 @@ from atesd.control.learned import LearnedExposure
 from atesd.records import UpdateStats
 from atesd.runs import RunFolder
 from fake_run import begin_run, fake_config, metric_row, write_fake_run
-from quick import SMALL
+from quick import SMALL_LEARNED as SMALL
 
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
 

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from atesd.config import TeacherConfig
+from atesd.config import FrozenTeacher
 from atesd.engine import layers
 from atesd.engine.captured import StaticSteps
 from atesd.engine.decode import Decoder
@@ -199,7 +199,7 @@ def test_weights_are_read_anew_by_every_call():
 @pytest.mark.usefixtures("layout")
 def test_inside_the_teachers_weights_the_teacher_is_sampled():
     loaded, requests = make("llama"), requests_of([4, 7])
-    teacher, before = Teacher(loaded.model, TeacherConfig(weights="frozen")), sample(make("llama"), requests, KEYED)
+    teacher, before = Teacher(loaded.model, FrozenTeacher()), sample(make("llama"), requests, KEYED)
     with torch.no_grad():
         loaded.model.lm_head.weight.neg_()
     assert sample(loaded, requests, KEYED) != before

@@ -18,7 +18,7 @@ from atesd_lab.studies.demo import ARMS, Arm, Scores, best_fixed, curve, demo_te
 from atesd_lab.studies.demo_figure import draw_demo
 from atesd_lab.sweep import jobs
 from fake_run import write_fake_run
-from quick import SMALL
+from quick import SMALL_LEARNED as SMALL
 
 
 def row(value: float) -> dict[str, Any]:

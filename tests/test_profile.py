@@ -38,7 +38,7 @@ from quick import quick
 
 RATIOS = (0.0, 0.5, 1.0)
 CONFIG = profiled_config(
-    quick("train.batch_size=16", "aligned.min_correct=2", "aligned.ratios=[0, 0.5, 1]", "sampling.temperature=0.9")
+    quick("train.batch_size=16", "alignment.min_correct=2", "exposure.ratios=[0, 0.5, 1]", "sampling.temperature=0.9")
 )
 
 
@@ -67,12 +67,12 @@ def test_the_rollouts_are_those_that_training_would_draw(parts: Parts) -> None:
 
 def test_gates_and_other_losses_stay_out_of_the_profile_and_in_the_suggested_recipe(profile: Profile) -> None:
     config = quick(
-        "train.grpo_weight=0.5", "train.group_size=2", "loss.token_gate=aligned", "exposure.kind=per_problem"
+        "train.grpo_weight=0.5", "train.group_size=2", "loss.gate=aligned", "exposure.kind=per_problem"
     )
     plain = profiled_config(config)
-    assert (plain.train.grpo_weight, plain.loss.token_gate, plain.exposure.kind) == (0, "none", "full")
+    assert (plain.train.grpo_weight, plain.loss.gate, plain.exposure.kind) == (0, "none", "full")
     suggested = suggested_config(profile, config)
-    assert (suggested.train.grpo_weight, suggested.loss.token_gate) == (0.5, "aligned")
+    assert (suggested.train.grpo_weight, suggested.loss.gate) == (0.5, "aligned")
     assert suggested.exposure.kind in ("full", "fixed")
 
 
@@ -147,11 +147,11 @@ def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Parts) -
 
 
 def test_too_few_correct_rollouts_are_said_and_no_checker_is_too() -> None:
-    few = build(profiled_config(quick("aligned.min_correct=500")))
+    few = build(profiled_config(quick("alignment.min_correct=500")))
     found = align(few, show(few, 4, RATIOS), RATIOS)
     close(few)
     assert isinstance(found, str)
-    assert "aligned.min_correct wants 500 in each; raise --problems" in found
+    assert "alignment.min_correct wants 500 in each; raise --problems" in found
     blind = build(profiled_config(quick("data.checker=none")))
     profile = measure_profile(blind, 4)
     assert profile.student is None
@@ -330,7 +330,7 @@ def test_bad_input_is_named_with_what_is_allowed(parts: Parts, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"--problems 25: expected 2 to 24"):
         measure_profile(parts, 25)
     aligned_ratios = CONFIG.aligned.model_copy(update={"ratios": (0.5, 0.5)})
-    with pytest.raises(ConfigError, match=r"aligned.ratios: 0.5 alone"):
+    with pytest.raises(ConfigError, match=r"exposure.ratios: 0.5 alone"):
         measure_profile(replace(parts, config=CONFIG.model_copy(update={"aligned": aligned_ratios})))
     with pytest.raises(ConfigError, match=r"train.method: sft has no teacher"):
         profiled_config(quick("train.method=sft"))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atesd.control.labels import method_name
+from atesd.config import method_name
 from atesd.errors import RunError
 from atesd.runs import RunFolder
 from atesd.text import duration, number, percent, percent_interval, points_interval, visible

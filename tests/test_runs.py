@@ -383,7 +383,7 @@ def test_what_ends_bit_exactness_is_told(tmp_path: Path):
     longer = config.model_copy(update={"train": config.train.model_copy(update={"num_updates": 80})})
     notes = run.begin_session(longer, command=[], updates_done=1, threads=2)
     for said in (
-        "policy.entropy_cost depends on train.num_updates",
+        "exposure.policy.entropy_cost depends on train.num_updates",
         "train.learning_rate_schedule depends",
         "versions.torch: 2.0.0 ->",
         "threads: 1 -> 2",

@@ -22,7 +22,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from atesd.config import LoraConfig, TeacherConfig
+from atesd.config import LoraConfig, FrozenTeacher
 from atesd.models import shared_prefix
 from atesd.models.load import LoadedModel, _with_adapter
 from atesd.models.score import Pair, Scorer
@@ -106,7 +106,7 @@ def test_with_an_adapter_the_teacher_is_the_teacher() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.3)
-    scorer, teacher = Scorer(dataclasses.replace(loaded, model=model)), Teacher(model, TeacherConfig())
+    scorer, teacher = Scorer(dataclasses.replace(loaded, model=model)), Teacher(model, FrozenTeacher())
     groups = GROUPS["nested views with a tail"]
     student = shared_hidden(scorer, groups)
     assert_equal(student, separately(scorer, groups))

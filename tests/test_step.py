@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atesd.config import TeacherConfig, TrainConfig
+from atesd.config import FrozenTeacher, TrainConfig
 from atesd.maths.divergence import Objective
 from atesd.models.load import LoadedModel
 from atesd.models.score import Scorer
@@ -29,7 +29,7 @@ TEMPERATURE = 1.3
 
 
 def distilled(loaded: LoadedModel, micro_batch_size: int, reduction: str = "sequence", chunk: int = 4) -> StepMeters:
-    teacher = Teacher(loaded.model, TeacherConfig())
+    teacher = Teacher(loaded.model, FrozenTeacher())
     objective = Objective(temperature=TEMPERATURE)
     how = {"reduction": reduction, "micro_batch_size": micro_batch_size, "chunk_tokens": chunk}
     return distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: str) -> No
 def test_the_gradient_does_not_depend_on_the_token_budget(budget: int) -> None:
     whole, cut = tiny_model(), tiny_model()
     distilled(whole, len(ROWS))
-    teacher, objective = Teacher(cut.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(cut.model, FrozenTeacher()), Objective(temperature=TEMPERATURE)
     how = {"reduction": "sequence", "micro_batch_size": 1, "micro_batch_tokens": budget, "chunk_tokens": 4}
     distill(Scorer(cut), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
     for a, b in zip(gradients(whole), gradients(cut), strict=True):
@@ -111,7 +111,7 @@ def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(siz
     asked = [dataclasses.replace(row, answer=answer) for row, answer in zip(ROWS, answers, strict=True)]
     plain, measured = tiny_model(), tiny_model()
     without = distilled(plain, size)
-    teacher, objective = Teacher(measured.model, TeacherConfig()), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(measured.model, FrozenTeacher()), Objective(temperature=TEMPERATURE)
     how = {"reduction": "sequence", "micro_batch_size": size, "chunk_tokens": 4}
     meters = distill(Scorer(measured), teacher, asked, objective, **how)  # type: ignore[arg-type]
     means = []
@@ -180,7 +180,7 @@ def test_the_teacher_keeps_its_own_head_when_the_student_has_moved() -> None:
     # At the weights that the teacher was made from, student and teacher agree on the same context: KL = 0. Once the
     # student has moved, the meter of the teacher's own entropy must still be that of the initial policy.
     loaded = tiny_model()
-    teacher, objective = Teacher(loaded.model, TeacherConfig(weights="frozen")), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(loaded.model, FrozenTeacher()), Objective(temperature=TEMPERATURE)
     how = {"reduction": "sequence", "micro_batch_size": 2, "chunk_tokens": 4}
     before = distill(Scorer(loaded), teacher, ROWS, objective, **how)  # type: ignore[arg-type]
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atesd.config import LoraConfig, ModelConfig, TeacherConfig
+from atesd.config import LoraConfig, ModelConfig, EmaTeacher, FrozenTeacher, LiveTeacher, RefreshedTeacher
 from atesd.errors import CheckpointError
 from atesd.models.load import load_model
 from atesd.models.teacher import Teacher
@@ -38,7 +38,7 @@ def move(model: nn.Module, seed: int) -> None:
 
 def test_a_frozen_teacher_stays_the_initial_policy_and_the_student_comes_back_bit_for_bit() -> None:
     model = tiny_model().model
-    teacher, initial = Teacher(model, TeacherConfig(weights="frozen")), logits(model)
+    teacher, initial = Teacher(model, FrozenTeacher()), logits(model)
     move(model, 1)
     moved = logits(model)
     assert torch.equal(as_teacher(model, teacher), initial)
@@ -48,7 +48,7 @@ def test_a_frozen_teacher_stays_the_initial_policy_and_the_student_comes_back_bi
 
 def test_a_live_teacher_is_the_student() -> None:
     model = tiny_model().model
-    teacher = Teacher(model, TeacherConfig(weights="live"))
+    teacher = Teacher(model, LiveTeacher())
     move(model, 1)
     assert torch.equal(as_teacher(model, teacher), logits(model))
     assert teacher.state_dict() == {"values": {}}
@@ -56,7 +56,7 @@ def test_a_live_teacher_is_the_student() -> None:
 
 def test_the_ema_is_the_recursion_by_hand() -> None:
     model = tiny_model().model
-    teacher = Teacher(model, TeacherConfig(weights="ema", ema_decay=0.75))
+    teacher = Teacher(model, EmaTeacher(decay=0.75))
     name, parameter = next(iter(model.named_parameters()))
     expected = parameter.detach().clone()
     for update in range(3):
@@ -68,7 +68,7 @@ def test_the_ema_is_the_recursion_by_hand() -> None:
 
 def test_a_refreshed_teacher_copies_the_student_every_n_updates() -> None:
     model = tiny_model().model
-    teacher, initial = Teacher(model, TeacherConfig(weights="refresh", refresh_every=2)), logits(model)
+    teacher, initial = Teacher(model, RefreshedTeacher(every=2)), logits(model)
     move(model, 1)
     teacher.after_update(1)
     assert torch.equal(as_teacher(model, teacher), initial)
@@ -83,7 +83,7 @@ def test_with_lora_the_frozen_teacher_is_the_base_model_and_keeps_no_copy(tmp_pa
     folder = tiny_folder(tmp_path / "base")
     base = logits(load_model(ModelConfig(path=str(folder))).model)
     model = load_model(ModelConfig(path=str(folder), lora=LoraConfig(rank=2, alpha=4))).model
-    teacher = Teacher(model, TeacherConfig(weights="frozen"))
+    teacher = Teacher(model, FrozenTeacher())
     move(model, 1)
     assert torch.equal(as_teacher(model, teacher), base)
     assert not torch.equal(logits(model), base)
@@ -92,7 +92,7 @@ def test_with_lora_the_frozen_teacher_is_the_base_model_and_keeps_no_copy(tmp_pa
 
 def test_an_error_inside_still_gives_the_student_back() -> None:
     model = tiny_model().model
-    teacher = Teacher(model, TeacherConfig(weights="frozen"))
+    teacher = Teacher(model, FrozenTeacher())
     move(model, 1)
     moved = logits(model)
     with pytest.raises(RuntimeError, match="inside"), teacher.weights():
@@ -102,11 +102,11 @@ def test_an_error_inside_still_gives_the_student_back() -> None:
 
 def test_the_state_restores_the_teacher_and_refuses_another_kinds() -> None:
     model = tiny_model().model
-    first = Teacher(model, TeacherConfig(weights="ema", ema_decay=0.5))
+    first = Teacher(model, EmaTeacher(decay=0.5))
     move(model, 1)
     first.after_update(1)
-    second = Teacher(model, TeacherConfig(weights="ema", ema_decay=0.5))
+    second = Teacher(model, EmaTeacher(decay=0.5))
     second.load_state_dict(first.state_dict())
     assert torch.equal(as_teacher(model, first), as_teacher(model, second))
     with pytest.raises(CheckpointError, match=r"teacher\.weights"):
-        Teacher(model, TeacherConfig(weights="live")).load_state_dict(first.state_dict())
+        Teacher(model, LiveTeacher()).load_state_dict(first.state_dict())

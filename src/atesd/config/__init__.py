@@ -11,6 +11,7 @@ from atesd.config.load import (
     load_config,
     recipe_names,
     recipe_text,
+    shared_overrides,
     with_groups,
     with_overrides,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "parse_yaml",
     "recipe_names",
     "recipe_text",
+    "shared_overrides",
     "with_groups",
     "with_overrides",
     "yaml_value",

@@ -42,7 +42,7 @@ def explain(item: Any) -> Iterator[str]:
         yield f"{path}: {message}" if path else message
     elif item["type"] == "missing":
         meaning = place.group.model_fields[location[-1]].description
-        yield f"{'.'.join((*place.path, location[-1]))}: {place.kind} needs {location[-1]}: {meaning}"
+        yield f"{path}: {place.kind} needs {location[-1]}: {meaning}"
     elif item["type"] == "union_tag_invalid":
         tag, words = str(item["ctx"]["discriminator"]).strip("'"), list(kinds)
         shown = value.get(tag) if isinstance(value, Mapping) else value
@@ -54,6 +54,15 @@ def explain(item: Any) -> Iterator[str]:
         schema = place.group.model_json_schema()["properties"].get(place.name, {})
         words = [str(word) for rule in _alternatives(schema) for word in rule.get("enum", [])]
         yield f"{path}: {value!r} is not allowed; expected {_expected(item, schema)}{nearest(str(value), words)}"
+
+
+def path_of_other_kind(item: Any) -> str | None:
+    """The path of an unknown key that exists under another kind; None for any other error."""
+    location = [str(part) for part in item["loc"]]
+    if item["type"] != "extra_forbidden":
+        return None
+    path = ".".join((*_place(location[:-1], inside=True).path, location[-1]))
+    return path if every_setting().get(path) else None
 
 
 def explain_idle(setting: Setting, written: Any) -> str:
@@ -98,7 +107,7 @@ def _unknown_words(path: tuple[str, ...], value: Any, place: _Place) -> str:
 def _readers(path: str) -> str:
     """The kinds that read a setting: `exposure.kind: bandit or setpoint`; empty for one that always exists."""
     by_tag = every_setting().get(path, {})
-    return "; ".join(f"{tag}: {_listed(kinds, quoted=False)}" for tag, kinds in by_tag.items())
+    return " with ".join(f"{tag}: {_listed(kinds, quoted=False)}" for tag, kinds in by_tag.items())
 
 
 @cache
@@ -117,6 +126,9 @@ def _collect(
 ) -> None:
     for name in component.model_fields:
         path, choice, group = f"{prefix}{name}", choice_in(component, name), group_in(component, name)
+        for tag, word in needs.items():
+            found.setdefault(path, {}).setdefault(tag, []).append(word)
+        found.setdefault(path, {})
         if choice is not None:
             mark, kinds = choice
             common = set.intersection(*(set(kind.model_fields) for kind in kinds.values()))
@@ -126,10 +138,6 @@ def _collect(
                 found[f"{path}.{shared}"] = {}
         elif group is not None:
             _collect(group, f"{path}.", needs, found)
-        else:
-            for tag, word in needs.items():
-                found.setdefault(path, {}).setdefault(tag, []).append(word)
-            found.setdefault(path, {})
 
 
 def _place(location: Sequence[str], *, inside: bool = False) -> _Place:

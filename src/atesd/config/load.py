@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from atesd.component import Choice, Component, choice_in, group_in
 from atesd.config.acting import acting_settings, idle_settings
-from atesd.config.explain import every_setting, explain, explain_idle, nearest
+from atesd.config.explain import every_setting, explain, explain_idle, nearest, path_of_other_kind
 from atesd.config.layouts import from_flat, is_recorded_flat
 from atesd.config.settings import Config
 from atesd.config.yaml import dump_yaml, parse_yaml
 from atesd.control.credit import CREDIT_PRESETS
-from atesd.errors import ConfigError
+from atesd.errors import ConfigError, IdleSettingError
 
 _TAGS = ("kind", "weights")
 """Keys that tell which kind a group is of."""
@@ -62,6 +62,26 @@ def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
     return _overridden(values, list(overrides), recipe)
 
 
+def shared_overrides(recipe: str, shared: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Those of the overrides `shared`, which several runs have in common, that act beside a run's `own`."""
+    kept = list(shared)
+    while True:
+        try:
+            load_config(recipe, [*own, *kept])
+        except IdleSettingError as error:
+            acting = [text for text in kept if not _names_any(text, error.paths)]
+            if len(acting) == len(kept):
+                raise
+            kept = acting
+        else:
+            return kept
+
+
+def _names_any(override: str, paths: Iterable[str]) -> bool:
+    written = override.partition("=")[0].strip()
+    return any(f"{path}.".startswith(f"{written}.") or written.startswith(f"{path}.") for path in paths)
+
+
 def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
     """`config` with `a.b=value` overrides, applied and checked as `load_config` does."""
     return _overridden(acting_settings(config), list(overrides), "--set")
@@ -90,15 +110,18 @@ def _checked(values: Mapping[str, Any], name: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(line for item in error.errors(include_url=False) for line in explain(item))
-        raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
+        items = error.errors(include_url=False)
+        message = f"{name}: " + "\n  ".join(dict.fromkeys(line for item in items for line in explain(item)))
+        paths = tuple(filter(None, map(path_of_other_kind, items)))
+        raise (IdleSettingError(message, paths) if len(paths) == len(items) else ConfigError(message)) from None
 
 
 def _refuse_idle(values: Mapping[str, Any], config: Config, name: str) -> None:
     """Raise `ConfigError` for what is written in `values` and does not act in `config`."""
-    lines = [explain_idle(setting, written) for setting, written in idle_settings(values, config)]
-    if lines:
-        raise ConfigError(f"{name}: " + "\n  ".join(lines))
+    idle = list(idle_settings(values, config))
+    if idle:
+        lines = [explain_idle(setting, written) for setting, written in idle]
+        raise IdleSettingError(f"{name}: " + "\n  ".join(lines), tuple(setting.path for setting, _ in idle))
 
 
 def _settled(values: Mapping[str, Any], name: str) -> Config:
@@ -137,7 +160,7 @@ def _order(override: str) -> tuple[bool, int]:
     known = every_setting()
     word = any(f"{path}.{tag}" in known for tag in _TAGS)
     chooses = path == "credit.preset" or word or (path in known and path.rpartition(".")[2] in _TAGS)
-    return not chooses, path.count(".")
+    return not chooses, path.count(".") + word
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

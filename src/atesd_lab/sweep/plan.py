@@ -23,14 +23,14 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, Strict, ValidationError, field_validator
 
-from atesd.config import Component, parse_yaml, yaml_value
-from atesd.errors import ConfigError
+from atesd.config import Component, parse_yaml, shared_overrides, yaml_value
+from atesd.errors import ConfigError, IdleSettingError
 from atesd_lab.sweep.jobs import Job
 
 Overrides = dict[str, Any]
@@ -149,8 +149,7 @@ def cells_of(plan: Plan, out: Path, name: str = "plan") -> list[Cell]:
         raise ConfigError(f"{name}: exclude leaves no cell of {len(combinations)}")
     folders = {_key(points, seed): _folder(out, points, seed) for points, seed in kept}
     cells = [_cell(plan, axes, points, seed, folders, _omitted(points, seed, spared), name) for points, seed in kept]
-    _require_configs(cells, name)
-    return _in_order(cells, name)
+    return _in_order(_checked_cells(cells, plan, name), name)
 
 
 def stages(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -341,16 +340,25 @@ def portable(folder: Path) -> str:
     return str(folder.resolve()) if relative.startswith(os.pardir) else relative
 
 
-def _require_configs(cells: Sequence[Cell], name: str) -> None:
-    """Every cell's config holds; each complaint is made once, with the first cell that has it."""
+def _checked_cells(cells: Sequence[Cell], plan: Plan, name: str) -> list[Cell]:
+    """The cells, each with those settings of `set` that act in it; each complaint is made once, with its first cell.
+
+    What an axis sets must act in every cell of the point, and what `set` says in one cell at least.
+    """
     found: dict[str, str] = {}
     updates: dict[Path, int] = {}
+    kept: list[Cell] = []
+    idle: dict[str, str] = {}
     for cell in cells:
         try:
-            updates[cell.job.folder] = cell.job.config.train.num_updates
+            kept.append(_with_what_acts(cell, plan, idle))
+            updates[cell.job.folder] = kept[-1].job.config.train.num_updates
         except ConfigError as error:
             found.setdefault(str(error), cell.job.name)
-    for cell in [] if found else cells:
+    acting = {_setting(override) for cell in kept for override in cell.job.overrides}
+    for setting in [] if found else [setting for setting in idle if setting not in acting]:
+        found[idle[setting]] = "(every cell)"
+    for cell in [] if found else kept:
         for needed in cell.job.needs:
             if updates[needed] < updates[cell.job.folder]:
                 short = f"train.num_updates: {updates[cell.job.folder]} is more than the {updates[needed]} of the cell"
@@ -358,6 +366,25 @@ def _require_configs(cells: Sequence[Cell], name: str) -> None:
     if found:
         lines = [f"cell {cell}: {message}" for message, cell in found.items()]
         raise ConfigError(f"{name}: " + "\n  ".join(lines))
+    return kept
+
+
+def _with_what_acts(cell: Cell, plan: Plan, idle: dict[str, str]) -> Cell:
+    """The cell without the settings of `set` that do not act in it; `idle` takes in which these are, and why."""
+    job = cell.job
+    try:
+        job.config  # noqa: B018 - whether it holds
+    except IdleSettingError as error:
+        common = [override for override in job.overrides if _setting(override) in plan.common]
+        own = [override for override in job.overrides if _setting(override) not in plan.common]
+        shared = shared_overrides(job.recipe, common, own)
+        idle.update({_setting(override): str(error) for override in common if override not in shared})
+        return replace(cell, job=replace(job, overrides=(*shared, *own)))
+    return cell
+
+
+def _setting(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _in_order(cells: Sequence[Cell], name: str) -> list[Cell]:
