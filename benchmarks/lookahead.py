@@ -65,7 +65,9 @@ def measured(recipe: str, updates: int, rounds: int, settings: Settings) -> Case
     words = ["train.evaluate_every=0", *(SMALL if small else [])]
     found = [
         {
-            arm: measure(recipe=recipe, words=[*words, *own, *(LOW_BAR if small and arm != BASE else [])], updates=updates)
+            arm: measure(
+                recipe=recipe, words=[*words, *own, *(LOW_BAR if small and arm != BASE else [])], updates=updates
+            )
             for arm, own in ARMS.items()
         }
         for _ in range(rounds)

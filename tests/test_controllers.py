@@ -235,5 +235,7 @@ def test_the_worked_example_trains_resumes_and_shows_up_in_the_log(tmp_path: Pat
 
 
 def test_a_controller_made_by_hand_is_an_exposure():
-    made = controlled(Setpoint(SetpointSettings(start=0.25)), quick("exposure.kind=custom", "exposure.factory=mine:make"), 0)
+    made = controlled(
+        Setpoint(SetpointSettings(start=0.25)), quick("exposure.kind=custom", "exposure.factory=mine:make"), 0
+    )
     assert made.reveal_ratio(0) == 0.25

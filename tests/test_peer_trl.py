@@ -153,7 +153,9 @@ def train_with_trl(config: Config, micro_batches: int, out: Path) -> list[PeerUp
 
     arguments = sdft.SDFTConfig(
         distillation_mode="full_logits",
-        distillation_alpha={"forward_kl": 0.0, "reverse_kl": 1.0}.get(config.loss.divergence.kind, config.loss.jsd_weight),
+        distillation_alpha={"forward_kl": 0.0, "reverse_kl": 1.0}.get(
+            config.loss.divergence.kind, config.loss.jsd_weight
+        ),
         distillation_is_clip=None,
         teacher_model_kind="base",
         teacher_prompt_template=teacher_template(config.views),

@@ -66,9 +66,7 @@ def test_the_rollouts_are_those_that_training_would_draw(parts: Parts) -> None:
 
 
 def test_gates_and_other_losses_stay_out_of_the_profile_and_in_the_suggested_recipe(profile: Profile) -> None:
-    config = quick(
-        "train.grpo_weight=0.5", "train.group_size=2", "loss.gate=aligned", "exposure.kind=per_problem"
-    )
+    config = quick("train.grpo_weight=0.5", "train.group_size=2", "loss.gate=aligned", "exposure.kind=per_problem")
     plain = profiled_config(config)
     assert (plain.train.grpo_weight, plain.loss.gate, plain.exposure.kind) == (0, "none", "full")
     suggested = suggested_config(profile, config)
