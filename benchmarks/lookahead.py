@@ -62,14 +62,10 @@ def measured(recipe: str, updates: int, rounds: int, settings: Settings) -> Case
     """Seconds of an update per round, and the highest peak of any round."""
     small = settings.size == "small"
     measure = train_a_little if small else functools.partial(in_child, train_a_little)
+    bar = {arm: LOW_BAR if small and arm != BASE else [] for arm in ARMS}
     words = ["train.evaluate_every=0", *(SMALL if small else [])]
     found = [
-        {
-            arm: measure(
-                recipe=recipe, words=[*words, *own, *(LOW_BAR if small and arm != BASE else [])], updates=updates
-            )
-            for arm, own in ARMS.items()
-        }
+        {arm: measure(recipe=recipe, words=[*words, *own, *bar[arm]], updates=updates) for arm, own in ARMS.items()}
         for _ in range(rounds)
     ]
     return Case(

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from atesd.config import Config, StaircaseSettings, SetpointSettings, config_from_mapping
+from atesd.config import Config, SetpointSettings, StaircaseSettings, config_from_mapping, method_name
 from atesd.control.controlled import ControlledExposure
 from atesd.control.custom import OFFERED
 from atesd.control.factory import controlled, make_exposure
 from atesd.control.interface import Exposure
-from atesd.config import method_name
-from atesd.control.staircase import Staircase
 from atesd.control.setpoint import Setpoint
+from atesd.control.staircase import Staircase
 from atesd.errors import ConfigError
 from atesd.maths.keyed import generator
 from atesd.records import UpdateStats

@@ -82,6 +82,7 @@ SAMPLES, UPDATES = 2, 3
 TRL_WORDING = ViewsConfig(problem_text="{problem}", instruction="", reference_begin="", reference_end="", transition="")
 OUR_WORDING = ViewsConfig(problem_text="Problem: {problem}\n\nAnswer inside \\boxed{{}}.", instruction="")
 
+FORWARD = ForwardKL()
 CASES: dict[str, dict[str, Any]] = {
     "forward_kl": {},
     "lora": {"lora": LoraConfig(rank=4, alpha=8)},
@@ -133,7 +134,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> RunOf:
 
 
 def peer_config(
-    model: Path, divergence: Any = ForwardKL(), lora: LoraConfig | None = None, views: ViewsConfig = TRL_WORDING
+    model: Path, divergence: Any = FORWARD, lora: LoraConfig | None = None, views: ViewsConfig = TRL_WORDING
 ) -> Config:
     """Full exposure, forward KL over the whole vocabulary, no clip."""
     return Config(

@@ -38,7 +38,7 @@ from quick import quick
 
 RATIOS = (0.0, 0.5, 1.0)
 CONFIG = profiled_config(
-    quick("train.batch_size=16", "alignment.min_correct=2", "exposure.ratios=[0, 0.5, 1]", "sampling.temperature=0.9")
+    quick("train.batch_size=16", "exposure.kind=aligned", "alignment.min_correct=2", "sampling.temperature=0.9")
 )
 
 
@@ -66,11 +66,11 @@ def test_the_rollouts_are_those_that_training_would_draw(parts: Parts) -> None:
 
 
 def test_gates_and_other_losses_stay_out_of_the_profile_and_in_the_suggested_recipe(profile: Profile) -> None:
-    config = quick("train.grpo_weight=0.5", "train.group_size=2", "loss.gate=aligned", "exposure.kind=per_problem")
+    config = quick("train.grpo_weight=0.5", "train.group_size=2", "loss.gate=aligned", "exposure.kind=staircase")
     plain = profiled_config(config)
-    assert (plain.train.grpo_weight, plain.loss.gate, plain.exposure.kind) == (0, "none", "full")
+    assert (plain.train.grpo_weight, plain.loss.gate.kind, plain.exposure.kind) == (0, "none", "full")
     suggested = suggested_config(profile, config)
-    assert (suggested.train.grpo_weight, suggested.loss.gate) == (0.5, "aligned")
+    assert (suggested.train.grpo_weight, suggested.loss.gate.kind) == (0.5, "aligned")
     assert suggested.exposure.kind in ("full", "fixed")
 
 
@@ -145,7 +145,7 @@ def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Parts) -
 
 
 def test_too_few_correct_rollouts_are_said_and_no_checker_is_too() -> None:
-    few = build(profiled_config(quick("alignment.min_correct=500")))
+    few = build(profiled_config(quick("exposure.kind=aligned", "alignment.min_correct=500")))
     found = align(few, show(few, 4, RATIOS), RATIOS)
     close(few)
     assert isinstance(found, str)
@@ -239,7 +239,7 @@ def test_where_nothing_can_be_measured_it_is_full_exposure_and_the_reason_says_s
 def profile() -> Profile:
     built = build(CONFIG)
     try:
-        return measure_profile(built, 24)
+        return measure_profile(built, 24, ratios=RATIOS)
     finally:
         close(built)
 
@@ -327,9 +327,8 @@ def test_bad_input_is_named_with_what_is_allowed(parts: Parts, tmp_path: Path) -
         print_profile(CONFIG, "micro", 4, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"--problems 25: expected 2 to 24"):
         measure_profile(parts, 25)
-    aligned_ratios = CONFIG.aligned.model_copy(update={"ratios": (0.5, 0.5)})
     with pytest.raises(ConfigError, match=r"exposure.ratios: 0.5 alone"):
-        measure_profile(replace(parts, config=CONFIG.model_copy(update={"aligned": aligned_ratios})))
+        measure_profile(parts, ratios=(0.5, 0.5))
     with pytest.raises(ConfigError, match=r"train.method: sft has no teacher"):
         profiled_config(quick("train.method=sft"))
     assert default_problems(parts) == 24

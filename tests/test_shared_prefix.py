@@ -22,7 +22,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from atesd.config import LoraConfig, FrozenTeacher
+from atesd.config import FrozenTeacher, LoraConfig
 from atesd.models import shared_prefix
 from atesd.models.load import LoadedModel, _with_adapter
 from atesd.models.score import Pair, Scorer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atesd.config import LoraConfig, ModelConfig, EmaTeacher, FrozenTeacher, LiveTeacher, RefreshedTeacher
+from atesd.config import EmaTeacher, FrozenTeacher, LiveTeacher, LoraConfig, ModelConfig, RefreshedTeacher
 from atesd.errors import CheckpointError
 from atesd.models.load import load_model
 from atesd.models.teacher import Teacher

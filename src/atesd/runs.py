@@ -416,8 +416,8 @@ def _length_notes(old: Config, new: Config) -> list[str]:
     if old.train.num_updates == new.train.num_updates:
         return []
     dependent = {
-        "exposure.schedule": new.exposure.kind == "schedule",
-        "policy.entropy_cost": new.exposure.kind == "learned",
+        "exposure.schedule": new.distils and new.exposure.kind == "schedule",
+        "exposure.policy.entropy_cost": new.decides and new.exposure.kind == "learned",
         "train.learning_rate_schedule": new.train.learning_rate_schedule != "constant",
     }
     return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
