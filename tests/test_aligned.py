@@ -171,7 +171,7 @@ def attempts(*correct: bool) -> list[Attempt]:
 
 
 def settings(*overrides: str) -> Config:
-    return load_config("micro", [*overrides])
+    return load_config("micro", ["exposure.kind=aligned", *overrides])
 
 
 def test_too_few_correct_rollouts_give_no_direction() -> None:
@@ -308,8 +308,8 @@ def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path
     config = quick(
         *ALIGNED,
         "exposure.granularity=per_token",
-        "exposure.reveal_ratio=0.3",
         "exposure.fallback=fixed",
+        "exposure.fallback.reveal_ratio=0.3",
         "train.evaluate_every=1",
     )
     run = finished(config, tmp_path / "run")
@@ -325,8 +325,8 @@ def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path
 
 
 def test_a_ratio_per_token_is_for_the_aligned_exposure_and_its_own_gate() -> None:
-    with pytest.raises(ConfigError, match="no ratio per token"):
-        settings("exposure.granularity=per_token")
+    with pytest.raises(ConfigError, match="granularity: 'per_token' is not allowed; expected 'update', 'per_difficulty'"):
+        settings("exposure.kind=learned", "exposure.granularity=per_token")
     with pytest.raises(ConfigError, match="own alignment or not at all"):
         settings("exposure.kind=aligned", "exposure.granularity=per_token", "loss.gate=random")
 

@@ -35,7 +35,7 @@ ATTACK = (
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A learned run whose model and data try to break out of the page, and one that has only begun."""
     folder = tmp_path_factory.mktemp("runs")
-    run = write_fake_run(folder / "learned<b>", views={"instruction": ATTACK.replace("\ud800", "")})
+    run = write_fake_run(folder / "learned<b>", model={"system_prompt": ATTACK.replace("\ud800", "")})
     pieces = [ATTACK[start : start + 7] for start in range(0, len(ATTACK), 7)]
     measured = [float(place - 9) for place in range(len(pieces))]
     texts = {"completion": ATTACK, "student_context": ATTACK, "teacher_context": ATTACK + ATTACK, "problem_id": ATTACK}

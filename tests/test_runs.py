@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atesd.config import Config, acting_settings, config_from_mapping
+from atesd.config import Config, config_from_mapping, with_overrides, yaml_value
 from atesd.errors import RunError
 from atesd.runs import RunFolder, new_manifest, write_atomic
 
@@ -30,10 +30,8 @@ def begin(path: Path, config: Config = CONFIG) -> RunFolder:
 
 
 def changed(**groups: dict[str, Any]) -> Config:
-    values = acting_settings(CONFIG)
-    return config_from_mapping(
-        {name: {**values.get(name, {}), **groups.get(name, {})} for name in {**values, **groups}}
-    )
+    written = ((f"{group}.{name}", value) for group, some in groups.items() for name, value in some.items())
+    return with_overrides(CONFIG, [f"{path}={yaml_value(value)}" for path, value in written])
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def shared_overrides(recipe: str, shared: Sequence[str], own: Sequence[str]) -> 
     kept = list(shared)
     while True:
         try:
-            load_config(recipe, [*own, *kept])
+            load_config(recipe, [*kept, *own])
         except IdleSettingError as error:
             acting = [text for text in kept if not _names_any(text, error.paths)]
             if len(acting) == len(kept):

@@ -403,9 +403,9 @@ def budget_mends(config: Config, budget: Budget) -> Iterator[Mend]:
     elif config.credit.window_start == "hold_end":
         yield Mend("credit.window_start=decision", why)
     elif policy.learning_rate < default.learning_rate:
-        yield Mend(f"policy.learning_rate={default.learning_rate:g}", why)
+        yield Mend(f"exposure.policy.learning_rate={default.learning_rate:g}", why)
     elif policy.decisions_per_policy_update > default.decisions_per_policy_update:
-        yield Mend(f"policy.decisions_per_policy_update={default.decisions_per_policy_update}", why)
+        yield Mend(f"exposure.policy.decisions_per_policy_update={default.decisions_per_policy_update}", why)
 
 
 def effect_mends(config: Config, effect: Effect) -> Iterator[Mend]:
