@@ -325,7 +325,7 @@ def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path
 
 
 def test_a_ratio_per_token_is_for_the_aligned_exposure_and_its_own_gate() -> None:
-    with pytest.raises(ConfigError, match="granularity: 'per_token' is not allowed; expected 'update', 'per_difficulty'"):
+    with pytest.raises(ConfigError, match="granularity: 'per_token' is not allowed; expected 'update'"):
         settings("exposure.kind=learned", "exposure.granularity=per_token")
     with pytest.raises(ConfigError, match="own alignment or not at all"):
         settings("exposure.kind=aligned", "exposure.granularity=per_token", "loss.gate=random")

@@ -256,7 +256,8 @@ def test_a_real_frozen_student_is_called_drifting_under_the_literal_reward_and_s
 
 
 def test_batches_of_the_measured_rollouts_are_what_the_step_itself_measures():
-    for settings in (("loss.reduction=sequence",), ("loss.reduction=token", "credit.preset=paper", "credit.grounding=withheld")):
+    changed = ("loss.reduction=token", "credit.preset=paper", "credit.grounding=withheld")
+    for settings in (("loss.reduction=sequence",), changed):
         parts = build(quick(*settings))
         try:
             (found,) = (row.batches[1] for row in measure(parts, 2, (0.0, 0.4, 1.0)) if row.reveal_ratio == 0.4)
