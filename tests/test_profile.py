@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from atesd.build import build, close
 from atesd.cli.commands import app
-from atesd.config import DataConfig, ViewsConfig, dump_config, load_config
+from atesd.config import DataConfig, FixedSettings, FullSettings, ViewsConfig, dump_config, load_config
 from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
@@ -271,8 +271,9 @@ def test_the_suggested_recipe_is_read_back_and_differs_in_the_exposure_alone(
     read = load_config(str(tmp_path / "recipe.yaml"))
     assert read == suggested_config(suggested, config)
     assert read.exposure.kind == ("full" if ratio == 1 else "fixed")
-    assert read.exposure.reveal_ratio == ratio
-    assert dump_config(read.model_copy(update={"exposure": config.exposure})) == dump_config(config)
+    assert read.exposure == (FullSettings() if ratio == 1 else FixedSettings(reveal_ratio=ratio))
+    back = {"exposure": config.exposure, "credit": config.credit}  # a fixed ratio is not rewarded
+    assert dump_config(read.model_copy(update=back)) == dump_config(config)
 
 
 def test_rows_without_gold_and_rows_that_contradict_their_reference_are_counted(
