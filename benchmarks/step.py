@@ -23,7 +23,7 @@ from atesd.build import build
 from atesd.config import (
     Config,
     DataConfig,
-    ExposureConfig,
+    FullSettings,
     LossConfig,
     ModelConfig,
     SamplingConfig,
@@ -76,7 +76,7 @@ def config_of(folder: Path, rows: int, completion_tokens: int, rows_at_a_time: i
         views=ViewsConfig(
             problem_text="{problem}", instruction="", reference_begin="", reference_end="", transition=""
         ),
-        exposure=ExposureConfig(kind="full"),
+        exposure=FullSettings(),
         loss=LossConfig(clip="none"),
         sampling=SamplingConfig(completion_tokens=completion_tokens),
         train=TrainConfig(

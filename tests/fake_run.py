@@ -15,10 +15,12 @@ SAMPLES = 2
 
 
 def fake_config(updates: int, seed: int = 0, kind: str = "learned", **groups: Any) -> Config:
+    replayed = {"replay_run": "elsewhere"} if kind == "replay" else {}
+    distils = groups.get("train", {}).get("method", "distill") == "distill"
     return config_from_mapping(
         {
             "data": {"source": "world", "leap_share": 0.5},
-            "exposure": {"kind": kind},
+            **({"exposure": {"kind": kind, **replayed}} if distils else {}),
             "sampling": {"completion_tokens": 40},
             "train": {"num_updates": updates, "seed": seed},
             **groups,

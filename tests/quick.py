@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from atesd.config import Config, load_config
+from atesd.config import Config, load_config, shared_overrides
 from atesd.rows import Row, RowKind
 from atesd.runs import EndStatus, RunFolder
 from atesd.session import train
@@ -28,10 +28,10 @@ SMALL = (
     "train.keep_checkpoints=100",
     "train.log_samples=1",
     "evaluation.samples=1",
-    "credit.hold_updates=2",
-    "credit.lookahead_updates=2",
-    "policy.decisions_per_policy_update=2",
 )
+HOLDS = ("credit.hold_updates=2", "credit.lookahead_updates=2", "exposure.policy.decisions_per_policy_update=2")
+SMALL_LEARNED = (*SMALL, *HOLDS)
+"""For commands that train with the learned exposure."""
 
 SWEPT_ARMS = {
     "full": {"exposure.kind": "full"},
@@ -47,7 +47,8 @@ SWEPT_ARMS = {
 
 def quick(*overrides: str, recipe: str = "micro") -> Config:
     """A recipe cut down to eight updates of four rollouts."""
-    return load_config(recipe, [*SMALL, *overrides])
+    shared = (*SMALL, *HOLDS)
+    return load_config(recipe, [*shared_overrides(recipe, shared, overrides), *overrides])
 
 
 def finished(config: Config, out: Path) -> RunFolder:

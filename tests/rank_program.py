@@ -34,7 +34,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "probe KL, EMA teacher, token mean": (
         "credit.progress_signal=probe_kl",
         "teacher.weights=ema",
-        "teacher.ema_decay=0.9",
+        "teacher.decay=0.9",
         "loss.reduction=token",
     ),
     "grpo": ("train.method=grpo", "train.group_size=5"),

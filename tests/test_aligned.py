@@ -13,7 +13,7 @@ from atesd.aligned.direction import Attempt, drawn, weighted_rows
 from atesd.aligned.scorer import grouped
 from atesd.aligned.selectors import AlignedGate
 from atesd.build import build, close, objective
-from atesd.config import AlignedConfig, Config, load_config
+from atesd.config import Config, load_config
 from atesd.control.aligned import AlignedExposure
 from atesd.control.fixed import FixedExposure
 from atesd.errors import ConfigError, NonFiniteError
@@ -31,8 +31,8 @@ from quick import cut_after, fingerprint, finished, quick
 from tiny import tiny_model
 from updates import alignment_scorer, batch_of, direction_of, distill, maximise_likelihood, selector_of
 
-ALIGNED = ("exposure.kind=aligned", "aligned.min_correct=1")
-GATED = ("exposure.kind=full", "loss.token_gate=aligned", "aligned.min_correct=1")
+ALIGNED = ("exposure.kind=aligned", "alignment.min_correct=1")
+GATED = ("exposure.kind=full", "loss.gate=aligned", "alignment.min_correct=1")
 LORA = 'model.lora={"rank": 4, "alpha": 8, "target_modules": "all-linear"}'
 
 
@@ -89,7 +89,7 @@ def test_displacing_the_student_leaves_it_bit_for_bit_as_it_was(adapter: tuple[s
 
 
 def test_the_displacement_changes_logits_by_what_the_setting_says() -> None:
-    parts = with_direction(quick(*GATED, "train.batch_size=16", "aligned.logit_change=0.02"))
+    parts = with_direction(quick(*GATED, "train.batch_size=16", "alignment.logit_change=0.02"))
     pairs = [row.student_pair for row in batch_of(parts, 0).examples]
     logits = []
     for side in (1, -1):
@@ -132,7 +132,7 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
     config = quick(
         *ALIGNED,
         "train.batch_size=16",
-        "aligned.logit_change=0.01",
+        "alignment.logit_change=0.01",
         "credit.hold_updates=1",
         f"loss.reduction={reduction}",
     )
@@ -172,26 +172,26 @@ def attempts(*correct: bool) -> list[Attempt]:
 
 
 def settings(*overrides: str) -> Config:
-    return load_config("micro", [*overrides])
+    return load_config("micro", ["exposure.kind=aligned", *overrides])
 
 
 def test_too_few_correct_rollouts_give_no_direction() -> None:
     some = attempts(True, False, True, False)
-    assert not weighted_rows(some, settings("aligned.min_correct=3"), 0)
-    assert len(weighted_rows(some, settings("aligned.min_correct=2"), 0)) == 2
+    assert not weighted_rows(some, settings("alignment.min_correct=3"), 0)
+    assert len(weighted_rows(some, settings("alignment.min_correct=2"), 0)) == 2
 
 
 def test_centred_success_weighs_a_rollout_against_the_mean_of_its_difficulty() -> None:
     rows = weighted_rows(
-        attempts(True, True, False, True), settings("aligned.min_correct=1", "aligned.success=centred"), 0
+        attempts(True, True, False, True), settings("alignment.min_correct=1", "alignment.success=centred"), 0
     )
     assert [row.advantage for row in rows] == [0.5, 0.0, -0.5, 0.0]  # difficulty 0: 1, 0; difficulty 1: 1, 1
-    assert not weighted_rows(attempts(True, True), settings("aligned.min_correct=1", "aligned.success=centred"), 0)
+    assert not weighted_rows(attempts(True, True), settings("alignment.min_correct=1", "alignment.success=centred"), 0)
 
 
 def test_shuffled_success_keeps_the_number_and_changes_the_owners() -> None:
     some = attempts(*[True] * 8, *[False] * 24)
-    config = settings("aligned.success=shuffled")
+    config = settings("alignment.success=shuffled")
     completions = [{row.completion for row in weighted_rows(some, config, update)} for update in (0, 4)]
     assert [len(found) for found in completions] == [8, 8]
     assert completions[0] != completions[1]
@@ -199,14 +199,14 @@ def test_shuffled_success_keeps_the_number_and_changes_the_owners() -> None:
 
 
 def test_the_misleading_direction_reads_the_references() -> None:
-    rows = weighted_rows(attempts(*[True] * 8), settings("aligned.success=references"), 0)
+    rows = weighted_rows(attempts(*[True] * 8), settings("alignment.success=references"), 0)
     assert [row.completion for row in rows] == [(50 + i,) for i in range(8)]
 
 
 def exposure(**options: object) -> AlignedExposure:
     """With a fallback of .9."""
     given: dict[str, object] = {"hold_updates": 4, "granularity": "update", "fallback": FixedExposure(0.9)} | options
-    return AlignedExposure(AlignedConfig(ratios=(0.0, 0.5, 1.0), smoothing=0.5), **given)  # type: ignore[arg-type]
+    return AlignedExposure(0.5, **given)  # type: ignore[arg-type]
 
 
 def found(*values: float) -> Alignment:
@@ -279,13 +279,13 @@ def test_a_gate_takes_tokens_out_of_the_gradient_and_leaves_the_weights_of_the_o
 @pytest.mark.parametrize("gate", ["none", "aligned"])
 def test_per_token_every_token_is_distilled_from_the_view_that_helps_it_most(gate: str) -> None:
     """Against one gated step at each ratio: the largest alignment is chosen, and the loss is that of its teacher."""
-    parts = with_direction(quick(*ALIGNED, "exposure.granularity=per_token", f"loss.token_gate={gate}"))
+    parts = with_direction(quick(*ALIGNED, "exposure.granularity=per_token", f"loss.gate={gate}"))
     batch = batch_of(parts, 1)
     cut = {"reduction": "sequence", "micro_batch_size": 5, "chunk_tokens": 7}
     given = parts.scorer, parts.teacher
     loss = objective(parts.config)
     meters = distill(*given, batch.examples, loss, selector=selector_of(parts), **cut)
-    ratios = parts.config.aligned.ratios
+    ratios = parts.config.exposure.ratios
     alone = []
     for k in range(len(ratios)):
         rows = [replace(row, teacher_context=row.candidates[k].context, candidates=()) for row in batch.examples]
@@ -311,8 +311,8 @@ def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path
     config = quick(
         *ALIGNED,
         "exposure.granularity=per_token",
-        "exposure.reveal_ratio=0.3",
-        "aligned.fallback=fixed",
+        "exposure.fallback=fixed",
+        "exposure.fallback.reveal_ratio=0.3",
         "train.evaluate_every=1",
     )
     run = finished(config, tmp_path / "run")
@@ -320,7 +320,7 @@ def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path
     hold = config.credit.hold_updates
     assert all(rows[update]["reveal_ratio"] == pytest.approx(0.3) for update in range(hold))
     assert all(rows[update]["kept_share"] is None for update in range(hold))
-    assert rows[hold]["reveal_ratio"] not in (0.3, *config.aligned.ratios)
+    assert rows[hold]["reveal_ratio"] not in (0.3, *config.exposure.ratios)
     assert rows[hold]["curvature"] is not None
     samples = [row for row in run.rows("samples") if row["update"] == hold]
     assert samples
@@ -328,10 +328,10 @@ def test_a_ratio_per_token_is_logged_and_falls_back_without_a_direction(tmp_path
 
 
 def test_a_ratio_per_token_is_for_the_aligned_exposure_and_its_own_gate() -> None:
-    with pytest.raises(ConfigError, match="no ratio per token"):
-        settings("exposure.granularity=per_token")
+    with pytest.raises(ConfigError, match="granularity: 'per_token' is not allowed; expected 'update'"):
+        settings("exposure.kind=learned", "exposure.granularity=per_token")
     with pytest.raises(ConfigError, match="own alignment or not at all"):
-        settings("exposure.kind=aligned", "exposure.granularity=per_token", "loss.token_gate=random")
+        settings("exposure.kind=aligned", "exposure.granularity=per_token", "loss.gate=random")
 
 
 def test_a_gate_without_a_number_stops_the_update_and_names_the_rollout() -> None:
@@ -346,9 +346,9 @@ def test_a_gate_without_a_number_stops_the_update_and_names_the_rollout() -> Non
 
 
 def test_at_most_so_many_rollouts_give_the_direction() -> None:
-    rows = weighted_rows(attempts(*[True] * 9), settings("aligned.min_correct=1"), 0)
+    rows = weighted_rows(attempts(*[True] * 9), settings("alignment.min_correct=1"), 0)
     assert drawn(rows, settings(), 0) == rows
-    some = settings("aligned.direction_rollouts=4")
+    some = settings("alignment.direction_rollouts=4")
     first = drawn(rows, some, 0)
     assert len(first) == 4
     assert all(row in rows for row in first)
@@ -359,8 +359,8 @@ def test_at_most_so_many_rollouts_give_the_direction() -> None:
 def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
     for overrides in (
         GATED,
-        ("exposure.kind=full", "loss.token_gate=random"),
-        ("exposure.kind=full", "loss.token_gate=entropy"),
+        ("exposure.kind=full", "loss.gate=random"),
+        ("exposure.kind=full", "loss.gate=entropy"),
     ):
         parts = build(quick(*overrides, "train.batch_size=16"))
         if overrides == GATED:
@@ -427,9 +427,9 @@ def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
     "overrides",
     [
         ALIGNED,
-        (*ALIGNED, "exposure.granularity=per_problem", "aligned.metric=optimiser"),
-        (*ALIGNED, "exposure.granularity=per_token", "loss.token_gate=aligned", "aligned.direction_rollouts=4"),
-        (*GATED, "aligned.success=centred"),
+        (*ALIGNED, "exposure.granularity=per_problem", "alignment.metric=optimiser"),
+        (*ALIGNED, "exposure.granularity=per_token", "loss.gate=aligned", "alignment.direction_rollouts=4"),
+        (*GATED, "alignment.success=centred"),
         (*GATED, LORA),
     ],
     ids=["ratio", "per-problem", "per-token", "gate", "gate-lora"],
@@ -446,20 +446,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], 
 
 
 def test_a_bfloat16_student_that_would_be_displaced_itself_is_refused() -> None:
-    for override in ("exposure.kind=aligned", "loss.token_gate=aligned"):
+    for override in ("exposure.kind=aligned", "loss.gate=aligned"):
         with pytest.raises(ConfigError, match="rounds away"):
             load_config("micro", [override, "model.dtype=bfloat16"])
         assert load_config("micro", [override, "model.dtype=bfloat16", LORA]).model.lora is not None
 
 
 def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:
-    for override in ("exposure.kind=aligned", "loss.token_gate=aligned"):
+    for override in ("exposure.kind=aligned", "loss.gate=aligned"):
         with pytest.raises(ConfigError, match="verified rollouts"):
             load_config("micro", [override, "data.checker=none"])
 
 
 def test_the_correct_gate_distils_verified_rollouts_only() -> None:
-    parts = build(quick("exposure.kind=full", "loss.token_gate=correct", "train.batch_size=16"))
+    parts = build(quick("exposure.kind=full", "loss.gate=correct", "train.batch_size=16"))
     batch = batch_of(parts, 0)
     cut = {"reduction": "sequence", "micro_batch_size": 16, "chunk_tokens": None}
     meters = distill(

@@ -32,9 +32,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "sound": {"exposure.kind": "learned"},
     "grpo": {"train.method": "grpo"},
     "aligned": {"exposure.kind": "aligned"},
-    "gate": {"exposure.kind": "full", "loss.token_gate": "aligned"},
-    "gate-shuffled": {"exposure.kind": "full", "loss.token_gate": "aligned", "aligned.success": "shuffled"},
-    "gate-random": {"exposure.kind": "full", "loss.token_gate": "random", "loss.gate_share": 0.55},
+    "gate": {"exposure.kind": "full", "loss.gate": "aligned"},
+    "gate-shuffled": {"exposure.kind": "full", "loss.gate": "aligned", "alignment.success": "shuffled"},
+    "gate-random": {"exposure.kind": "full", "loss.gate": "random", "loss.gate.share": 0.55},
 }
 PLAN: dict[str, Any] = {
     "recipe": "micro",

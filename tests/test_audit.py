@@ -36,7 +36,8 @@ from atesd_lab.audit.measure import MeasuredStudent, Reading, fresh_success, rea
 from atesd_lab.audit.null_measure import ScoredRollout, ScoredRollouts, as_batches, measure, redrawn, score_rollouts
 from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, noise
 from atesd_lab.audit.text import readings_table, rewards_table, sentences
-from quick import SMALL, quick
+from quick import SMALL_LEARNED as SMALL
+from quick import quick
 from updates import distill
 
 Loss = Callable[[float, float], float]
@@ -196,7 +197,7 @@ def test_the_number_of_updates_it_names_is_enough():
     ("setting", "mend"),
     [
         ("credit.shuffle_rewards=true", "credit.shuffle_rewards=false"),
-        ("policy.learning_rate=0", "policy.learning_rate=0.02"),
+        ("exposure.policy.learning_rate=0", "exposure.policy.learning_rate=0.02"),
     ],
 )
 def test_a_policy_that_cannot_learn_from_anything_is_said(setting: str, mend: str):
@@ -254,7 +255,8 @@ def test_a_real_frozen_student_is_called_drifting_under_the_literal_reward_and_s
 
 
 def test_batches_of_the_measured_rollouts_are_what_the_step_itself_measures():
-    for settings in (("loss.reduction=sequence",), ("loss.reduction=token", "credit.grounding=withheld")):
+    changed = ("loss.reduction=token", "credit.preset=paper", "credit.grounding=withheld")
+    for settings in (("loss.reduction=sequence",), changed):
         parts = build(quick(*settings))
         try:
             (found,) = (row.batches[1] for row in measure(parts, 2, (0.0, 0.4, 1.0)) if row.reveal_ratio == 0.4)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from atesd.config import BanditConfig, CreditConfig
+from atesd.config import BanditSettings, CreditConfig
 from atesd.control.bandit import Bandit
 from atesd.control.controlled import ControlledExposure
 from atesd.errors import ConfigError
@@ -18,9 +18,9 @@ def rewarded(ratio: float, reward: float, standing: float = 0.0) -> FinishedDeci
     return FinishedDecision(decision, ratio, ratio, (0, 1), (standing, None), (), (), reward, 0.0, reward)
 
 
-def exposure(seed: int = 0, config: BanditConfig | None = None, **credit) -> ControlledExposure:
+def exposure(seed: int = 0, config: BanditSettings | None = None, **credit) -> ControlledExposure:
     held = CreditConfig(progress_signal="probe_nll", hold_updates=1, lookahead_updates=1, **credit)
-    return ControlledExposure(Bandit(config or BanditConfig()), credit=held, seed=seed)
+    return ControlledExposure(Bandit(config or BanditSettings()), credit=held, seed=seed)
 
 
 def play(made: ControlledExposure, decisions: range, gain, noise: float = 1.0) -> list[float]:
@@ -34,7 +34,7 @@ def play(made: ControlledExposure, decisions: range, gain, noise: float = 1.0) -
 
 
 def test_a_belief_without_rewards_is_the_prior():
-    mean, covariance = Bandit(BanditConfig(smoothness=0.25, prior_deviation=2.0)).belief()
+    mean, covariance = Bandit(BanditSettings(smoothness=0.25, prior_deviation=2.0)).belief()
     assert mean.tolist() == [0.0] * 5
     # Neighbours are 0.25 apart: 4 exp(-1/2)
     assert (covariance[0, 0], covariance[0, 1]) == pytest.approx((4.0, 4 * np.exp(-0.5)))
@@ -42,10 +42,10 @@ def test_a_belief_without_rewards_is_the_prior():
 
 def test_the_belief_is_gaussian_regression_on_every_single_reward():
     # By another route: the full Gaussian-process formula with one row per reward, no sums, and the noise by its rule.
-    bandit, rng = Bandit(BanditConfig(discount=1.0)), np.random.default_rng(0)
+    bandit, rng = Bandit(BanditSettings(discount=1.0)), np.random.default_rng(0)
     played, rewards, standings = rng.integers(5, size=12), rng.normal(3.0, 2.0, size=12), rng.normal(9.0, 0.3, size=12)
     for arm, reward, standing in zip(played, rewards, standings, strict=True):
-        bandit.learn(rewarded(bandit.ratios[arm], float(reward), float(standing)))
+        bandit.on_reward(rewarded(bandit.ratios[arm], float(reward), float(standing)))
     y, z = ((values - values.mean()) / values.std() for values in (rewards, standings))
     kernel = np.exp(-((bandit.ratios[:, None] - bandit.ratios[None, :]) ** 2) / (2 * 0.35**2))
     across, rest, noise = kernel[:, played], np.outer(z, z) + 1.0, 1.0
@@ -61,27 +61,27 @@ def test_the_belief_is_gaussian_regression_on_every_single_reward():
 
 def test_a_low_standing_is_not_credited_to_the_ratio_that_followed_it():
     # The reward is minus twice the standing, whatever the ratio; arm 0 happened to be played at low standings.
-    bandit, rng = Bandit(BanditConfig(discount=1.0)), np.random.default_rng(0)
+    bandit, rng = Bandit(BanditSettings(discount=1.0)), np.random.default_rng(0)
     for _ in range(40):
         standing = float(rng.normal())
-        bandit.learn(rewarded(0.0 if standing < 0 else 1.0, -2 * standing, standing))
+        bandit.on_reward(rewarded(0.0 if standing < 0 else 1.0, -2 * standing, standing))
     assert bandit.belief()[0] == pytest.approx([0.0] * 5, abs=0.2)
 
 
 def test_the_scale_and_the_zero_of_the_reward_do_not_matter():
     beliefs = []
     for scale, zero in ((1.0, 0.0), (1e-4, 5.0)):
-        bandit = Bandit(BanditConfig())
+        bandit = Bandit(BanditSettings())
         for arm, reward in enumerate([1.0, -2.0, 0.5, 0.0, 3.0]):
-            bandit.learn(rewarded(bandit.ratios[arm], zero + scale * reward))
+            bandit.on_reward(rewarded(bandit.ratios[arm], zero + scale * reward))
         beliefs.append(bandit.belief()[0])
     assert beliefs[0] == pytest.approx(beliefs[1], abs=1e-6)
 
 
 def test_what_was_learned_long_ago_is_forgotten():
-    bandit = Bandit(BanditConfig(discount=0.5, smoothness=0.01, prior_deviation=0.5))
+    bandit = Bandit(BanditSettings(discount=0.5, smoothness=0.01, prior_deviation=0.5))
     for reward in [5.0, *[0.0, 1.0] * 20]:
-        bandit.learn(rewarded(0.0 if reward == 5.0 else 1.0, reward))
+        bandit.on_reward(rewarded(0.0 if reward == 5.0 else 1.0, reward))
     mean, covariance = bandit.belief()
     assert (mean[0], covariance[0, 0]) == pytest.approx((0.0, 0.25), abs=1e-6)  # the prior again
 
@@ -94,7 +94,7 @@ def test_it_ends_within_fifteen_hundredths_of_a_known_optimum(best):
 
 
 def test_it_follows_an_optimum_that_moves():
-    made = exposure(config=BanditConfig(discount=0.95))
+    made = exposure(config=BanditSettings(discount=0.95))
     early = play(made, range(150), lambda r: 4 * r)
     late = play(made, range(150, 400), lambda r: -4 * r)
     assert np.mean(early[-50:]) > 0.8
@@ -119,7 +119,7 @@ def test_two_seeds_give_two_sequences_and_one_seed_gives_one():
 
 
 def test_arms_lie_between_the_bounds():
-    assert Bandit(BanditConfig(arms=3), 0.2, 0.6).ratios == pytest.approx([0.2, 0.4, 0.6])
+    assert Bandit(BanditSettings(arms=3, ratio_min=0.2, ratio_max=0.6)).ratios == pytest.approx([0.2, 0.4, 0.6])
 
 
 def look(made: ControlledExposure, updates: range) -> list:
@@ -164,4 +164,4 @@ def test_shuffled_rewards_are_the_same_ones_in_buffers_of_four():
 
 def test_bounds_the_wrong_way_round_are_refused():
     with pytest.raises(ConfigError, match=r"ratio_min 0.7, ratio_max 0.2"):
-        ControlledExposure(Bandit(BanditConfig()), ratio_min=0.7, ratio_max=0.2)
+        ControlledExposure(Bandit(BanditSettings()), ratio_min=0.7, ratio_max=0.2)

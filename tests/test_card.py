@@ -168,7 +168,7 @@ def test_a_resume_is_admitted_with_what_it_changed(tmp_path: Path):
 
 
 def test_controls_the_literal_reward_and_the_designed_world_are_named(tmp_path: Path):
-    chosen = config(exposure={"control": "shuffled"}, credit={"preset": "paper"}, data={"leap_share": 0.5})
+    chosen = config(exposure={"reference_ablation": "shuffled"}, credit={"preset": "paper"}, data={"leap_share": 0.5})
     text = model_card(chosen, finished(tmp_path / "run", chosen))
     assert "control: shuffled); this is a control run" in text
     assert "That reward rises when the ratio falls" in text

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from atesd.config import Config, SearchConfig, SetpointConfig, config_from_mapping
+from atesd.config import Config, SetpointSettings, StaircaseSettings, config_from_mapping, method_name
 from atesd.control.controlled import ControlledExposure
 from atesd.control.factory import controlled, make_exposure
 from atesd.control.interface import Exposure
-from atesd.control.labels import method_name
-from atesd.control.search import GroupSearch
 from atesd.control.setpoint import Setpoint
+from atesd.control.staircase import Staircase
 from atesd.errors import ConfigError
 from atesd.importing import require_offers
 from atesd.maths.keyed import generator
@@ -23,7 +22,7 @@ from quick import cut_after, fingerprint, finished, quick
 
 RNG = generator(0, "test")  # neither controller here draws
 DOCS = Path(__file__).parent.parent / "docs" / "controllers.md"
-DECIDING = ("bandit", "setpoint", "per_problem")
+DECIDING = ("bandit", "setpoint", "staircase")
 
 
 def stats(kl: float = 0.1, **values) -> UpdateStats:
@@ -31,66 +30,66 @@ def stats(kl: float = 0.1, **values) -> UpdateStats:
 
 
 def test_the_set_point_steps_by_gain_times_the_log_error():
-    setpoint = Setpoint(SetpointConfig(target_kl=0.2, gain=0.1, start=0.5))
-    assert setpoint.choose("", RNG) == 0.5
+    setpoint = Setpoint(SetpointSettings(target_kl=0.2, gain=0.1, start=0.5))
+    assert setpoint.propose("", RNG) == 0.5
     for kl in (0.05, 0.15):
-        setpoint.watch(stats(kl))
+        setpoint.on_update(stats(kl))
     # The mean KL is 0.1, half the target: 0.5 + 0.1 ln 2
     assert setpoint.features() == pytest.approx((0.1, 0.2))
-    assert setpoint.choose("", RNG) == pytest.approx(0.5 + 0.1 * math.log(2))
+    assert setpoint.propose("", RNG) == pytest.approx(0.5 + 0.1 * math.log(2))
 
 
 @pytest.mark.parametrize(("target", "ratio"), [(0.02, 0.3466), (0.06, 0.6212)])
 def test_the_set_point_settles_where_the_kl_is_the_target(target, ratio):
     # KL = 0.005 exp(4 ratio): the target is reached at ln(target / 0.005) / 4.
-    setpoint = Setpoint(SetpointConfig(target_kl=target))
+    setpoint = Setpoint(SetpointSettings(target_kl=target))
     for _ in range(40):
-        setpoint.watch(stats(0.005 * math.exp(4 * setpoint.choose("", RNG))))
-    assert setpoint.choose("", RNG) == pytest.approx(ratio, abs=1e-3)
+        setpoint.on_update(stats(0.005 * math.exp(4 * setpoint.propose("", RNG))))
+    assert setpoint.propose("", RNG) == pytest.approx(ratio, abs=1e-3)
 
 
 def test_without_a_target_the_first_kl_is_kept_so_that_the_ratio_rises_as_the_student_learns():
-    setpoint, ratios = Setpoint(SetpointConfig()), []
+    setpoint, ratios = Setpoint(SetpointSettings()), []
     for update in range(40):
-        ratios.append(setpoint.choose("", RNG))
-        setpoint.watch(stats(0.005 * math.exp(4 * ratios[-1] - update / 40)))
+        ratios.append(setpoint.propose("", RNG))
+        setpoint.on_update(stats(0.005 * math.exp(4 * ratios[-1] - update / 40)))
     assert ratios[0] == ratios[1] == 0.5
     assert ratios[-1] > 0.7
 
 
 def test_at_a_bound_the_integral_does_not_wind_up():
-    setpoint = Setpoint(SetpointConfig(target_kl=0.1), 0.2, 0.6)
+    setpoint = Setpoint(SetpointSettings(target_kl=0.1, ratio_min=0.2, ratio_max=0.6))
     for kl in [0.001] * 50 + [0.5]:
-        setpoint.choose("", RNG)
-        setpoint.watch(stats(kl))
-    assert setpoint.choose("", RNG) < 0.6  # one KL above the target is enough to leave the bound
+        setpoint.propose("", RNG)
+        setpoint.on_update(stats(kl))
+    assert setpoint.propose("", RNG) < 0.6  # one KL above the target is enough to leave the bound
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf, 0.0, -1e-9])
 def test_a_kl_without_a_log_leaves_the_set_point_a_ratio(kl):
-    setpoint = Setpoint(SetpointConfig(target_kl=0.1))
-    setpoint.watch(stats(kl))
-    assert 0.0 <= setpoint.choose("", RNG) <= 1.0
+    setpoint = Setpoint(SetpointSettings(target_kl=0.1))
+    setpoint.on_update(stats(kl))
+    assert 0.0 <= setpoint.propose("", RNG) <= 1.0
 
 
 def test_a_solved_problem_is_shown_more_and_an_unsolved_one_less():
-    search = GroupSearch(SearchConfig(step_solved=0.1, step_unsolved=-0.2, start=0.5))
-    search.watch(stats(group_success=(("a", 1.0), ("b", 0.0), ("c", 1.0), ("c", 0.0))))
+    search = Staircase(StaircaseSettings(step_solved=0.1, step_unsolved=-0.2, start=0.5))
+    search.on_update(stats(group_success=(("a", 1.0), ("b", 0.0), ("c", 1.0), ("c", 0.0))))
     # c: one solved and one unsolved rollout, (0.1 - 0.2) / 2
-    assert [search.choose(group, RNG) for group in "abc"] == pytest.approx([0.6, 0.3, 0.45])
+    assert [search.propose(group, RNG) for group in "abc"] == pytest.approx([0.6, 0.3, 0.45])
 
 
 def test_a_new_problem_starts_at_the_mean_of_those_met():
-    search = GroupSearch(SearchConfig(step_solved=0.1, step_unsolved=-0.2, start=0.5))
-    search.watch(stats(group_success=(("a", 1.0), ("b", 0.0))))
-    assert search.choose("new", RNG) == pytest.approx((0.6 + 0.3) / 2) == search.features()[0]
+    search = Staircase(StaircaseSettings(step_solved=0.1, step_unsolved=-0.2, start=0.5))
+    search.on_update(stats(group_success=(("a", 1.0), ("b", 0.0))))
+    assert search.propose("new", RNG) == pytest.approx((0.6 + 0.3) / 2) == search.features()[0]
 
 
 def test_the_search_stays_between_the_bounds():
-    search = GroupSearch(SearchConfig(), 0.3, 0.6)
+    search = Staircase(StaircaseSettings(ratio_min=0.3, ratio_max=0.6))
     for _ in range(9):
-        search.watch(stats(group_success=(("a", 1.0), ("b", 0.0))))
-    assert [search.choose(group, RNG) for group in "ab"] == [0.6, 0.3]
+        search.on_update(stats(group_success=(("a", 1.0), ("b", 0.0))))
+    assert [search.propose(group, RNG) for group in "ab"] == [0.6, 0.3]
 
 
 def config(kind: str, **groups) -> Config:
@@ -136,9 +135,9 @@ def test_every_controller_logs_the_reward_of_its_decisions(kind):
 @pytest.mark.parametrize(
     ("kind", "wanted", "fix"),
     [
-        ("bandit", "per_problem", "granularity: update"),
-        ("setpoint", "per_difficulty", "granularity: update"),
-        ("per_problem", "update", "granularity: per_problem"),
+        ("bandit", "per_problem", "exposure.kind: .*learned.* would read it"),
+        ("setpoint", "per_difficulty", "exposure.kind: .*staircase.* would read it"),
+        ("staircase", "update", "expected 'per_difficulty' or 'per_problem'"),
     ],
 )
 def test_a_granularity_that_a_kind_does_not_have_is_refused_with_the_fix(kind, wanted, fix):
@@ -146,12 +145,16 @@ def test_a_granularity_that_a_kind_does_not_have_is_refused_with_the_fix(kind, w
         config(kind, exposure={"granularity": wanted})
 
 
-def test_per_problem_brings_its_granularity():
-    assert config("per_problem").exposure.granularity == "per_problem"
-    assert config("per_problem", exposure={"granularity": "per_difficulty"}).exposure.granularity == "per_difficulty"
+def test_a_staircase_brings_its_granularity():
+    assert config("staircase").granularity == "per_problem"
+    assert config("staircase", exposure={"granularity": "per_difficulty"}).granularity == "per_difficulty"
 
 
-@pytest.mark.parametrize("kind", ["bandit", "per_problem"])
+def test_the_former_name_of_the_staircase_still_loads():
+    assert config("per_problem") == config("staircase")
+
+
+@pytest.mark.parametrize("kind", ["bandit", "staircase"])
 def test_what_learns_from_verdicts_needs_a_checker(kind):
     with pytest.raises(ConfigError, match="checker"):
         config(kind, data={"checker": "none"}, credit={"progress_signal": "probe_success"})
@@ -183,7 +186,7 @@ def no_exposure(*_: object) -> object:
 
 
 def test_a_custom_exposure_needs_a_factory():
-    with pytest.raises(ConfigError, match=r"needs factory, for example my_controller:make"):
+    with pytest.raises(ConfigError, match=r"kind: custom needs factory: module:function"):
         config("custom")
 
 
@@ -192,7 +195,7 @@ def test_a_custom_exposure_needs_a_factory():
     [
         ({"kind": "bandit"}, "bandit over 5 ratios (sound credit)"),
         ({"kind": "setpoint"}, "set-point on KL (its first)"),
-        ({"kind": "per_problem"}, "search per problem"),
+        ({"kind": "staircase"}, "search per problem"),
         ({"kind": "custom", "factory": "mine:make"}, "custom (mine:make)"),
     ],
 )
@@ -206,7 +209,7 @@ def test_a_signal_that_is_not_the_presets_own_is_named():
     )
 
 
-@pytest.mark.parametrize("kind", ["bandit", "per_problem"])
+@pytest.mark.parametrize("kind", ["bandit", "staircase"])
 def test_a_run_cut_after_an_update_goes_on_to_the_same_end(kind, tmp_path: Path):
     settings = quick(f"exposure.kind={kind}", "credit.progress_signal=probe_gain")
     whole = finished(settings, tmp_path / "whole")
@@ -231,5 +234,7 @@ def test_the_worked_example_trains_resumes_and_shows_up_in_the_log(tmp_path: Pat
 
 
 def test_a_controller_made_by_hand_is_an_exposure():
-    made = controlled(Setpoint(SetpointConfig(start=0.25)), quick(), 0)
+    made = controlled(
+        Setpoint(SetpointSettings(start=0.25)), quick("exposure.kind=custom", "exposure.factory=mine:make"), 0
+    )
     assert made.reveal_ratio(0) == 0.25

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import engine_contract as contract
-from atesd.config import TeacherConfig
+from atesd.config import FrozenTeacher
 from atesd.engine import layers
 from atesd.engine.batch import Batch
 from atesd.engine.builtin import BuiltinEngine
@@ -209,7 +209,7 @@ def test_weights_are_read_anew_by_every_call():
 def test_inside_the_teachers_weights_the_teacher_is_sampled():
     loaded, requests = make("llama"), requests_of([4, 7])
     teacher, before = (
-        Teacher(ReplicatedWeights(loaded.model), TeacherConfig(weights="frozen")),
+        Teacher(ReplicatedWeights(loaded.model), FrozenTeacher()),
         completed(make("llama"), requests, KEYED),
     )
     with torch.no_grad():

@@ -18,7 +18,7 @@ from atesd_lab.studies.demo import ARMS, Arm, Scores, best_fixed, curve, demo_te
 from atesd_lab.studies.demo_figure import draw_demo
 from atesd_lab.sweep import jobs
 from fake_run import write_fake_run
-from quick import SMALL
+from quick import SMALL_LEARNED as SMALL
 
 
 def row(value: float) -> dict[str, Any]:
@@ -116,10 +116,10 @@ def test_a_finished_run_with_other_settings_is_refused_and_not_taken_for_ours(tm
 
 def test_a_failing_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path):
     with pytest.raises(RunError, match=r"exit code 2; its log .*steps-(opsd|atesd).log ends with") as caught:
-        run_demo(tmp_path, lambda _: None, ["train.sed=1"])
-    assert "did you mean seed?" in str(caught.value)
+        run_demo(tmp_path, lambda _: None, ["model.path=nowhere"])
+    assert "nowhere" in str(caught.value)
     log = (tmp_path / "steps-opsd.log").read_text()
-    command = shlex.join(job_of(ARMS[0], tmp_path, ["train.sed=1"]).command)
+    command = shlex.join(job_of(ARMS[0], tmp_path, ["model.path=nowhere"]).command)
     assert log.splitlines()[0] == f"$ atesd {command}"
 
 

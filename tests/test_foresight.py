@@ -14,7 +14,7 @@ from validation import foresight
 from validation.foresight import Foresight, check, held_out, true_change
 from validation.foresight_figure import draw_foresight
 
-SETTINGS = ("exposure.kind=fixed", "loss.token_gate=aligned", "aligned.min_correct=1", "train.batch_size=8")
+SETTINGS = ("exposure.kind=fixed", "loss.gate=aligned", "alignment.min_correct=1", "train.batch_size=8")
 
 
 def test_the_true_change_is_the_importance_weighted_change_of_success() -> None:

@@ -16,9 +16,12 @@ import atesd_lab
 ROWS = {
     "atesd": [
         {"errors", "records", "rows", "text"},
-        {"config", "table", "importing"},
-        {"maths", "runs"},
-        {"data", "models", "control"},
+        {"component", "table", "importing"},
+        {"maths"},
+        {"control"},
+        {"config"},
+        {"runs"},
+        {"data", "models"},
         {"engine", "card"},
         {"world", "train"},
         {"aligned", "evaluate"},
@@ -93,7 +96,7 @@ def test_what_reads_files_never_imports_torch(module: str):
 def test_the_controller_imports_no_trainer_no_model_and_no_data():
     modules = modules_after("import atesd.control.learned, atesd.control.factory")
     rooms = {name.split(".")[1] for name in modules if name.startswith("atesd.")}
-    assert rooms == {"errors", "records", "rows", "config", "importing", "maths", "control"}
+    assert rooms == {"errors", "records", "component", "importing", "maths", "control"}
     assert "transformers" not in modules
 
 

@@ -123,23 +123,21 @@ def test_every_window_shape_agrees_with_a_search_through_the_whole_series(hold, 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.sampled_from(["decision", "hold_end"]))
 def test_a_probe_is_due_exactly_where_some_window_starts_or_closes(hold, lookahead, window_start):
-    ledger = DecisionLedger(credit(hold, lookahead, window_start=window_start))
-    edges = {edge for taken in range(0, 40, hold) for edge in ledger.window(taken)}
-    assert [ledger.probe_is_due(u) for u in range(40)] == [u in edges for u in range(40)]
+    config = credit(hold, lookahead, window_start=window_start)
+    edges = {edge for taken in range(0, 40, hold) for edge in config.window(taken)}
+    assert [config.probe_is_due(u) for u in range(40)] == [u in edges for u in range(40)]
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.sampled_from(["decision", "hold_end"]))
 def test_within_a_window_a_probe_is_due_every_so_many_updates_and_at_its_end(hold, lookahead, every, window_start):
     config = credit(hold, lookahead, window_start=window_start).model_copy(update={"probe_every": every})
-    ledger = DecisionLedger(config)
-    windows = [ledger.window(taken) for taken in range(0, 40, hold)]
+    windows = [config.window(taken) for taken in range(0, 40, hold)]
     due = {u for start, close in windows for u in (*range(start, close, every), close)}
-    assert [ledger.probe_is_due(u) for u in range(40)] == [u in due for u in range(40)]
+    assert [config.probe_is_due(u) for u in range(40)] == [u in due for u in range(40)]
 
 
 def test_with_hold_equal_to_lookahead_a_probe_is_due_once_per_decision():
-    ledger = DecisionLedger(credit(4, 4))
-    assert [u for u in range(13) if ledger.probe_is_due(u)] == [0, 4, 8, 12]
+    assert [u for u in range(13) if credit(4, 4).probe_is_due(u)] == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -7,7 +7,7 @@ weights and the completion ids; prompts, views, teacher, loss and micro-batches 
 
 What TRL has to be told, so that both do the same work:
 - `distillation_mode="full_logits"`, with `distillation_alpha` 0 for forward KL, 1 for reverse KL, and in between the
-  teacher's share of the generalised Jensen-Shannon mixture, our `loss.jsd_weight`;
+  teacher's share of the generalised Jensen-Shannon mixture, our `loss.divergence.teacher_weight`;
 - `teacher_model_kind="base"`: the weights as they were loaded; with LoRA, the adapter off. Our `frozen`;
 - `distillation_is_clip=None`: a clip of importance ratios, unrelated to `loss.clip`; it would not act here anyway;
 - `bf16=False` and `max_grad_norm=0`: its defaults are bfloat16 autocast and a clipped gradient;
@@ -38,7 +38,20 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from atesd.build import objective
-from atesd.config import Config, ExposureConfig, LoraConfig, LossConfig, ModelConfig, SamplingConfig, ViewsConfig
+from atesd.config import (
+    Config,
+    FixedSettings,
+    ForwardKL,
+    FullSettings,
+    JensenShannon,
+    LiveTeacher,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    ReverseKL,
+    SamplingConfig,
+    ViewsConfig,
+)
 from atesd.control.factory import make_exposure
 from atesd.data.views import TextRenderer
 from atesd.models.load import load_model, save_model
@@ -71,12 +84,13 @@ SAMPLES, UPDATES = 2, 3
 TRL_WORDING = ViewsConfig(problem_text="{problem}", instruction="", reference_begin="", reference_end="", transition="")
 OUR_WORDING = ViewsConfig(problem_text="Problem: {problem}\n\nAnswer inside \\boxed{{}}.", instruction="")
 
+FORWARD = ForwardKL()
 CASES: dict[str, dict[str, Any]] = {
     "forward_kl": {},
     "lora": {"lora": LoraConfig(rank=4, alpha=8)},
     "our_wording": {"views": OUR_WORDING},
-    "reverse_kl": {"divergence": "reverse_kl"},
-    "jensen_shannon": {"divergence": "jensen_shannon"},
+    "reverse_kl": {"divergence": ReverseKL()},
+    "jensen_shannon": {"divergence": JensenShannon(teacher_weight=0.3)},
     "one_micro_batch": {"micro_batches": 1},
 }
 
@@ -122,14 +136,14 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> RunOf:
 
 
 def peer_config(
-    model: Path, divergence: Any = "forward_kl", lora: LoraConfig | None = None, views: ViewsConfig = TRL_WORDING
+    model: Path, divergence: Any = FORWARD, lora: LoraConfig | None = None, views: ViewsConfig = TRL_WORDING
 ) -> Config:
     """Full exposure, forward KL over the whole vocabulary, no clip."""
     return Config(
         model=ModelConfig(path=str(model), lora=lora),
         views=views,
-        exposure=ExposureConfig(kind="full"),
-        loss=LossConfig(divergence=divergence, jsd_weight=0.3, clip="none", reduction="sequence"),
+        exposure=FullSettings(),
+        loss=LossConfig(divergence=divergence, clip="none", reduction="sequence"),
         sampling=SamplingConfig(temperature=1.3, completion_tokens=60),
     )
 
@@ -142,7 +156,9 @@ def train_with_trl(config: Config, micro_batches: int, out: Path) -> list[PeerUp
 
     arguments = sdft.SDFTConfig(
         distillation_mode="full_logits",
-        distillation_alpha={"forward_kl": 0.0, "reverse_kl": 1.0}.get(config.loss.divergence, config.loss.jsd_weight),
+        distillation_alpha={"forward_kl": 0.0, "reverse_kl": 1.0}.get(
+            config.loss.divergence.kind, config.loss.jsd_weight
+        ),
         distillation_is_clip=None,
         teacher_model_kind="base",
         teacher_prompt_template=teacher_template(config.views),
@@ -287,7 +303,7 @@ def test_the_template_of_the_plain_wording_is_trls_default() -> None:
 def test_our_token_reduction_is_the_mean_that_trl_logs(run_of: RunOf) -> None:
     # TRL logs the token mean of each micro-batch, averaged; with one micro-batch that is the mean over all tokens.
     run = run_of("one_micro_batch")
-    config = changed(run.config, "loss", reduction="token")
+    config = changed(run.config, "loss", {"reduction": "token"})
     for update in run.updates:
         assert our_step(config, update)[0].loss == pytest.approx(update.token_mean, rel=1e-5, abs=0)
 
@@ -304,21 +320,22 @@ def test_the_rollouts_are_uneven_and_some_are_truncated(run_of: RunOf) -> None:
     [
         ("loss", {"temperature": 1.25}),
         ("loss", {"reduction": "token"}),
-        ("loss", {"divergence": "reverse_kl"}),
+        ("loss", {"divergence": ReverseKL()}),
         ("loss", {"clip": "per_entry"}),
-        ("teacher", {"weights": "live"}),
+        ("teacher", LiveTeacher()),
         ("views", {"reference_begin": " "}),
-        ("exposure", {"kind": "fixed", "reveal_ratio": 0.5}),
+        ("exposure", FixedSettings(reveal_ratio=0.5)),
     ],
 )
-def test_any_other_setting_would_be_noticed(run_of: RunOf, component: str, settings: dict[str, Any]) -> None:
+def test_any_other_setting_would_be_noticed(run_of: RunOf, component: str, settings: Any) -> None:
     run = run_of("forward_kl")
     update = run.updates[-1]  # by now student and teacher have different weights
-    meters, gradients = our_step(changed(run.config, component, **settings), update)
+    meters, gradients = our_step(changed(run.config, component, settings), update)
     assert abs(meters.loss / update.loss - 1) > 1e-3
     assert difference(gradients, update.gradients) > 1e-2
 
 
-def changed(config: Config, component: str, **settings: Any) -> Config:
-    """The config with some settings of one component replaced."""
-    return config.model_copy(update={component: getattr(config, component).model_copy(update=settings)})
+def changed(config: Config, component: str, settings: Any) -> Config:
+    """The config with one component replaced, or some settings of it."""
+    whole = getattr(config, component).model_copy(update=settings) if isinstance(settings, dict) else settings
+    return config.model_copy(update={component: whole})

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from atesd.build import build, close
 from atesd.cli.commands import app
-from atesd.config import DataConfig, ViewsConfig, dump_config, load_config
+from atesd.config import DataConfig, FixedSettings, FullSettings, ViewsConfig, dump_config, load_config
 from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
@@ -37,7 +37,7 @@ from updates import batch_of
 
 RATIOS = (0.0, 0.5, 1.0)
 CONFIG = profiled_config(
-    quick("train.batch_size=16", "aligned.min_correct=2", "aligned.ratios=[0, 0.5, 1]", "sampling.temperature=0.9")
+    quick("train.batch_size=16", "exposure.kind=aligned", "alignment.min_correct=2", "sampling.temperature=0.9")
 )
 
 
@@ -66,13 +66,11 @@ def test_the_rollouts_are_those_that_training_would_draw(parts: Components) -> N
 
 
 def test_gates_and_other_losses_stay_out_of_the_profile_and_in_the_suggested_recipe(profile: Profile) -> None:
-    config = quick(
-        "train.grpo_weight=0.5", "train.group_size=2", "loss.token_gate=aligned", "exposure.kind=per_problem"
-    )
+    config = quick("train.grpo_weight=0.5", "train.group_size=2", "loss.gate=aligned", "exposure.kind=staircase")
     plain = profiled_config(config)
-    assert (plain.train.grpo_weight, plain.loss.token_gate, plain.exposure.kind) == (0, "none", "full")
+    assert (plain.train.grpo_weight, plain.loss.gate.kind, plain.exposure.kind) == (0, "none", "full")
     suggested = suggested_config(profile, config)
-    assert (suggested.train.grpo_weight, suggested.loss.token_gate) == (0.5, "aligned")
+    assert (suggested.train.grpo_weight, suggested.loss.gate.kind) == (0.5, "aligned")
     assert suggested.exposure.kind in ("full", "fixed")
 
 
@@ -145,11 +143,11 @@ def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Componen
 
 
 def test_too_few_correct_rollouts_are_said_and_no_checker_is_too() -> None:
-    few = build(profiled_config(quick("aligned.min_correct=500")))
+    few = build(profiled_config(quick("exposure.kind=aligned", "alignment.min_correct=500")))
     found = align(few, show(few, 4, RATIOS), RATIOS)
     close(few)
     assert isinstance(found, str)
-    assert "aligned.min_correct wants 500 in each; raise --problems" in found
+    assert "alignment.min_correct wants 500 in each; raise --problems" in found
     blind = build(profiled_config(quick("data.checker=none")))
     profile = measure_profile(blind, 4)
     assert profile.student is None
@@ -239,7 +237,7 @@ def test_where_nothing_can_be_measured_it_is_full_exposure_and_the_reason_says_s
 def profile() -> Profile:
     built = build(CONFIG)
     try:
-        return measure_profile(built, 24)
+        return measure_profile(built, 24, ratios=RATIOS)
     finally:
         close(built)
 
@@ -271,8 +269,9 @@ def test_the_suggested_recipe_is_read_back_and_differs_in_the_exposure_alone(
     read = load_config(str(tmp_path / "recipe.yaml"))
     assert read == suggested_config(suggested, config)
     assert read.exposure.kind == ("full" if ratio == 1 else "fixed")
-    assert read.exposure.reveal_ratio == ratio
-    assert dump_config(read.model_copy(update={"exposure": config.exposure})) == dump_config(config)
+    assert read.exposure == (FullSettings() if ratio == 1 else FixedSettings(reveal_ratio=ratio))
+    back = {"exposure": config.exposure, "credit": config.credit}  # a fixed ratio is not rewarded
+    assert dump_config(read.model_copy(update=back)) == dump_config(config)
 
 
 def test_rows_without_gold_and_rows_that_contradict_their_reference_are_counted(
@@ -327,9 +326,8 @@ def test_bad_input_is_named_with_what_is_allowed(parts: Components, tmp_path: Pa
         print_profile(CONFIG, "micro", 4, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"--problems 25: expected 2 to 24"):
         measure_profile(parts, 25)
-    aligned_ratios = CONFIG.aligned.model_copy(update={"ratios": (0.5, 0.5)})
-    with pytest.raises(ConfigError, match=r"aligned.ratios: 0.5 alone"):
-        measure_profile(replace(parts, config=CONFIG.model_copy(update={"aligned": aligned_ratios})))
+    with pytest.raises(ConfigError, match=r"exposure.ratios: 0.5 alone"):
+        measure_profile(parts, ratios=(0.5, 0.5))
     with pytest.raises(ConfigError, match=r"train.method: sft has no teacher"):
         profiled_config(quick("train.method=sft"))
     assert default_problems(parts) == 24

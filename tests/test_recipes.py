@@ -29,7 +29,7 @@ def opsd_settings(config: Config) -> dict[str, object]:
     assert config.model.lora is not None
     return {
         "exposure of the baseline": config.exposure.kind,
-        "divergence": config.loss.divergence,
+        "divergence": config.loss.divergence.kind,
         "clip": config.loss.clip,
         "learning_rate": config.train.learning_rate,
         "max_grad_norm": config.train.max_grad_norm,
@@ -76,7 +76,7 @@ def test_the_qwen_recipes_hold_the_published_settings_of_opsd(size: str, thresho
     assert config.model.path == f"Qwen/Qwen3-{size.upper()}"
     assert (config.data.source, config.data.preset) == ("siyanzhao/Openthoughts_math_30k_opsd", "openthoughts-opsd")
     assert config.loss_temperature == config.sampling.temperature  # both logits are divided by it
-    assert config.exposure.control == "off"
+    assert config.exposure.reference_ablation == "off"
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("qwen3")])
@@ -122,4 +122,4 @@ def test_smollm2_is_trained_with_an_adapter_a_chat_template_and_verified_answers
 def test_the_sums_show_every_ratio_of_their_look_ahead_another_view():
     config = load_config("smollm2-sums")
     assert (config.data.source, config.checker, config.data.max_difficulty) == ("arithmetic", "exact", 3)
-    assert [shown_segments(ratio, 3) for ratio in config.aligned.ratios] == [0, 1, 2, 3]
+    assert [shown_segments(ratio, 3) for ratio in config.exposure.ratios] == [0, 1, 2, 3]

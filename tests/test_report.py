@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atesd.control.labels import method_name
+from atesd.config import config_from_mapping, method_name
 from atesd.errors import RunError
 from atesd.runs import RunFolder
 from atesd.text import duration, number, percent, percent_interval, points_interval, visible
@@ -36,7 +35,7 @@ ATTACK = (
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A learned run whose model and data try to break out of the page, and one that has only begun."""
     folder = tmp_path_factory.mktemp("runs")
-    run = write_fake_run(folder / "learned<b>", views={"instruction": ATTACK.replace("\ud800", "")})
+    run = write_fake_run(folder / "learned<b>", model={"system_prompt": ATTACK.replace("\ud800", "")})
     pieces = [ATTACK[start : start + 7] for start in range(0, len(ATTACK), 7)]
     measured = [float(place - 9) for place in range(len(pieces))]
     texts = {"completion": ATTACK, "student_context": ATTACK, "teacher_context": ATTACK + ATTACK, "problem_id": ATTACK}
@@ -206,13 +205,12 @@ def test_a_decision_logged_as_pending_and_again_as_finished_counts_once(tmp_path
         ({"exposure": {"kind": "full"}}, "OPSD (full exposure)"),
         ({"exposure": {"kind": "fixed", "reveal_ratio": 0.25}}, "fixed ratio 0.25"),
         ({"credit": {"preset": "paper", "shuffle_rewards": True}}, "ATESD (paper credit), shuffled rewards"),
-        ({"exposure": {"kind": "full", "control": "filler"}}, "OPSD (full exposure), control: filler"),
+        ({"exposure": {"kind": "full", "reference_ablation": "filler"}}, "OPSD (full exposure), control: filler"),
         ({"train": {"method": "grpo", "batch_size": 16}}, "GRPO"),
     ],
 )
 def test_a_method_is_named_as_the_papers_name_it(groups: dict[str, object], name: str):
-    config = fake_config(10)
-    assert method_name(type(config).model_validate(json.loads(config.model_dump_json()) | groups)) == name
+    assert method_name(config_from_mapping(groups)) == name
 
 
 def test_the_status_says_how_far_a_run_came(tmp_path: Path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atesd.config import with_overrides
 from atesd_lab.report import lookahead
 from atesd_lab.report.canvas import PALETTE, Chart
 from atesd_lab.report.page import render_page
@@ -114,11 +115,7 @@ def test_without_a_look_there_is_nothing_to_draw_and_zeros_are_drawn_as_zeros(tm
     ("granularity", "words"), [("update", "smoothing"), ("per_problem", "the mean over the update")]
 )
 def test_the_reading_says_whose_ratio_the_line_is(tmp_path: Path, granularity: str, words: str):
-    exposure = {"kind": "aligned", "granularity": granularity}
-    config = fake_config(8)
-    config = type(config).model_validate(
-        {**config.model_dump(), "exposure": {**config.model_dump()["exposure"], **exposure}}
-    )
+    config = with_overrides(fake_config(8), ["exposure.kind=aligned", f"exposure.granularity={granularity}"])
     run = begin_run(tmp_path / "run", config)
     run.append("metrics", metric_row(0, 0.5, NOISE, alignment=looked([0.0, 1.0], [0.0, 0.0])))
     chart = lookahead.alignment_map(read_run(tmp_path / "run"))
@@ -137,7 +134,7 @@ def test_a_page_of_an_aligned_run_shows_its_look_ahead_and_says_why_there_is_no_
 
 
 def test_a_page_of_a_gated_run_shows_the_kept_share_and_the_curvature(tmp_path: Path):
-    run = begin_run(tmp_path / "run", fake_config(4, kind="full", loss={"token_gate": "aligned"}))
+    run = begin_run(tmp_path / "run", fake_config(4, kind="full", loss={"gate": "aligned"}))
     for update in range(4):
         run.append("metrics", metric_row(update, 1.0, NOISE, kept_share=0.25, curvature=0.05))
     page = render_page([read_run(tmp_path / "run")])

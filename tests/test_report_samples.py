@@ -19,7 +19,7 @@ NOISE = np.random.default_rng(0)
 
 
 def run_of(path: Path, *rows: dict[str, Any], gate: str = "aligned") -> RunRows:
-    run = begin_run(path, fake_config(10, kind="full", loss={"token_gate": gate}))
+    run = begin_run(path, fake_config(10, kind="full", loss={"gate": gate}))
     for row in rows:
         run.append("samples", row)
     return read_run(path)

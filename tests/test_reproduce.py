@@ -24,7 +24,7 @@ from atesd_lab.report.rows import RunRows
 from atesd_lab.stats.differences import paired_difference
 from atesd_lab.sweep.plan import Cell
 from fake_run import decision_row, evaluation_row, metric_row, sample_row
-from quick import SMALL
+from quick import SMALL_LEARNED as SMALL
 
 UPDATES = 20
 TINY = [*(setting for setting in SMALL if "credit." not in setting), "train.num_updates=8", "train.batch_size=8"]

@@ -22,7 +22,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from atesd.config import LoraConfig, TeacherConfig
+from atesd.config import FrozenTeacher, LoraConfig
 from atesd.models import shared_prefix
 from atesd.models.load import LoadedModel, _with_adapter
 from atesd.models.score import Pair, Scorer
@@ -109,7 +109,7 @@ def test_with_an_adapter_the_teacher_is_the_teacher() -> None:
                 parameter.fill_(0.3)
     scorer, teacher = (
         Scorer(dataclasses.replace(loaded, model=model)),
-        Teacher(ReplicatedWeights(model), TeacherConfig()),
+        Teacher(ReplicatedWeights(model), FrozenTeacher()),
     )
     groups = GROUPS["nested views with a tail"]
     student = shared_hidden(scorer, groups)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atesd.config import TeacherConfig, TrainConfig
+from atesd.config import FrozenTeacher, TrainConfig
 from atesd.maths.divergence import Objective
 from atesd.models.load import LoadedModel
 from atesd.models.score import Scorer
@@ -34,7 +34,7 @@ TEMPERATURE = 1.3
 def distilled(
     loaded: LoadedModel, micro_batch_size: int, reduction: Literal["sequence", "token"] = "sequence", chunk: int = 4
 ) -> StepMeters:
-    teacher = Teacher(ReplicatedWeights(loaded.model), TeacherConfig())
+    teacher = Teacher(ReplicatedWeights(loaded.model), FrozenTeacher())
     objective = Objective(temperature=TEMPERATURE)
     return distill(
         Scorer(loaded),
@@ -94,7 +94,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(reduction: Literal["s
 def test_the_gradient_does_not_depend_on_the_token_budget(budget: int) -> None:
     whole, cut = tiny_model(), tiny_model()
     distilled(whole, len(ROWS))
-    teacher, objective = Teacher(ReplicatedWeights(cut.model), TeacherConfig()), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(ReplicatedWeights(cut.model), FrozenTeacher()), Objective(temperature=TEMPERATURE)
     distill(Scorer(cut), teacher, ROWS, objective, micro_batch_size=1, micro_batch_tokens=budget, chunk_tokens=4)
     for a, b in zip(gradients(whole), gradients(cut), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -122,7 +122,7 @@ def test_answers_are_read_under_the_teachers_context_and_change_nothing_else(siz
     asked = [dataclasses.replace(row, answer=answer) for row, answer in zip(ROWS, answers, strict=True)]
     plain, measured = tiny_model(), tiny_model()
     without = distilled(plain, size)
-    teacher, objective = Teacher(ReplicatedWeights(measured.model), TeacherConfig()), Objective(temperature=TEMPERATURE)
+    teacher, objective = Teacher(ReplicatedWeights(measured.model), FrozenTeacher()), Objective(temperature=TEMPERATURE)
     meters = distill(Scorer(measured), teacher, asked, objective, micro_batch_size=size, chunk_tokens=4)
     means = []
     for row, found in zip(asked, meters.answers, strict=True):
@@ -192,7 +192,7 @@ def test_the_teacher_keeps_its_own_head_when_the_student_has_moved() -> None:
     # student has moved, the meter of the teacher's own entropy must still be that of the initial policy.
     loaded = tiny_model()
     teacher, objective = (
-        Teacher(ReplicatedWeights(loaded.model), TeacherConfig(weights="frozen")),
+        Teacher(ReplicatedWeights(loaded.model), FrozenTeacher()),
         Objective(temperature=TEMPERATURE),
     )
     before = distill(Scorer(loaded), teacher, ROWS, objective, micro_batch_size=2, chunk_tokens=4)

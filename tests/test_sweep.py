@@ -32,6 +32,11 @@ def plan(**changes: Any) -> Plan:
     return plan_from_mapping({"recipe": "micro", **changes}, "mine.yaml")
 
 
+def replay(arm: str) -> dict[str, Any]:
+    """The setting that replays the run of an arm."""
+    return {"exposure.replay_run": {"cell": {"arm": arm}}}
+
+
 def cells(out: Path = OUT, **changes: Any) -> list[Cell]:
     return cells_of(plan(**changes), out, "mine.yaml")
 
@@ -107,7 +112,7 @@ def test_the_recorded_path_of_a_needed_cell_does_not_depend_on_how_out_was_typed
 def test_exclude_leaves_out_combinations():
     axes = {"world": {"leaps": {}, "steps": {"data.leap_share": 0.0}}, "exposure.reveal_ratio": [0, 0.5, 1]}
     exclude = [{"world": "steps", "exposure.reveal_ratio": [0, 0.5]}, {"seed": 1, "world": "leaps"}]
-    found = cells(axes=axes, seeds=2, exclude=exclude)
+    found = cells(axes=axes, seeds=2, exclude=exclude, set={"exposure.kind": "fixed"})
     kept = {("leaps", "0", 0), ("leaps", "0.5", 0), ("leaps", "1", 0), ("steps", "1", 0), ("steps", "1", 1)}
     assert names(found) == [
         f"{world}-reveal_ratio-{ratio}-seed-{seed}"
@@ -187,7 +192,7 @@ def test_overrides_of_the_command_line_reach_every_cell_and_replace_what_the_pla
         ({"axes": {"arm": SWEPT_ARMS}, "exclude": [{"arm": "sound"}]}, r"replay_run: the cell .* is not in the plan"),
         ({"axes": {"arm": {"a": {"exposure.replay_run": {"cell": "b"}}}}}, "cell: 'b'; expected the axes that differ"),
         (
-            {"axes": {"arm": {x: {"exposure.replay_run": {"cell": {"arm": y}}} for x, y in ("ab", "ba")}}},
+            {"axes": {"arm": {x: {"exposure.kind": "replay", **replay(y)} for x, y in ("ab", "ba")}}},
             "these cells wait for each other: a-seed-0, b-seed-0",
         ),
         (
@@ -208,7 +213,9 @@ def test_an_unknown_plan_is_answered_with_the_nearest():
 
 
 def test_a_plan_that_is_a_list_is_refused():
-    with pytest.raises(ConfigError, match="expected a plan with the keys recipe, set, axes, seeds, exclude, found l"):
+    with pytest.raises(
+        ConfigError, match="expected a plan with the keys recipe, set, axes, seeds, exclude, without, f"
+    ):
         plan_from_mapping([], "mine.yaml")
 
 
@@ -583,3 +590,32 @@ def test_the_newest_row_is_read_from_the_end_whatever_its_length(tmp_path: Path)
     assert run.last_row("metrics") == run.rows("metrics")[-1]
     (tmp_path / "run" / "samples.jsonl").write_bytes(b'{"upd')
     assert run.last_row("samples") is None
+
+
+def test_what_all_cells_share_is_left_out_where_nothing_reads_it():
+    full, sound, _ = cells(axes={"arm": SWEPT_ARMS}, set={"credit.hold_updates": 2})
+    assert [word for word in full.job.overrides if "credit" in word] == []
+    assert sound.job.config.credit.hold_updates == 2
+
+
+def test_what_all_cells_share_must_act_in_one_of_them():
+    with pytest.raises(ConfigError, match=r"cell \(every cell\): .*credit.hold_updates: 2 has no effect here"):
+        cells(axes={"arm": {"full": {"exposure.kind": "full"}}}, set={"credit.hold_updates": 2})
+
+
+def test_a_setting_of_a_point_must_act_in_every_cell_unless_the_plan_says_which_do_without():
+    axes = {
+        "world": {"plain": {}, "ema": {"teacher.weights": "ema", "teacher.decay": 0.5}},
+        "arm": {"full": {"exposure.kind": "full"}, "grpo": {"train.method": "grpo"}},
+    }
+    with pytest.raises(ConfigError, match=r"teacher.weights: 'ema' has no effect here; it acts with train.method"):
+        cells(axes=axes)
+    without = [{"world": "ema", "arm": "grpo", "settings": ["teacher.weights", "teacher.decay"]}]
+    found = {cell.group: cell.job.config for cell in cells(axes=axes, without=without)}
+    assert found["ema-grpo"] == found["plain-grpo"]
+    assert found["ema-full"].teacher.weights == "ema"
+
+
+def test_without_names_settings_of_the_plan():
+    with pytest.raises(ConfigError, match=r"without\[0\]: settings: 'teacher.wieghts' is set nowhere in the plan"):
+        cells(axes={"arm": SWEPT_ARMS}, without=[{"arm": "full", "settings": "teacher.wieghts"}])

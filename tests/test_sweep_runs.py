@@ -21,7 +21,8 @@ from atesd.runs import RunFolder
 from atesd_lab.sweep import jobs
 from atesd_lab.sweep.grid import sweep_tables
 from atesd_lab.sweep.plan import cells_of, load_plan
-from quick import SMALL, SWEPT_ARMS, fingerprint, finished
+from quick import SMALL_LEARNED as SMALL
+from quick import SWEPT_ARMS, fingerprint, finished
 
 
 def write_plan(path: Path, *settings: str, **changes: Any) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atesd.config import LoraConfig, ModelConfig, TeacherConfig
+from atesd.config import EmaTeacher, FrozenTeacher, LiveTeacher, LoraConfig, ModelConfig, RefreshedTeacher
 from atesd.errors import CheckpointError
 from atesd.models.load import load_model
 from atesd.models.teacher import Teacher
@@ -39,7 +39,7 @@ def move(model: nn.Module, seed: int) -> None:
 
 def test_a_frozen_teacher_stays_the_initial_policy_and_the_student_comes_back_bit_for_bit() -> None:
     model = tiny_model().model
-    teacher, initial = Teacher(ReplicatedWeights(model), TeacherConfig(weights="frozen")), logits(model)
+    teacher, initial = Teacher(ReplicatedWeights(model), FrozenTeacher()), logits(model)
     move(model, 1)
     moved = logits(model)
     assert torch.equal(as_teacher(model, teacher), initial)
@@ -49,7 +49,7 @@ def test_a_frozen_teacher_stays_the_initial_policy_and_the_student_comes_back_bi
 
 def test_a_live_teacher_is_the_student() -> None:
     model = tiny_model().model
-    teacher = Teacher(ReplicatedWeights(model), TeacherConfig(weights="live"))
+    teacher = Teacher(ReplicatedWeights(model), LiveTeacher())
     move(model, 1)
     assert torch.equal(as_teacher(model, teacher), logits(model))
     assert teacher.state_dict() == {"values": {}}
@@ -57,7 +57,7 @@ def test_a_live_teacher_is_the_student() -> None:
 
 def test_the_ema_is_the_recursion_by_hand() -> None:
     model = tiny_model().model
-    teacher = Teacher(ReplicatedWeights(model), TeacherConfig(weights="ema", ema_decay=0.75))
+    teacher = Teacher(ReplicatedWeights(model), EmaTeacher(decay=0.75))
     name, parameter = next(iter(model.named_parameters()))
     expected = parameter.detach().clone()
     for update in range(3):
@@ -70,7 +70,7 @@ def test_the_ema_is_the_recursion_by_hand() -> None:
 def test_a_refreshed_teacher_copies_the_student_every_n_updates() -> None:
     model = tiny_model().model
     teacher, initial = (
-        Teacher(ReplicatedWeights(model), TeacherConfig(weights="refresh", refresh_every=2)),
+        Teacher(ReplicatedWeights(model), RefreshedTeacher(every=2)),
         logits(model),
     )
     move(model, 1)
@@ -87,7 +87,7 @@ def test_with_lora_the_frozen_teacher_is_the_base_model_and_keeps_no_copy(tmp_pa
     folder = tiny_folder(tmp_path / "base")
     base = logits(load_model(ModelConfig(path=str(folder))).model)
     model = load_model(ModelConfig(path=str(folder), lora=LoraConfig(rank=2, alpha=4))).model
-    teacher = Teacher(ReplicatedWeights(model), TeacherConfig(weights="frozen"))
+    teacher = Teacher(ReplicatedWeights(model), FrozenTeacher())
     move(model, 1)
     assert torch.equal(as_teacher(model, teacher), base)
     assert not torch.equal(logits(model), base)
@@ -96,7 +96,7 @@ def test_with_lora_the_frozen_teacher_is_the_base_model_and_keeps_no_copy(tmp_pa
 
 def test_an_error_inside_still_gives_the_student_back() -> None:
     model = tiny_model().model
-    teacher = Teacher(ReplicatedWeights(model), TeacherConfig(weights="frozen"))
+    teacher = Teacher(ReplicatedWeights(model), FrozenTeacher())
     move(model, 1)
     moved = logits(model)
     with pytest.raises(RuntimeError, match="inside"), teacher.weights():
@@ -106,11 +106,11 @@ def test_an_error_inside_still_gives_the_student_back() -> None:
 
 def test_the_state_restores_the_teacher_and_refuses_another_kinds() -> None:
     model = tiny_model().model
-    first = Teacher(ReplicatedWeights(model), TeacherConfig(weights="ema", ema_decay=0.5))
+    first = Teacher(ReplicatedWeights(model), EmaTeacher(decay=0.5))
     move(model, 1)
     first.after_update(1)
-    second = Teacher(ReplicatedWeights(model), TeacherConfig(weights="ema", ema_decay=0.5))
+    second = Teacher(ReplicatedWeights(model), EmaTeacher(decay=0.5))
     second.load_state_dict(first.state_dict())
     assert torch.equal(as_teacher(model, first), as_teacher(model, second))
     with pytest.raises(CheckpointError, match=r"teacher\.weights"):
-        Teacher(ReplicatedWeights(model), TeacherConfig(weights="live")).load_state_dict(first.state_dict())
+        Teacher(ReplicatedWeights(model), LiveTeacher()).load_state_dict(first.state_dict())

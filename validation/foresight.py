@@ -114,7 +114,7 @@ def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresigh
 def _compare(components: Components, world: str, checkpoint: str, updates: int) -> Foresight:
     config, foresight = components.config, components.foresight
     if not isinstance(foresight, AlignedForesight):
-        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.token_gate: aligned")
+        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.gate: aligned")
     scorer, direction = foresight.scorer, foresight.scorer.direction
     direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
     first = config.train.num_updates  # batches beyond those that were trained on
@@ -252,8 +252,8 @@ def settings(overrides: Sequence[str], checkpoint: str) -> list[str]:
         f"model.path=world:{checkpoint}",
         "exposure.kind=fixed",
         "exposure.reveal_ratio=0.5",
-        "loss.token_gate=aligned",
-        "aligned.min_correct=1",
+        "loss.gate=aligned",
+        "alignment.min_correct=1",
         "train.num_updates=100",
         "train.seed=50",
     ]

@@ -12,7 +12,16 @@ from atesd.aligned.direction import SuccessDirection
 from atesd.aligned.foresight import AlignedForesight
 from atesd.aligned.scorer import AlignmentScorer
 from atesd.aligned.selectors import AlignedChoice, AlignedGate
-from atesd.config import Config, DataConfig
+from atesd.config import (
+    AlignedGateSettings,
+    AlignedSettings,
+    Config,
+    CorrectGateSettings,
+    DataConfig,
+    RandomGateSettings,
+    RankedGateSettings,
+    ReplaySettings,
+)
 from atesd.control.factory import make_exposure
 from atesd.data.answers import Checker, make_checker
 from atesd.data.sources import load_problems, require_consistent
@@ -134,8 +143,8 @@ def make_renderer(config: Config) -> Renderer:
 def objective(config: Config) -> Objective:
     """The configured divergence."""
     loss = config.loss
-    parameter = {"jensen_shannon": loss.jsd_weight, "top_k": float(loss.top_k)}.get(loss.divergence)
-    return Objective(loss.divergence, loss.clip, loss.threshold, config.loss_temperature, parameter)
+    parameter = {"jensen_shannon": loss.jsd_weight, "top_k": float(loss.top_k)}.get(loss.divergence.kind)
+    return Objective(loss.divergence.kind, loss.clip, loss.threshold, config.loss_temperature, parameter)
 
 
 def evaluation_params(config: Config) -> SamplingParams:
@@ -146,7 +155,7 @@ def evaluation_params(config: Config) -> SamplingParams:
 
 def replayed_ratios(config: Config) -> list[float]:
     """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
-    if config.exposure.kind != "replay" or config.exposure.replay_run is None:
+    if not isinstance(config.exposure, ReplaySettings):
         return []
     return revealed(RunFolder.open(config.exposure.replay_run).rows("metrics"))
 
@@ -172,15 +181,15 @@ def _alignment_scorer(
     config: Config, weights: Weights, scorer: Scorer, teacher: Teacher, encoder: PromptEncoder, optimiser: Optimiser
 ) -> AlignmentScorer | None:
     """The first-order look-ahead, where the exposure or the token gate needs it."""
-    wanted = config.exposure.kind == "aligned" or config.loss.token_gate == "aligned"
-    if not wanted or config.train.method != "distill":
+    if not config.looks_ahead:
         return None
+    exposure = config.exposure if isinstance(config.exposure, AlignedSettings) else AlignedSettings()
     return AlignmentScorer(
         SuccessDirection(weights, scorer, encoder, config, optimiser.preconditioned),
         scorer,
         teacher,
         objective(config),
-        config.aligned.ratios,
+        exposure.ratios,
         micro_batch_size=config.train.micro_batch_size,
         chunk_tokens=config.loss.chunk_tokens,
         reduction=config.loss.reduction,
@@ -200,19 +209,19 @@ def _method(config: Config, scorer: Scorer, teacher: Teacher, aligned: Alignment
 
 
 def _selector(config: Config, aligned: AlignmentScorer | None) -> Selector:
-    """Which tokens are distilled, and from which view: `loss.token_gate` and `exposure.granularity: per_token`."""
-    loss = config.loss
-    if aligned is not None and config.exposure.granularity == "per_token":
-        return AlignedChoice(aligned, gated=loss.token_gate == "aligned")
-    match loss.token_gate:
-        case "aligned" if aligned is not None:
+    """Which tokens are distilled, and from which view: `loss.gate` and `exposure.granularity: per_token`."""
+    gate = config.loss.gate
+    if aligned is not None and config.granularity == "per_token":
+        return AlignedChoice(aligned, gated=gate.kind == "aligned")
+    match gate:
+        case AlignedGateSettings() if aligned is not None:
             return AlignedGate(aligned)
-        case "correct":
+        case CorrectGateSettings():
             return CorrectGate()
-        case "random":
-            return RandomGate(loss.gate_share, config.train.seed)
-        case "disagreement" | "entropy":
-            return RankedGate(loss.token_gate, loss.gate_share, loss.gate_side, objective(config))
+        case RandomGateSettings(share=share):
+            return RandomGate(share, config.train.seed)
+        case RankedGateSettings(kind=kind, share=share, side=side):
+            return RankedGate(kind, share, side, objective(config))
         case _:
             return EveryToken()
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from atesd.config import Config, dump_config
-from atesd.control.labels import method_name
+from atesd.config import Config, dump_config, method_name
 from atesd.maths.statistics import paired_bootstrap
 from atesd.runs import RunFolder
 
@@ -141,7 +140,12 @@ def _data(config: Config, manifest: Row) -> str:
         ("answers checked by", config.checker),
     ]
     if data.source == "world":
-        rows.append(("share of references that leap", f"{data.leap_share:g}"))
+        anywhere = data.leap_probability is not None
+        rows.append(
+            ("probability that a step leaps", f"{data.leap_probability:g}")
+            if anywhere
+            else ("share of references that leap", f"{data.leap_share:g}")
+        )
     return table(["", ""], rows) + (
         "\n\nA hash of each problem's text decides whether it is for training, validation, probes or testing, so that "
         "no text is in two of them."
@@ -159,7 +163,7 @@ def _recipe(config: Config, manifest: Row) -> str:
         rows += [
             ("exposure of the teacher", plain(method_name(config))),
             ("teacher weights", config.teacher.weights),
-            ("loss", f"{config.loss.divergence}, clip {config.loss.clip}, {config.loss.reduction} mean"),
+            ("loss", f"{config.loss.divergence.kind}, clip {config.loss.clip}, {config.loss.reduction} mean"),
         ]
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     rows += [
@@ -258,10 +262,11 @@ def _caveats(config: Config, metrics: Sequence[Row], evaluations: Sequence[Row],
         said = f": {plain('; '.join(notes))}" if notes else ", under the same settings and software"
         yield f"The run was resumed {_times(len(manifest['sessions']) - 1)}{said}."
     if config.data.source == "world":
-        leaps = "; its leaping references were designed to make full exposure harmful" if config.data.leap_share else ""
+        leaps = "; its leaping references were designed to make full exposure harmful" if config.data.leaps else ""
         yield f"The embedded world is a toy made for this project{leaps}. Its figures say nothing of language models."
-    if config.exposure.control != "off":
-        yield f"The teacher did not see the true reference (control: {config.exposure.control}); this is a control run."
+    if config.exposure.reference_ablation != "off":
+        ablation = config.exposure.reference_ablation
+        yield f"The teacher did not see the true reference (control: {ablation}); this is a control run."
     if config.exposure.kind in ("learned", "bandit") and config.credit.preset == "paper":
         yield (
             "The controller was rewarded by the paper's formula taken literally. That reward rises when the ratio "

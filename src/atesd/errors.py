@@ -13,6 +13,14 @@ class ConfigError(AtesdError):
     """A setting is unknown, ill-typed, out of range, or contradicts another one."""
 
 
+class IdleSettingError(ConfigError):
+    """Settings are written that nothing would read under the kinds that are chosen; `paths` are theirs."""
+
+    def __init__(self, message: str, paths: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
 class DataError(AtesdError):
     """A row, file or data set cannot be used as it is."""
 

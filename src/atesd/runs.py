@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Literal, cast, get_args, overload
 
 from filelock import FileLock, Timeout
 
-from atesd.config import Config, dump_config, load_config
+from atesd.config import Config, acting_settings, dump_config, load_config
 from atesd.errors import RunError
 from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow
 
@@ -202,7 +202,7 @@ class RunFolder:
 
         Raises `RunError` that lists every other change: a resumed run must be the same run.
         """
-        changes = _changes(self.config.model_dump(mode="json"), config.model_dump(mode="json"))
+        changes = _changes(acting_settings(self.config), acting_settings(config))
         refused = [text for setting, text in changes.items() if not _may_change(setting)]
         if config.train.num_updates < self.config.train.num_updates:
             refused.append(changes["train.num_updates"] + " (it may only grow)")
@@ -428,8 +428,8 @@ def _length_notes(old: Config, new: Config) -> list[str]:
     if old.train.num_updates == new.train.num_updates:
         return []
     dependent = {
-        "exposure.schedule": new.exposure.kind == "schedule",
-        "policy.entropy_cost": new.exposure.kind == "learned",
+        "exposure.schedule": new.distils and new.exposure.kind == "schedule",
+        "exposure.policy.entropy_cost": new.decides and new.exposure.kind == "learned",
         "train.learning_rate_schedule": new.train.learning_rate_schedule != "constant",
     }
     return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]

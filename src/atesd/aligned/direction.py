@@ -62,7 +62,7 @@ class SuccessDirection:
     """Remembers the rollouts of a hold, turns them into a unit direction, and displaces the student along it.
 
     Rollouts that gave a direction are then forgotten: what is scored along it is always newer. `step_metric` is read
-    under `aligned.metric: optimiser`.
+    under `alignment.metric: optimiser`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SuccessDirection:
 
     def remember(self, rollouts: Sequence[GradedRollout]) -> None:
         """Keep the graded rollouts of an update."""
-        read = self._config.aligned.success == "references"
+        read = self._config.alignment.success == "references"
         for one in rollouts:
             reference = self._encoder.completion(one.problem.reference) if read else ()
             correct = one.verdict == "correct"
@@ -112,7 +112,7 @@ class SuccessDirection:
             return
         rows = drawn(rows, self._config, update)
         ascent: Mapping[str, Tensor] = self._ascent(rows)
-        if self._config.aligned.metric == "optimiser":
+        if self._config.alignment.metric == "optimiser":
             ascent = self._step_metric(ascent)
         length = _length(ascent.values())
         if not torch.isfinite(length) or length == 0:
@@ -158,7 +158,7 @@ class SuccessDirection:
         return ascent
 
     def _scaled_epsilon(self, rows: Sequence[Example]) -> float:
-        """The step that changes logits by `aligned.logit_change` nats (root mean square), from a trial step.
+        """The step that changes logits by `alignment.logit_change` nats (root mean square), from a trial step.
 
         Enlarged while it changes them by clearly less: what a small step changes in bfloat16 is mostly rounding. 0 if
         no step changes anything.
@@ -169,7 +169,7 @@ class SuccessDirection:
             count += len(row.completion)
             if count >= _CALIBRATION_TOKENS:
                 break
-        wanted = self._config.aligned.logit_change
+        wanted = self._config.alignment.logit_change
         distance = _TRIAL * float(_length(p.detach() for p in self._weights.trained.values()))
         change = self._logit_change(pairs, distance)
         for _ in range(_ENLARGEMENTS):
@@ -192,9 +192,9 @@ class SuccessDirection:
 def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Example]:
     """The rollouts (or references) whose likelihood is to rise, each with its advantage.
 
-    Empty if fewer than `aligned.min_correct` are correct, or none is wrong where success is centred.
+    Empty if fewer than `alignment.min_correct` are correct, or none is wrong where success is centred.
     """
-    settings = config.aligned
+    settings = config.alignment
     correct = [attempt.correct for attempt in attempts]
     if sum(correct) < settings.min_correct:
         return []
@@ -217,8 +217,8 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
 
 
 def drawn(rows: list[Example], config: Config, update: int) -> list[Example]:
-    """At most `aligned.direction_rollouts` of the rows, drawn by key: the direction is a backward pass over them."""
-    most = config.aligned.direction_rollouts
+    """At most `alignment.direction_rollouts` of the rows, drawn by key: the direction is a backward pass over them."""
+    most = config.alignment.direction_rollouts
     if most is None or len(rows) <= most:
         return rows
     chosen = generator(config.train.seed, "direction", update).permutation(len(rows))[:most]

@@ -53,7 +53,7 @@ class AlignedForesight:
 
     def candidates(self, problem: Problem) -> tuple[Candidate, ...]:
         """The teacher's contexts at the ratios among which a token chooses; none while success has no direction."""
-        if self._config.exposure.granularity != "per_token" or not self.scorer.direction.known:
+        if self._config.granularity != "per_token" or not self.scorer.direction.known:
             return ()
         prompts = [(ratio, self._prompts.view(problem, ratio)) for ratio in self.scorer.ratios]
         return tuple(Candidate(prompt.context, ratio, prompt.view.effective_ratio) for ratio, prompt in prompts)

@@ -28,16 +28,45 @@ def plan_lines(components: Components) -> Iterator[str]:
     trained = sum(parameter.numel() for parameter in components.weights.trained.values())
     total = sum(parameter.numel() for parameter in components.loaded.model.parameters())
     yield f"model: {config.model.path} on {components.loaded.device}, {total:,} parameters, {trained:,} trained"
+    yield from acting_lines(config)
     yield from _contexts(components)
     yield segment_line([len(problem.segments) for problem in problems["train"]])
     yield f"updates: {train.num_updates}, with {train.num_updates * train.batch_size:,} rollouts ({train.method})"
     yield _evaluations(components)
-    if config.exposure.decides and train.method == "distill":
+    if config.decides:
         finished, updates = affordable(train.num_updates, config.credit, config.policy)
         yield f"exposure decisions: {decisions(train.num_updates, config.credit)}, {finished} of them rewarded in time"
-    if config.exposure.kind == "learned" and train.method == "distill":
+    if config.decides and config.exposure.kind == "learned":
         yield f"policy updates: {updates}" + ("; fewer than 10 can hardly teach a policy anything" * (updates < 10))
     yield "nothing was trained and nothing was written (--dry-run)"
+
+
+def acting_lines(config: Config) -> Iterator[str]:
+    """Exposure, loss, teacher, learning rate and seed as they will act, with what their kinds read."""
+    loss, train = config.loss, config.train
+    if config.distils:
+        changed = [s for s in describe_settings(config) if s.path.startswith("exposure.") and s.changed]
+        own = "".join(f", {s.path.removeprefix('exposure.')} {yaml_value(s.value)}" for s in changed)
+        yield f"exposure: {config.exposure.kind}{own}: {method_name(config)}"
+        clip = "not clipped" if loss.clip == "none" else f"clip {loss.clip} at {loss.threshold:g} nats"
+        means = f"{loss.reduction} mean, temperature {config.loss_temperature:g}"
+        yield f"loss: {_kind(loss.divergence, 'kind')}, {clip}, {means}, gate {_kind(loss.gate, 'kind')}"
+        yield f"teacher: {_kind(config.teacher, 'weights')}"
+    else:
+        yield f"exposure: none, as {train.method} has no teacher"
+        trained = {"sft": "the references", "grpo": f"completions by their advantage in groups of {train.group_size}"}
+        yield f"loss: likelihood of {trained[train.method]}, {loss.reduction} mean"
+        yield f"teacher: none ({train.method})"
+    warm = f"after {train.warmup_updates} updates of warm-up, " if train.warmup_updates else ""
+    yield f"learning rate: {train.learning_rate:g}, {warm}{train.learning_rate_schedule}"
+    yield f"seed: {train.seed}"
+
+
+def _kind(component: Component, tag: str) -> str:
+    """The kind of a group, and the values of its other settings: `ema (decay 0.99)`."""
+    values = component.model_dump()
+    said = [f"{name} {yaml_value(value)}" for name, value in values.items() if name != tag]
+    return f"{values[tag]} ({', '.join(said)})" if said else str(values[tag])
 
 
 def segment_line(counts: Sequence[int]) -> str:

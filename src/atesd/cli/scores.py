@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atesd.build import build, close
-from atesd.config import Config, config_from_mapping, load_config, with_overrides
+from atesd.config import Config, load_config, with_groups, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
 from atesd.models.ranks import process_group
@@ -98,8 +98,7 @@ def is_benchmark(data: str) -> bool:
 
 def _on_benchmark(config: Config, source: str) -> Config:
     """The same model on every row of a file or data set; its columns by `--set data.columns...`."""
-    values = config.model_dump(mode="json")
-    return config_from_mapping({**values, "data": {"source": source, "test_source": source}}, name="--data")
+    return with_groups(config, {"data": {"source": source, "test_source": source}}, "--data")
 
 
 def _keep(run: RunFolder, row: EvaluationRow, fingerprint: str) -> str:

@@ -8,11 +8,58 @@ smoothed over holds. Ours; the paper tries and waits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, final, runtime_checkable
 
-from atesd.config import AlignedConfig, Granularity
+from pydantic import Field, Strict
+
+from atesd.component import ActsWhen, Fraction, tagged
+from atesd.control.credit import CreditConfig
+from atesd.control.fixed import FixedPlan, FullPlan, RandomPlan, SchedulePlan
 from atesd.control.interface import Exposure, Measurement
+from atesd.control.settings import Granularity, GranularSettings, RatioSettings, Run
 from atesd.records import Alignment, FinishedDecision, UpdateStats
+
+FALLBACKS = (FullPlan, FixedPlan, RandomPlan, SchedulePlan)
+_SMOOTHED = ActsWhen(
+    lambda c: c.granularity in ("update", "per_difficulty"), "exposure.granularity: update or per_difficulty"
+)
+
+
+class AlignedSettings(GranularSettings):
+    """The exposure that computes the best ratio; `alignment` says what success is."""
+
+    kind: Literal["aligned"] = Field("aligned", description="a first-order look-ahead; ours")
+    granularity: Granularity = Field("update", description="what has a ratio of its own; per_token: every token")
+    ratios: Annotated[tuple[Fraction, ...], Strict(False), Field(min_length=2)] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0), description="the ratios among which it chooses"
+    )
+    smoothing: Annotated[float, _SMOOTHED] = Field(
+        0.5, ge=0, lt=1, description="weight of past holds in the alignment per ratio; ours"
+    )
+    if TYPE_CHECKING:
+        fallback: RatioSettings = FullPlan()
+    else:
+        fallback: tagged(FALLBACKS, "kind", "full") = Field(
+            FullPlan(), description="the exposure that decides while there is no direction"
+        )
+
+    @property
+    def holds(self) -> bool:
+        """A direction holds, and with it the ratio."""
+        return True
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """With the granularity."""
+        return "aligned ratio per " + self.granularity.removeprefix("per_")
+
+    def make(self, run: Run) -> Exposure:
+        """The exposure over its fallback."""
+        return AlignedExposure(
+            self.smoothing,
+            hold_updates=run.credit.hold_updates,
+            granularity=self.granularity,
+            fallback=self.fallback.make(run),
+        )
 
 
 @runtime_checkable
@@ -37,13 +84,13 @@ class AlignedExposure:
 
     def __init__(
         self,
-        config: AlignedConfig,
+        smoothing: float = 0.5,
         *,
         hold_updates: int,
         granularity: Granularity,
         fallback: Exposure,
     ) -> None:
-        self._config = config
+        self._smoothing = smoothing
         self._hold = hold_updates
         self._granularity = granularity
         self._fallback = fallback
@@ -74,7 +121,7 @@ class AlignedExposure:
             values = _at_unit_scale(alignment.values)
             if self._granularity != "per_problem":
                 past = self._smoothed.get(group)
-                weight = self._config.smoothing if past else 0.0
+                weight = self._smoothing if past else 0.0
                 values = [weight * old + (1 - weight) * new for old, new in zip(past or values, values, strict=True)]
                 self._smoothed[group] = values
             best = max(range(len(values)), key=values.__getitem__)

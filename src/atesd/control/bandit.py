@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from atesd.config import BanditConfig
+from atesd.control.controlled import ControlledExposure, as_exposure
+from atesd.control.credit import CreditConfig
+from atesd.control.settings import ControllerSettings, Run
 from atesd.maths.credit import SAME_REWARD
 from atesd.records import FinishedDecision, UpdateStats
 
 NOISE_ROUNDS = 3  # of the fixed point between belief and noise; it hardly moves after two
+
+
+class BanditSettings(ControllerSettings):
+    """Thompson sampling over a few ratios. All ours."""
+
+    kind: Literal["bandit"] = Field("bandit", description="Thompson sampling over a few ratios; ours")
+    arms: int = Field(5, ge=2, description="ratios, evenly spaced from ratio_min to ratio_max; ours")
+    prior_deviation: float = Field(
+        1.0, gt=0, description="of an arm's mean reward before any, in deviations of the reward; ours"
+    )
+    smoothness: float = Field(0.35, gt=0, description="ratio over which mean rewards are alike; small: unrelated; ours")
+    discount: float = Field(
+        0.98, gt=0, le=1, description="of earlier rewards, per decision; 1: none is forgotten; ours"
+    )
+
+    learns_from_rewards: ClassVar[bool] = True
+
+    def label(self, credit: CreditConfig) -> str:
+        """With the number of arms and the reward."""
+        return f"bandit over {self.arms} ratios ({credit.label})"
+
+    def make(self, run: Run) -> ControlledExposure:
+        """A bandit that knows nothing yet."""
+        return as_exposure(Bandit(self), self, run)
 
 
 @final
@@ -26,8 +53,8 @@ class Bandit:
     unknown again.
     """
 
-    def __init__(self, config: BanditConfig, ratio_min: float = 0.0, ratio_max: float = 1.0) -> None:
-        self.ratios = np.linspace(ratio_min, ratio_max, config.arms)
+    def __init__(self, config: BanditSettings) -> None:
+        self.ratios = np.linspace(config.ratio_min, config.ratio_max, config.arms)
         self._discount = config.discount
         apart = (self.ratios[:, None] - self.ratios[None, :]) / config.smoothness
         self._prior = np.eye(config.arms + 2)
@@ -57,17 +84,17 @@ class Bandit:
         """The belief's mean for each arm, lowest ratio first."""
         return tuple(self.belief()[0].tolist())
 
-    def choose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
+    def propose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
         """The ratio of the arm that is best in a draw from the belief."""
         mean, covariance = self.belief()
         values, vectors = np.linalg.eigh(covariance)
         draw = mean + vectors @ (np.sqrt(np.maximum(values, 0.0)) * rng.standard_normal(len(mean)))
         return float(self.ratios[int(np.argmax(draw))])
 
-    def watch(self, stats: UpdateStats) -> None:
+    def on_update(self, stats: UpdateStats) -> None:
         """Only rewards count."""
 
-    def learn(self, finished: FinishedDecision) -> None:
+    def on_reward(self, finished: FinishedDecision) -> None:
         """Take in the reward of the arm that was played."""
         (ratio,) = finished.decision.samples.values()
         row = np.zeros(len(self._sums))

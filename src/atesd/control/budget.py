@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from atesd.config import CreditConfig, PolicyConfig
+from atesd.control.credit import CreditConfig
+from atesd.control.learned import PolicyConfig
 
 
 def decisions(num_updates: int, credit: CreditConfig) -> int:

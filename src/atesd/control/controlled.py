@@ -10,9 +10,10 @@ from typing import Any, Protocol, final
 
 import numpy as np
 
-from atesd.config import CreditConfig, Granularity
+from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
 from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
+from atesd.control.settings import ControllerSettings, Granularity, GranularSettings, Run
 from atesd.errors import ConfigError
 from atesd.maths import keyed
 from atesd.records import Decision, FinishedDecision, UpdateStats
@@ -25,7 +26,7 @@ class Controller(Protocol):
         """Finite numbers worth logging beside a decision: what the controller knew when it was taken. May be empty."""
         ...
 
-    def choose(self, group: str, rng: np.random.Generator) -> float:
+    def propose(self, group: str, rng: np.random.Generator) -> float:
         """A ratio for a decision and group; asked once for both. Clipped to the bounds afterwards.
 
         `group` is empty for one ratio per update, else a difficulty or a problem id. `rng` belongs to the decision and
@@ -33,16 +34,16 @@ class Controller(Protocol):
         """
         ...
 
-    def watch(self, stats: UpdateStats) -> None:
+    def on_update(self, stats: UpdateStats) -> None:
         """Take in an update, whether or not a reward comes of it."""
         ...
 
-    def learn(self, finished: FinishedDecision) -> None:
+    def on_reward(self, finished: FinishedDecision) -> None:
         """Take in a rewarded decision: `finished.reward` for `finished.decision.samples`, the ratios as chosen."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `choose` may depend on: tensors and JSON values."""
+        """Everything that `propose` may depend on: tensors and JSON values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,21 +97,21 @@ class ControlledExposure:
         decision = self._ledger.held(update, self._decide)
         if group not in decision.samples:
             key = decision.update // self._credit.hold_updates
-            choice = self.controller.choose(group, keyed.generator(self._seed, "exposure", key, group))
+            choice = self.controller.propose(group, keyed.generator(self._seed, "exposure", key, group))
             self._ledger.add_draw(decision.update, group, float(choice))
         lowest, highest = self._bounds
         return min(max(decision.samples[group], lowest), highest)
 
     def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
         """Take in an update; the controller learns from the decisions that it has rewarded, which are returned."""
-        self.controller.watch(stats)
+        self.controller.on_update(stats)
         self._finished += self._ledger.record(update, stats)
         consumed: list[FinishedDecision] = []
         while len(self._finished) >= self._buffer:
             buffer, self._finished = self._finished[: self._buffer], self._finished[self._buffer :]
             consumed += rewarded(buffer, self._credit, self._seed)
         for finished in consumed:
-            self.controller.learn(finished)
+            self.controller.on_reward(finished)
         return consumed
 
     def pending(self) -> list[FinishedDecision]:
@@ -133,3 +134,16 @@ class ControlledExposure:
 
     def _decide(self, update: int) -> Decision:
         return Decision(update, self.controller.features(), None, None, samples={})
+
+
+def as_exposure(controller: Controller, settings: ControllerSettings, run: Run) -> ControlledExposure:
+    """The exposure of a controller under its settings: its holds, rewards, bounds and granularity."""
+    return ControlledExposure(
+        controller,
+        credit=run.credit,
+        seed=run.seed,
+        ratio_min=settings.ratio_min,
+        ratio_max=settings.ratio_max,
+        granularity=settings.granularity if isinstance(settings, GranularSettings) else "update",
+        buffer=settings.reward_buffer,
+    )

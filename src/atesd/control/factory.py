@@ -1,95 +1,55 @@
-"""From settings to an exposure."""
+"""From the settings of a run to its exposure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from atesd.config import Config
-from atesd.control.aligned import AlignedExposure
-from atesd.control.bandit import Bandit
-from atesd.control.controlled import ControlledExposure, Controller
-from atesd.control.fixed import FixedExposure, ramp, random_ratios, replayed
+from atesd.control.controlled import ControlledExposure, Controller, as_exposure
+from atesd.control.credit import CreditConfig
+from atesd.control.fixed import FixedExposure
 from atesd.control.interface import Exposure
-from atesd.control.learned import LearnedExposure
-from atesd.control.search import GroupSearch
-from atesd.control.setpoint import Setpoint
-from atesd.importing import named_function, require_offers
+from atesd.control.settings import ControllerSettings, ExposureSettings, Run
+from atesd.errors import ConfigError
 
 
-def make_exposure(config: Config, num_updates: int, seed: int, replay: Sequence[float] = ()) -> Exposure:
+class RunConfig(Protocol):
+    """What is read here of the config of a run."""
+
+    @property
+    def exposure(self) -> ExposureSettings:
+        """The settings of the kind that decides."""
+        ...
+
+    @property
+    def credit(self) -> CreditConfig:
+        """When and how decisions are rewarded."""
+        ...
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher to whom something is shown."""
+        ...
+
+
+def make_exposure(config: RunConfig, num_updates: int, seed: int, replay: Sequence[float] = ()) -> Exposure:
     """The exposure that `exposure.kind` names; `replay` holds the per-update ratios of `exposure.replay_run`.
 
     The baselines (sft, grpo) have no teacher to show anything to: nothing is decided there and nothing is measured.
     Raises `ConfigError` if the recorded run is shorter than `num_updates`, or if no exposure comes of
     `exposure.factory`.
     """
-    settings = config.exposure
-    bounds = (settings.ratio_min, settings.ratio_max)
-    if config.train.method != "distill":
+    if not config.distils:
         return FixedExposure(1.0)
-    match settings.kind:
-        case "full":
-            return FixedExposure(1.0)
-        case "fixed":
-            return FixedExposure(settings.reveal_ratio)
-        case "random":
-            hold = config.credit.hold_updates
-            return FixedExposure(random_ratios(*bounds, hold, seed))
-        case "schedule":
-            start, end = settings.schedule_start, settings.schedule_end
-            return FixedExposure(ramp(settings.schedule, start, end, num_updates))
-        case "replay":
-            return FixedExposure(replayed(replay, settings.replay_order, num_updates, seed))
-        case "aligned":
-            settings = settings.model_copy(update={"kind": config.aligned.fallback})
-            fallback = make_exposure(config.model_copy(update={"exposure": settings}), num_updates, seed)
-            return AlignedExposure(
-                config.aligned,
-                hold_updates=config.credit.hold_updates,
-                granularity=settings.granularity,
-                fallback=fallback,
-            )
-        case "learned":
-            return LearnedExposure(
-                num_updates=num_updates,
-                credit=config.credit,
-                policy=config.policy,
-                seed=seed,
-                ratio_min=settings.ratio_min,
-                ratio_max=settings.ratio_max,
-                granularity=settings.granularity,
-            )
-        case "bandit":
-            return controlled(Bandit(config.bandit, *bounds), config, seed)
-        case "setpoint":
-            return controlled(Setpoint(config.setpoint, *bounds), config, seed)
-        case "per_problem":
-            return controlled(GroupSearch(config.search, *bounds), config, seed)
-        case "custom":
-            return _made_by_factory(config, num_updates, seed)
+    return config.exposure.make(Run(config.credit, num_updates, seed, replay, config))
 
 
-def controlled(controller: Controller, config: Config, seed: int) -> ControlledExposure:
-    """The exposure of a controller under the settings of a run: its holds, rewards, bounds and granularity."""
-    return ControlledExposure(
-        controller,
-        credit=config.credit,
-        seed=seed,
-        ratio_min=config.exposure.ratio_min,
-        ratio_max=config.exposure.ratio_max,
-        granularity=config.exposure.granularity,
-        buffer=config.policy.decisions_per_policy_update,
-    )
+def controlled(controller: Controller, config: RunConfig, seed: int) -> ControlledExposure:
+    """The exposure of a controller under the settings of a run: its holds, rewards, bounds and granularity.
 
-
-def _made_by_factory(config: Config, num_updates: int, seed: int) -> Exposure:
-    """What `exposure.factory` makes of (config, num_updates, seed). It must be importable; nothing else is asked."""
-    name = config.exposure.factory or ""
-    made: Exposure = named_function(name, "exposure.factory")(config, num_updates, seed)
-    require_offers(
-        made,
-        Exposure,
-        f"exposure.factory: {name}",
-        "a controller becomes an exposure by atesd.control.factory.controlled(controller, config, seed)",
-    )
-    return made
+    Raises `ConfigError` where `exposure.kind` is none that asks a controller.
+    """
+    settings = config.exposure
+    if not isinstance(settings, ControllerSettings):
+        raise ConfigError(f"exposure.kind: {settings.kind} asks no controller; set it to custom, and exposure.factory")
+    return as_exposure(controller, settings, Run(config.credit, 0, seed))

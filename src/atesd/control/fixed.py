@@ -1,4 +1,7 @@
-"""Exposure fixed before the run: a constant (OPSD at 1), random ratios, a ramp, or a recorded run's ratios."""
+"""Exposure fixed before the run: a constant (OPSD at 1), random ratios, a ramp, or a recorded run's ratios.
+
+Of the run itself it takes in nothing. Each kind below is a plan under its settings.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
+from pydantic import Field
+
+from atesd.component import Fraction
+from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
+from atesd.control.settings import BoundedSettings, ExposureSettings, GranularSettings, RatioSettings, Run
 from atesd.errors import ConfigError
 from atesd.maths import keyed
 from atesd.records import FinishedDecision, UpdateStats
@@ -89,3 +97,104 @@ def replayed(ratios: Sequence[float], order: Literal["recorded", "shuffled"], nu
     if order == "shuffled":
         used = [ratios[i] for i in keyed.generator(seed, "replay").permutation(len(ratios))]
     return lambda update, _group: used[update]
+
+
+class FullPlan(RatioSettings):
+    """The teacher sees the whole reference: OPSD."""
+
+    kind: Literal["full"] = Field("full", description="OPSD: the whole reference")
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """OPSD, by its name."""
+        return "OPSD (full exposure)"
+
+    def make(self, run: Run) -> FixedExposure:  # noqa: ARG002
+        """Ratio 1 throughout."""
+        return FixedExposure(1.0)
+
+
+class FixedPlan(RatioSettings):
+    """One ratio for the whole run."""
+
+    kind: Literal["fixed"] = Field("fixed", description="one ratio throughout; the paper's sweep")
+    reveal_ratio: Fraction = Field(1.0, description="paper alpha")
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """With the ratio."""
+        return f"fixed ratio {self.reveal_ratio:g}"
+
+    def make(self, run: Run) -> FixedExposure:  # noqa: ARG002
+        """The ratio, throughout."""
+        return FixedExposure(self.reveal_ratio)
+
+
+class RandomPlan(BoundedSettings):
+    """A ratio drawn for every hold and group: the control of a learned exposure."""
+
+    kind: Literal["random"] = Field("random", description="paper: a control; uniform between the bounds")
+
+    @property
+    def holds(self) -> bool:
+        """A draw holds as long as a decision would."""
+        return True
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """Random."""
+        return "random ratio"
+
+    def make(self, run: Run) -> FixedExposure:
+        """Keyed draws, so that they are planned before the run as well."""
+        return FixedExposure(random_ratios(self.ratio_min, self.ratio_max, run.credit.hold_updates, run.seed))
+
+
+class SchedulePlan(RatioSettings):
+    """A ramp from the first update to the last."""
+
+    kind: Literal["schedule"] = Field("schedule", description="a ramp over the run; ours")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="shape of the ramp; ours")
+    schedule_start: Fraction = Field(0.0, description="ratio at the first update; swap with the end to ramp down")
+    schedule_end: Fraction = Field(1.0, description="ratio at the last update")
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """With shape and ends."""
+        return f"{self.schedule} schedule {self.schedule_start:g} to {self.schedule_end:g}"
+
+    def make(self, run: Run) -> FixedExposure:
+        """The ramp over the updates of the run."""
+        return FixedExposure(ramp(self.schedule, self.schedule_start, self.schedule_end, run.num_updates))
+
+
+class FullSettings(FullPlan, ExposureSettings):
+    """`exposure.kind: full`."""
+
+
+class FixedSettings(FixedPlan, ExposureSettings):
+    """`exposure.kind: fixed`."""
+
+
+class RandomSettings(RandomPlan, GranularSettings):
+    """`exposure.kind: random`."""
+
+    granularity: Literal["update", "per_difficulty", "per_problem"] = Field(
+        "update", description="what has a draw of its own"
+    )
+
+
+class ScheduleSettings(SchedulePlan, ExposureSettings):
+    """`exposure.kind: schedule`."""
+
+
+class ReplaySettings(ExposureSettings):
+    """The ratios of a recorded run."""
+
+    kind: Literal["replay"] = Field("replay", description="a recorded run's ratios, whatever this run shows; ours")
+    replay_run: str = Field(description="run folder whose ratios are replayed")
+    replay_order: Literal["recorded", "shuffled"] = Field("recorded", description="shuffled: the same ratios, permuted")
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """With the order."""
+        return f"replay ({self.replay_order})"
+
+    def make(self, run: Run) -> FixedExposure:
+        """`run.replay` in order. Raises `ConfigError` if it is shorter than the run."""
+        return FixedExposure(replayed(run.replay, self.replay_order, run.num_updates, run.seed))

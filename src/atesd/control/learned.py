@@ -12,16 +12,60 @@ Usable alone, in anybody's training loop:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
-from atesd.config import CreditConfig, Granularity, PolicyConfig
+from pydantic import Field
+
+from atesd.component import Component
+from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
 from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
-from atesd.control.policy import BetaPolicy
+from atesd.control.settings import BoundedSettings, Granularity, GranularSettings, Run
 from atesd.control.state import STATE_NAMES, TrainingState
 from atesd.errors import ConfigError
-from atesd.maths import beta, credit, keyed
+from atesd.maths import credit, keyed
 from atesd.records import Decision, FinishedDecision, UpdateStats
+
+
+class PolicyConfig(Component):
+    """The Beta policy of the learned exposure and its REINFORCE update."""
+
+    hidden: int = Field(32, ge=1, description="tanh units of the one hidden layer; ours")
+    learning_rate: float = Field(2e-2, ge=0, description="Adam; ours. 0 is the untrained-policy control")
+    beta1: float = Field(0.0, ge=0, lt=1, description="Adam; ours: with 0.9 it keeps climbing past a moved optimum")
+    decisions_per_policy_update: int = Field(4, ge=2, description="paper B; value ours")
+    entropy_ceiling: float = Field(-0.27, description="nats; that of Beta(3, 3); form paper, value ours")
+    entropy_cost: float = Field(1.0, ge=0, description="reached linearly from 0 over the run; form paper, value ours")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="of the training-state averages; ours")
+
+
+class LearnedSettings(GranularSettings, BoundedSettings):
+    """ATESD's exposure."""
+
+    kind: Literal["learned"] = Field("learned", description="paper: a Beta policy, learned during the run")
+    granularity: Literal["update", "per_difficulty", "per_problem"] = Field(
+        "update", description="paper: one ratio per update; the others draw several from one Beta, ours"
+    )
+    policy: PolicyConfig = PolicyConfig()
+
+    decides: ClassVar[bool] = True
+    learns_from_rewards: ClassVar[bool] = True
+
+    def label(self, credit: CreditConfig) -> str:
+        """ATESD, with the reward."""
+        return f"ATESD ({credit.label})"
+
+    def make(self, run: Run) -> LearnedExposure:
+        """A policy without an opinion."""
+        return LearnedExposure(
+            num_updates=run.num_updates,
+            credit=run.credit,
+            policy=self.policy,
+            seed=run.seed,
+            ratio_min=self.ratio_min,
+            ratio_max=self.ratio_max,
+            granularity=self.granularity,
+        )
 
 
 @final
@@ -44,6 +88,8 @@ class LearnedExposure:
         ratio_max: float = 1.0,
         granularity: Granularity = "update",
     ) -> None:
+        from atesd.control.policy import BetaPolicy
+
         if not 0.0 <= ratio_min <= ratio_max <= 1.0:
             raise ConfigError(f"ratio_min {ratio_min}, ratio_max {ratio_max}: allowed are 0 <= min <= max <= 1")
         self._credit = credit or CreditConfig()
@@ -82,7 +128,7 @@ class LearnedExposure:
         if group not in decision.samples:
             key = decision.update // self._credit.hold_updates
             uniform = float(keyed.uniforms(1, self._seed, "exposure", key, group)[0])
-            self._ledger.add_draw(decision.update, group, beta.quantile(uniform, *decision.concentrations))
+            self._ledger.add_draw(decision.update, group, self._policy.draw(uniform, decision))
         lowest, highest = self._bounds
         return min(max(decision.samples[group], lowest), highest)
 

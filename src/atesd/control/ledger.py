@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
-from atesd.config import CreditConfig
+from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
 from atesd.control.state import DifficultyAdjustment
 from atesd.maths import credit, keyed
@@ -46,18 +46,7 @@ class DecisionLedger:
 
     def window(self, decision_update: int) -> tuple[int, int]:
         """First and last update (inclusive) whose signals reward the decision taken before `decision_update`."""
-        start = decision_update + (self._config.hold_updates if self._config.window_start == "hold_end" else 0)
-        return start, start + self._config.lookahead_updates
-
-    def probe_is_due(self, update: int) -> bool:
-        """Whether a window starts or closes at this update, or `probe_every` updates of one have passed.
-
-        With H = L and no `probe_every`: once per decision.
-        """
-        hold, every = self._config.hold_updates, self._config.probe_every
-        start, close = self.window(0)
-        offsets = {0, close - start} | (set(range(0, close - start, every)) if every else set())
-        return any(update >= start + offset and (update - start - offset) % hold == 0 for offset in offsets)
+        return self._config.window(decision_update)
 
     def measurements(self, update: int) -> frozenset[Measurement]:
         """What the reward needs before the step of this update."""
@@ -65,7 +54,7 @@ class DecisionLedger:
         wanted: set[Measurement] = set()
         if signal == "train_success":
             wanted.add("train_success")
-        elif signal != "train_kl" and self.probe_is_due(update):
+        elif signal != "train_kl" and self._config.probe_is_due(update):
             wanted.add(signal)
         if self._config.grounding_weight > 0:
             wanted.add("grounding")

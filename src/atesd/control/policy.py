@@ -8,8 +8,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from atesd.config import PolicyConfig
+from atesd.control.learned import PolicyConfig
 from atesd.maths import beta, keyed
+from atesd.records import Decision
 
 
 @final
@@ -41,6 +42,10 @@ class BetaPolicy:
         inputs = torch.tensor(states, dtype=torch.float64)
         hidden = torch.tanh(inputs @ self.parameters["hidden_weight"] + self.parameters["hidden_bias"])
         return beta.concentrations(hidden @ self.parameters["output_weight"] + self.parameters["output_bias"])
+
+    def draw(self, uniform: float, decision: Decision) -> float:
+        """The ratio at a uniform number in [0, 1] under the Beta of a decision, taken now or before."""
+        return beta.quantile(uniform, *decision.concentrations)
 
     def loss(
         self,

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
+from pydantic import Field
 
-from atesd.config import SetpointConfig
+from atesd.component import Fraction
+from atesd.control.controlled import ControlledExposure, as_exposure
+from atesd.control.credit import CreditConfig
+from atesd.control.settings import ControllerSettings, Run
 from atesd.records import FinishedDecision, UpdateStats
 
 LEAST_KL = 1e-6  # nats per token; below it a log means nothing
+
+
+class SetpointSettings(ControllerSettings):
+    """Feedback toward a target KL. All ours."""
+
+    kind: Literal["setpoint"] = Field("setpoint", description="feedback toward a target KL; ours")
+    target_kl: float | None = Field(None, gt=0, description="nats per token; None: that of the first decision; ours")
+    gain: float = Field(0.1, gt=0, description="ratio per nat of log KL and decision; ours")
+    start: Fraction = Field(0.5, description="the first ratio; ours")
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """With the target."""
+        target = "its first" if self.target_kl is None else f"{self.target_kl:g} nats"
+        return f"set-point on KL ({target})"
+
+    def make(self, run: Run) -> ControlledExposure:
+        """A controller at its first ratio."""
+        return as_exposure(Setpoint(self), self, run)
 
 
 @final
@@ -23,9 +45,9 @@ class Setpoint:
     student can take it. The ratio itself is clipped, which keeps the integral from winding up at a bound.
     """
 
-    def __init__(self, config: SetpointConfig, ratio_min: float = 0.0, ratio_max: float = 1.0) -> None:
+    def __init__(self, config: SetpointSettings) -> None:
         self._gain = config.gain
-        self._bounds = (ratio_min, ratio_max)
+        self._bounds = (config.ratio_min, config.ratio_max)
         self._ratio = self._clipped(config.start)
         self._target = config.target_kl
         self._kls: list[float] = []
@@ -34,7 +56,7 @@ class Setpoint:
         """The KL since the last decision and the target, nats per token; empty before there are both."""
         return (self._mean_kl(), self._target) if self._kls and self._target is not None else ()
 
-    def choose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
+    def propose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
         """The next ratio. It is no draw."""
         if self._kls:
             kl = self._mean_kl()
@@ -43,12 +65,12 @@ class Setpoint:
             self._kls = []
         return self._ratio
 
-    def watch(self, stats: UpdateStats) -> None:
+    def on_update(self, stats: UpdateStats) -> None:
         """Take in the KL; one that is not finite belongs to an update that the trainer reports as skipped."""
         if math.isfinite(stats.kl):
             self._kls.append(stats.kl)
 
-    def learn(self, finished: FinishedDecision) -> None:
+    def on_reward(self, finished: FinishedDecision) -> None:
         """Rewards are only logged."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,9 @@ _WORD = re.compile(r"\S+")
 
 
 def controlled(problem: Problem, control: str, others: Sequence[Problem], seed: int, filler: str = "...") -> Problem:
-    """The problem as the teacher is to see it under `exposure.control`, a function of (seed, problem id) and `others`.
+    """The problem as the teacher is to see it under `exposure.reference_ablation`.
+
+    A function of (seed, problem id) and `others`.
 
     - shuffled: the reference and the answer of another problem, of the same difficulty if there is one.
     - wrong_answer: the true segments, with a wrong answer and that answer boxed in the closing: a number near the true
@@ -48,7 +50,9 @@ def _shuffled(problem: Problem, others: Sequence[Problem], rng: np.random.Genera
     donor = _first(others, rng, lambda other: foreign(other) and other.difficulty == problem.difficulty)
     donor = donor or _first(others, rng, foreign)
     if donor is None:
-        raise DataError(f"exposure.control: shuffled needs a problem besides '{problem.id}', and there is none")
+        raise DataError(
+            f"exposure.reference_ablation: shuffled needs a problem besides '{problem.id}', and there is none"
+        )
     return replace(problem, segments=donor.segments, closing=donor.closing, answer=donor.answer)
 
 
@@ -58,8 +62,8 @@ def _wrong_answer(problem: Problem, others: Sequence[Problem], rng: np.random.Ge
         donor = _first(others, rng, lambda other: _differ(other.answer, problem.answer))
         if donor is None:
             raise DataError(
-                f"exposure.control: wrong_answer needs an answer besides '{problem.answer}' of problem '{problem.id}', "
-                "which is no number, and no other problem has one"
+                f"exposure.reference_ablation: wrong_answer needs an answer besides '{problem.answer}' of "
+                f"problem '{problem.id}', which is no number, and no other problem has one"
             )
         wrong = donor.answer
     return replace(problem, closing=_reboxed(problem.closing, wrong), answer=wrong)

@@ -206,7 +206,6 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTra
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules="all-linear" if whole else [targets] if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )

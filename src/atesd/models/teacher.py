@@ -14,7 +14,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from atesd.config import TeacherConfig
+from atesd.config import EmaTeacher, RefreshedTeacher, TeacherConfig
 from atesd.errors import CheckpointError
 from atesd.models.weights import Weights, overwrite
 
@@ -39,10 +39,10 @@ class Teacher:
     @torch.no_grad()
     def after_update(self, updates_done: int) -> None:
         """Move the teacher's clock: average (`ema`) or copy (`refresh`) after a student update."""
-        if self._config.weights == "ema":
+        if isinstance(self._config, EmaTeacher):
             for name, part in self._weights.parts().items():
-                self._values[name].lerp_(part.tensor, 1 - self._config.ema_decay)
-        elif self._config.weights == "refresh" and updates_done % self._config.refresh_every == 0:
+                self._values[name].lerp_(part.tensor, 1 - self._config.decay)
+        elif isinstance(self._config, RefreshedTeacher) and updates_done % self._config.every == 0:
             overwrite(self._values, {name: part.tensor for name, part in self._weights.parts().items()})
 
     def state_dict(self) -> dict[str, object]:

@@ -82,4 +82,4 @@ def advantages_of(rollouts: Sequence[GradedRollout], config: Config) -> list[flo
 def group_of(problem: Problem, config: Config) -> str:
     """Which rollouts share a ratio of the exposure: all, those of a difficulty, or those of a problem."""
     groups = {"per_difficulty": str(problem.difficulty), "per_problem": problem.id}
-    return groups.get(config.exposure.granularity, "")
+    return groups.get(config.granularity, "")

@@ -41,12 +41,12 @@ class TeacherPrompts:
         config = self._config
         if config.train.method != "distill":
             return TeacherPrompt(View("", 0, len(problem.segments)), ())
-        if config.exposure.control == "none":
+        if config.exposure.reference_ablation == "none":
             message = self._renderer.student(problem)
             return TeacherPrompt(View(message, 0, len(problem.segments)), self._encoder.teacher(message))
         shown = problem
-        if config.exposure.control != "off":
-            shown = controlled(problem, config.exposure.control, self._others, config.train.seed)
+        if config.exposure.reference_ablation != "off":
+            shown = controlled(problem, config.exposure.reference_ablation, self._others, config.train.seed)
         fitting = _Fitting(self._encoder, config.model.max_context_tokens - config.sampling.completion_tokens)
         view = make_view(shown, reveal_ratio, self._renderer, fitting.fits)
         return TeacherPrompt(view, fitting.read[view.text])

@@ -310,7 +310,7 @@ def one_signal(config: Config) -> CreditConfig:
 
 def bounds_of(config: Config) -> tuple[float, float]:
     """The lowest and the highest ratio."""
-    return config.exposure.ratio_min, config.exposure.ratio_max
+    return config.bounds
 
 
 def end_means(
@@ -403,9 +403,9 @@ def budget_mends(config: Config, budget: Budget) -> Iterator[Mend]:
     elif config.credit.window_start == "hold_end":
         yield Mend("credit.window_start=decision", why)
     elif policy.learning_rate < default.learning_rate:
-        yield Mend(f"policy.learning_rate={default.learning_rate:g}", why)
+        yield Mend(f"exposure.policy.learning_rate={default.learning_rate:g}", why)
     elif policy.decisions_per_policy_update > default.decisions_per_policy_update:
-        yield Mend(f"policy.decisions_per_policy_update={default.decisions_per_policy_update}", why)
+        yield Mend(f"exposure.policy.decisions_per_policy_update={default.decisions_per_policy_update}", why)
 
 
 def effect_mends(config: Config, effect: Effect) -> Iterator[Mend]:
@@ -419,7 +419,7 @@ def notes_of(config: Config) -> Iterator[str]:
     """What of the recipe the audit does not follow."""
     if config.exposure.kind != "learned":
         yield f"exposure.kind is {config.exposure.kind}: audited is the reward, as the learned policy would follow it."
-    if config.exposure.granularity != "update":
-        yield f"exposure.granularity is {config.exposure.granularity}: audited with one ratio per update."
-    if config.loss.token_gate != "none":
-        yield f"loss.token_gate is {config.loss.token_gate}: the losses here are those of all tokens."
+    if config.granularity != "update":
+        yield f"exposure.granularity is {config.granularity}: audited with one ratio per update."
+    if config.loss.gate.kind != "none":
+        yield f"loss.gate is {config.loss.gate.kind}: the losses here are those of all tokens."

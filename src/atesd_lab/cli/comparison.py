@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from atesd.control.labels import method_name
+from atesd.config import method_name
 from atesd.errors import ConfigError
 from atesd.table import render_text
 from atesd.text import visible

@@ -15,7 +15,7 @@ from typing import Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
-from atesd.config import Config, ExposureConfig
+from atesd.config import Config, FixedSettings, FullSettings
 from atesd.errors import RunError
 from atesd.runs import RunFolder
 from atesd.text import points_interval
@@ -152,7 +152,7 @@ def measure(table: SweptTable, baseline: str, paces: Mapping[str, Estimate]) -> 
     test, validation = (scored.protocol(split) for split in ("test", "validation"))
     return WorldResult(
         world=table.name,
-        leaps=config.data.leap_share > 0,
+        leaps=config.data.leaps,
         updates=scored.last_update,
         test=test,
         validation=validation,
@@ -328,8 +328,9 @@ def _fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, fl
     found = {}
     for name, group in groups.items():
         config = group.runs[0].config
-        if config.exposure.kind in ("full", "fixed") and _apart_from_exposure(config) == reference:
-            found[name] = 1.0 if config.exposure.kind == "full" else config.exposure.reveal_ratio
+        exposure = config.exposure
+        if isinstance(exposure, FullSettings | FixedSettings) and _apart_from_exposure(config) == reference:
+            found[name] = exposure.reveal_ratio if isinstance(exposure, FixedSettings) else 1.0
     if baseline not in found:
         raise RunError(f"{baseline} has exposure.kind {groups[baseline].runs[0].config.exposure.kind}; expected full")
     return found
@@ -339,7 +340,7 @@ def _apart_from_exposure(config: Config) -> Config:
     """The config without what seeds, starting checkpoints and exposures make differ."""
     return config.model_copy(
         update={
-            "exposure": ExposureConfig(),
+            "exposure": FullSettings(),
             "train": config.train.model_copy(update={"seed": 0}),
             "model": config.model.model_copy(update={"path": ""}),
         }
@@ -360,7 +361,7 @@ def _verdicts(scored: Scored) -> Iterator[Verdict]:
     """The questions of the sweep, in words; one whose arms are not there is asked and not answered."""
     for arm in _aligned_arms(scored) or ["aligned"]:
         yield _against(scored, arm, scored.best_fixed, f"{arm}, against the best fixed ratio")
-    if scored.group(scored.baseline).runs[0].config.data.leap_share > 0:
+    if scored.group(scored.baseline).runs[0].config.data.leaps:
         yield _ahead_of_every_fixed(scored)
     yield _against(scored, GATE, scored.best_fixed, "gate, against the best fixed ratio")
     for control in NULL_CONTROLS:

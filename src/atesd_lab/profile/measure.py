@@ -130,15 +130,15 @@ def align(
     halves = [place % 2 for place in range(len(shown))]
     sides = [[one for one, half in zip(shown, halves, strict=True) if half == side] for side in (0, 1)]
     correct = tuple(sum(one.graded.verdict == "correct" for one in side) for side in sides)
-    least = config.aligned.min_correct
+    least = config.alignment.min_correct
     if min(correct) < least:
         return (
             f"only {correct[0]} of {len(sides[0])} and {correct[1]} of {len(sides[1])} rollouts of the two halves are "
-            f"correct, aligned.min_correct wants {least} in each; raise --problems"
+            f"correct, alignment.min_correct wants {least} in each; raise --problems"
         )
     directions = [_direction(components, side) for side in sides]
     if not all(direction.known for direction in directions):
-        return f"aligned.success: {config.aligned.success} gives no direction on these rollouts; raise --problems"
+        return f"alignment.success: {config.alignment.success} gives no direction on these rollouts; raise --problems"
     scored = [_along(components, directions[1 - half], sides[half], ratios) for half in (0, 1)]
     cursors = [iter(rows) for rows in scored]
     rows = [next(cursors[half]) for half in halves]
@@ -155,7 +155,7 @@ def align(
 
 def is_shortened(components: Components, view: View, ratio: float) -> bool:
     """Whether the view shows less than the ratio asks for because it would be too long."""
-    if components.config.exposure.control == "none" or components.config.views.answer == "only":
+    if components.config.exposure.reference_ablation == "none" or components.config.views.answer == "only":
         return False
     return view.shown_segments < shown_segments(ratio, view.total_segments)
 

@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from atesd.config import Config, with_overrides
+from atesd.config import AlignedSettings, Config, with_overrides
 from atesd.control.fixed import FixedExposure
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER
 from atesd.errors import ConfigError
@@ -44,7 +44,7 @@ TAIL = 0.05
 
 MOST_PROBLEMS = 256
 VIEWS_MEASURED = 512  # training problems whose whole reference is rendered, for the over-long share
-PLAIN = ("loss.token_gate=none", "train.grpo_weight=0")
+PLAIN = ("exposure.kind=full", "loss.gate=none", "train.grpo_weight=0", "data.on_bad_row=skip")
 """Distillation of one rollout a problem, with nothing around it."""
 
 
@@ -137,7 +137,12 @@ def profiled_config(config: Config) -> Config:
     """
     if config.train.method != "distill":
         raise ConfigError(f"profile: train.method: {config.train.method} has no teacher; set train.method: distill")
-    return with_overrides(config, ["exposure.kind=full", "exposure.granularity=update", *PLAIN, "data.on_bad_row=skip"])
+    return with_overrides(config, PLAIN).model_copy(update={"alignment": config.alignment})
+
+
+def ratios_of(config: Config) -> tuple[float, ...]:
+    """The ratios of the recipe's look-ahead; the usual ones where it has none."""
+    return (config.exposure if isinstance(config.exposure, AlignedSettings) else AlignedSettings()).ratios
 
 
 def default_problems(components: Components) -> int:
@@ -146,16 +151,19 @@ def default_problems(components: Components) -> int:
 
 
 def measure_profile(
-    components: Components, problems: int | None = None, say: Callable[[str], None] | None = None
+    components: Components,
+    problems: int | None = None,
+    say: Callable[[str], None] | None = None,
+    ratios: Sequence[float] = AlignedSettings().ratios,
 ) -> Profile:
     """Profile the student of `components`, whose config is a `profiled_config`, on as many training problems.
 
     `say` is told what is done and how long it took. The last thing done is one update, after which the student is no
     longer the one that was profiled. Raises `ConfigError` for more problems than there are, or a single ratio.
     """
-    ratios = tuple(sorted(set(components.config.aligned.ratios)))
+    ratios = tuple(sorted(set(ratios)))
     if len(ratios) < 2:
-        raise ConfigError(f"aligned.ratios: {ratios[0]:g} alone; a profile needs two ratios or more")
+        raise ConfigError(f"exposure.ratios: {ratios[0]:g} alone; a profile needs two ratios or more")
     available = len(components.problems.train)
     count = default_problems(components) if problems is None else problems
     if not 2 <= count <= available:

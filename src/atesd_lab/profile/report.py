@@ -18,7 +18,7 @@ from atesd.records import Alignment
 from atesd.table import Table, render_text
 from atesd.text import MISSING, duration, number, percent
 from atesd_lab.profile.measure import ALL, AlignmentProfile
-from atesd_lab.profile.profile import Profile, RatioProfile, measure_profile, profiled_config
+from atesd_lab.profile.profile import Profile, RatioProfile, measure_profile, profiled_config, ratios_of
 from atesd_lab.report.canvas import PALETTE, colour, dash, plain, save_figure, styled
 
 INTERVAL = 1.96  # standard errors on each side
@@ -41,7 +41,7 @@ def run_profile(config: Config, problems: int | None, say: Callable[[str], None]
     """Build the recipe's model and data without its controller, and profile it; `say` hears how it goes."""
     parts = build(profiled_config(config))
     try:
-        return measure_profile(parts, problems, say)
+        return measure_profile(parts, problems, say, ratios_of(config))
     finally:
         close(parts)
 

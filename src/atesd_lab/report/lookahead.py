@@ -112,7 +112,7 @@ def alignment_map(run: RunRows, scope: str = "all") -> Chart | None:
     _draw_ratio(axes, run)
     fit_updates(axes, last_update([run]))
     words = f"Alignment by update and ratio over {len(seen)} looks; best: {best[0]:g} first, {best[-1]:g} last"
-    smoothed = run.config.exposure.granularity == "update"
+    smoothed = run.config.granularity == "update"
     reading = (
         "Blue: a step on that ratio's loss would help; orange: it would harm; as deep as its share of the largest of "
         "that update. Dots: the best ratio of the moment, all rollouts together. Line: the ratio that was used"
@@ -128,7 +128,7 @@ def _at_unit_scale(look: Look) -> tuple[NDArray[np.float64], NDArray[np.float64]
 
 
 def _granularity(run: RunRows) -> str:
-    return "" if run.config.exposure.granularity == "update" else " (the mean over the update's rollouts)"
+    return "" if run.config.granularity == "update" else " (the mean over the update's rollouts)"
 
 
 def _draw_ratio(axes: Axes, run: RunRows) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from atesd.config import dump_config
-from atesd.control.labels import method_name
+from atesd.config import dump_config, method_name
 from atesd.runs import write_atomic
 from atesd.table import Table
 from atesd.text import MISSING, duration, visible
@@ -128,7 +127,14 @@ def status(run: RunRows) -> str:
 def _facts(run: RunRows) -> dict[str, str]:
     config, manifest = run.config, run.manifest
     versions = manifest.get("versions") or {}
-    world = f", leap share {config.data.leap_share:g}" if config.data.source == "world" else ""
+    leaps = config.data.leap_probability
+    share = f"leap share {config.data.leap_share:g}" if leaps is None else f"leaps anywhere, probability {leaps:g}"
+    world = f", {share}" if config.data.source == "world" else ""
+    losses = {
+        "distill": f"{config.loss.divergence.kind}, clip {config.loss.clip}, teacher {config.teacher.weights}",
+        "sft": "likelihood of the references",
+        "grpo": "likelihood of its own completions, by their advantage",
+    }
     command = manifest.get("command") or []
     return {
         "status": status(run),
@@ -138,7 +144,7 @@ def _facts(run: RunRows) -> dict[str, str]:
         "seed": f"{config.train.seed}, data {config.data.seed}",
         "updates": f"{config.train.num_updates} of {config.train.batch_size} rollouts, "
         f"learning rate {config.train.learning_rate:g}",
-        "loss": f"{config.loss.divergence}, clip {config.loss.clip}, teacher {config.teacher.weights}",
+        "loss": losses[config.train.method],
         "sessions": _sessions(manifest.get("sessions") or []),
         "started": str(manifest.get("started", MISSING)),
         "time in updates": duration(sum(figures.phase_seconds(run).values())) if run.metrics else MISSING,
@@ -206,7 +212,7 @@ def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
         samples_logged=len(run.samples),
         has_alignment=any(row.get("token_alignment") for row in run.samples),
         has_ratio=any(row.get("token_ratio") for row in run.samples),
-        has_gate=run.config.loss.token_gate == "aligned",
+        has_gate=run.config.loss.gate.kind == "aligned",
         settings=changed_settings(run.config),
         config_text=dump_config(run.config),
     )

@@ -90,7 +90,7 @@ def sample_views(run: RunRows) -> list[SampleView]:
     rows = sorted(run.samples, key=lambda row: int(row["update"]))
     if len(rows) > FIRST_SAMPLES + LAST_SAMPLES:
         rows = rows[:FIRST_SAMPLES] + rows[-LAST_SAMPLES:]
-    return [_view(row, gated=run.config.loss.token_gate == "aligned") for row in rows]
+    return [_view(row, gated=run.config.loss.gate.kind == "aligned") for row in rows]
 
 
 def token_level(kl: float) -> int:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atesd.config import dump_config
-from atesd.control.labels import method_name
+from atesd.config import dump_config, method_name
 from atesd.table import Table
 from atesd.text import percent_interval, points_interval
 from atesd_lab.report.rows import Row, RunRows

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from atesd.config import Config, describe_settings
-from atesd.control.labels import method_name
+from atesd.config import Config, describe_settings, method_name
 from atesd.maths.statistics import paired_bootstrap
 from atesd.table import Table
 from atesd.text import MISSING, number, percent, percent_interval, points_interval
@@ -96,11 +95,10 @@ def evaluation_table(run: RunRows) -> Table:
 
 def changed_settings(config: Config) -> Table:
     """The settings that differ from their defaults."""
-    defaults = {path: value for path, value, _ in describe_settings(Config())}
     rows = [
-        (path, _value(value), _value(defaults.get(path)))
-        for path, value, _ in describe_settings(config)
-        if path not in defaults or value != defaults[path]
+        (setting.path, _value(setting.value), _value(setting.default))
+        for setting in describe_settings(config)
+        if setting.changed
     ]
     return Table("Settings that differ from the defaults", ("setting", "value", "default"), tuple(rows))
 
@@ -147,7 +145,7 @@ def _dated(row: Row | None) -> str:
 
 
 def _leaps(config: Config) -> bool:
-    return config.data.leap_share > 0 or bool(config.data.leap_probability)
+    return config.data.leaps
 
 
 def _value(value: Any) -> str:

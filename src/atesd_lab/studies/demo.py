@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atesd.config import shared_overrides
 from atesd.rows import revealed
 from atesd.runs import RunFolder, write_atomic
 from atesd.table import Table, render_text
@@ -90,8 +91,9 @@ def run_demo(out: Path, say: Say, overrides: Sequence[str] = ()) -> str:
 
 
 def job_of(arm: Arm, out: Path, overrides: Sequence[str] = ()) -> Job:
-    """The run of an arm."""
-    return Job(WORLDS[arm.world], (*arm.overrides, *overrides), out / arm.name)
+    """The run of an arm, with those of the overrides that act in it."""
+    recipe = WORLDS[arm.world]
+    return Job(recipe, (*arm.overrides, *shared_overrides(recipe, overrides, arm.overrides)), out / arm.name)
 
 
 def read_scores(arm: Arm, folder: Path) -> Scores:

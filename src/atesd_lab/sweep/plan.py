@@ -11,7 +11,8 @@
 
 A value `{cell: {arm: sound}}` stands for the run folder of the cell that has this point on that axis, and otherwise
 the points and the seed of the cell where it stands; that cell is then trained first. A point may set `recipe` too.
-`exclude` lists combinations to leave out: `{world: steps, arm: [best, random]}`.
+`exclude` lists combinations to leave out: `{world: steps, arm: [best, random]}`. `without` lists settings that some
+combinations do without, because nothing would read them there: `{world: ema, arm: grpo, settings: [teacher.weights]}`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, Strict, ValidationError, field_validator
 
-from atesd.config import Component, parse_yaml, yaml_value
-from atesd.errors import ConfigError
+from atesd.config import Component, parse_yaml, shared_overrides, yaml_value
+from atesd.errors import ConfigError, IdleSettingError
 from atesd_lab.sweep.jobs import Job
 
 Overrides = dict[str, Any]
@@ -46,6 +47,7 @@ class Plan(Component):
     axes: dict[str, list[Any] | dict[str, Overrides]] = Field(default_factory=dict, description="what varies")
     seeds: Annotated[int, Field(ge=1)] | Seeds = Field(1, description="how many, from 0, or a list: train.seed")
     exclude: list[dict[str, Any]] = Field(default_factory=list, description="combinations that are left out")
+    without: list[dict[str, Any]] = Field(default_factory=list, description="settings that combinations do without")
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -135,7 +137,8 @@ def cells_of(plan: Plan, out: Path, name: str = "plan") -> list[Cell]:
     """
     axes = [_axis(axis, points, name) for axis, points in plan.axes.items()]
     _require_apart(plan, axes, name)
-    excluded = _excluded(plan, axes, name)
+    excluded = [_combination(entry, plan, axes, f"{name}: exclude[{i}]") for i, entry in enumerate(plan.exclude)]
+    spared = [_spared(entry, plan, axes, f"{name}: without[{i}]") for i, entry in enumerate(plan.without)]
     combinations = [
         (dict(zip((axis.name for axis in axes), points, strict=True)), seed)
         for seed in plan.seed_list
@@ -145,9 +148,8 @@ def cells_of(plan: Plan, out: Path, name: str = "plan") -> list[Cell]:
     if not kept:
         raise ConfigError(f"{name}: exclude leaves no cell of {len(combinations)}")
     folders = {_key(points, seed): _folder(out, points, seed) for points, seed in kept}
-    cells = [_cell(plan, axes, points, seed, folders, name) for points, seed in kept]
-    _require_configs(cells, name)
-    return _in_order(cells, name)
+    cells = [_cell(plan, axes, points, seed, folders, _omitted(points, seed, spared), name) for points, seed in kept]
+    return _in_order(_checked_cells(cells, plan, name), name)
 
 
 def stages(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -227,26 +229,45 @@ def _require_apart(plan: Plan, axes: Sequence[_Axis], name: str) -> None:
         groups[group] = points
 
 
-def _excluded(plan: Plan, axes: Sequence[_Axis], name: str) -> list[dict[str, set[Any]]]:
-    """Each entry of `exclude` as axis -> names of points (or seeds)."""
+def _combination(entry: Mapping[str, Any], plan: Plan, axes: Sequence[_Axis], where: str) -> dict[str, set[Any]]:
+    """An entry of `exclude` or `without` as axis -> names of points (or seeds)."""
     by_name = {axis.name: axis for axis in axes}
-    found = []
-    for place, entry in enumerate(plan.exclude):
-        where = f"{name}: exclude[{place}]"
-        named: dict[str, set[Any]] = {}
-        for axis, written in entry.items():
-            listed = written if isinstance(written, list) else [written]
-            if axis == "seed":
-                named[axis] = set(listed)
-                unknown = sorted(map(str, named[axis] - set(plan.seed_list)))
-                if unknown:
-                    raise ConfigError(f"{where}: seed {', '.join(unknown)} is not in the plan: {plan.seed_list}")
-            else:
-                named[axis] = {_known_axis(axis, by_name, where).point(point, where) for point in listed}
-        if not named:
-            raise ConfigError(f"{where}: is empty, which would leave out everything; name an axis and a point")
-        found.append(named)
-    return found
+    named: dict[str, set[Any]] = {}
+    for axis, written in entry.items():
+        listed = written if isinstance(written, list) else [written]
+        if axis == "seed":
+            named[axis] = set(listed)
+            unknown = sorted(map(str, named[axis] - set(plan.seed_list)))
+            if unknown:
+                raise ConfigError(f"{where}: seed {', '.join(unknown)} is not in the plan: {plan.seed_list}")
+        else:
+            named[axis] = {_known_axis(axis, by_name, where).point(point, where) for point in listed}
+    if not named:
+        raise ConfigError(f"{where}: is empty, which would leave out everything; name an axis and a point")
+    return named
+
+
+def _spared(
+    entry: Mapping[str, Any], plan: Plan, axes: Sequence[_Axis], where: str
+) -> tuple[dict[str, set[Any]], frozenset[str]]:
+    """An entry of `without`: the combination, and the settings that it does without."""
+    written = entry.get("settings")
+    listed = written if isinstance(written, list) else [written]
+    set_anywhere = {*plan.common, *(setting for axis in axes for point in axis.points.values() for setting in point)}
+    for setting in listed:
+        if setting not in set_anywhere:
+            raise ConfigError(
+                f"{where}: settings: {setting!r} is set nowhere in the plan{_nearest(str(setting), set_anywhere)}"
+            )
+    rest = {axis: points for axis, points in entry.items() if axis != "settings"}
+    return _combination(rest, plan, axes, where), frozenset(listed)
+
+
+def _omitted(
+    points: Mapping[str, str], seed: int, spared: Sequence[tuple[Mapping[str, set[Any]], frozenset[str]]]
+) -> frozenset[str]:
+    """The settings that a cell does without."""
+    return frozenset().union(*(settings for entry, settings in spared if _is_excluded(points, seed, [entry])))
 
 
 def _known_axis(axis: str, axes: Mapping[str, _Axis], where: str) -> _Axis:
@@ -274,12 +295,14 @@ def _cell(
     points: Mapping[str, str],
     seed: int,
     folders: Mapping[tuple[Any, ...], Path],
+    omitted: frozenset[str],
     name: str,
 ) -> Cell:
     where = f"{name}: cell {_folder(Path(), points, seed)}"
     settings = dict(plan.common)
     for axis in axes:
         settings |= axis.points[points[axis.name]]
+    settings = {setting: value for setting, value in settings.items() if setting not in omitted}
     recipe = str(settings.pop("recipe", plan.recipe))
     needs: dict[str, Path] = {}
     for setting, value in settings.items():
@@ -317,16 +340,25 @@ def portable(folder: Path) -> str:
     return str(folder.resolve()) if relative.startswith(os.pardir) else relative
 
 
-def _require_configs(cells: Sequence[Cell], name: str) -> None:
-    """Every cell's config holds; each complaint is made once, with the first cell that has it."""
+def _checked_cells(cells: Sequence[Cell], plan: Plan, name: str) -> list[Cell]:
+    """The cells, each with those settings of `set` that act in it; each complaint is made once, with its first cell.
+
+    What an axis sets must act in every cell of the point, and what `set` says in one cell at least.
+    """
     found: dict[str, str] = {}
     updates: dict[Path, int] = {}
+    kept: list[Cell] = []
+    idle: dict[str, str] = {}
     for cell in cells:
         try:
-            updates[cell.job.folder] = cell.job.config.train.num_updates
+            kept.append(_with_what_acts(cell, plan, idle))
+            updates[cell.job.folder] = kept[-1].job.config.train.num_updates
         except ConfigError as error:
             found.setdefault(str(error), cell.job.name)
-    for cell in [] if found else cells:
+    acting = {_setting(override) for cell in kept for override in cell.job.overrides}
+    for setting in [] if found else [setting for setting in idle if setting not in acting]:
+        found[idle[setting]] = "(every cell)"
+    for cell in [] if found else kept:
         for needed in cell.job.needs:
             if updates[needed] < updates[cell.job.folder]:
                 short = f"train.num_updates: {updates[cell.job.folder]} is more than the {updates[needed]} of the cell"
@@ -334,6 +366,25 @@ def _require_configs(cells: Sequence[Cell], name: str) -> None:
     if found:
         lines = [f"cell {cell}: {message}" for message, cell in found.items()]
         raise ConfigError(f"{name}: " + "\n  ".join(lines))
+    return kept
+
+
+def _with_what_acts(cell: Cell, plan: Plan, idle: dict[str, str]) -> Cell:
+    """The cell without the settings of `set` that do not act in it; `idle` takes in which these are, and why."""
+    job = cell.job
+    try:
+        job.config  # noqa: B018 - whether it holds
+    except IdleSettingError as error:
+        common = [override for override in job.overrides if _setting(override) in plan.common]
+        own = [override for override in job.overrides if _setting(override) not in plan.common]
+        shared = shared_overrides(job.recipe, common, own)
+        idle.update({_setting(override): str(error) for override in common if override not in shared})
+        return replace(cell, job=replace(job, overrides=(*shared, *own)))
+    return cell
+
+
+def _setting(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _in_order(cells: Sequence[Cell], name: str) -> list[Cell]:

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
+from pydantic import Field
 
-from atesd.config import SearchConfig
+from atesd.component import Fraction
+from atesd.control.controlled import ControlledExposure, as_exposure
+from atesd.control.credit import CreditConfig
+from atesd.control.settings import ControllerSettings, GranularSettings, Run
 from atesd.records import FinishedDecision, UpdateStats
 
 
+class StaircaseSettings(GranularSettings, ControllerSettings):
+    """A staircase per problem or difficulty. All ours."""
+
+    kind: Literal["staircase"] = Field("staircase", description="a search kept per problem or difficulty; ours")
+    granularity: Literal["per_difficulty", "per_problem"] = Field("per_problem", description="what has a staircase")
+    step_solved: float = Field(0.1, ge=-1, le=1, description="change of the ratio after a verified rollout; ours")
+    step_unsolved: float = Field(-0.1, ge=-1, le=1, description="change of the ratio after any other rollout; ours")
+    start: Fraction = Field(0.5, description="the ratio of the first problems; ours")
+
+    def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
+        """With what is searched for."""
+        return "search " + self.granularity.replace("_", " ")
+
+    def make(self, run: Run) -> ControlledExposure:
+        """Staircases at their first ratio."""
+        return as_exposure(Staircase(self), self, run)
+
+
 @final
-class GroupSearch:
+class Staircase:
     """A staircase per group: its ratio moves by `step_solved` for a solved rollout, by `step_unsolved` for another.
 
     Several rollouts of one update move it by their mean step. By default solved means up and unsolved down, after the
@@ -21,9 +43,9 @@ class GroupSearch:
     problem comes twice.
     """
 
-    def __init__(self, config: SearchConfig, ratio_min: float = 0.0, ratio_max: float = 1.0) -> None:
+    def __init__(self, config: StaircaseSettings) -> None:
         self._config = config
-        self._bounds = (ratio_min, ratio_max)
+        self._bounds = (config.ratio_min, config.ratio_max)
         self._ratios: dict[str, float] = {}
         self._first = self._clipped(config.start)
 
@@ -31,11 +53,11 @@ class GroupSearch:
         """The ratio of a group not met before."""
         return (self._first,)
 
-    def choose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
+    def propose(self, group: str, rng: np.random.Generator) -> float:  # noqa: ARG002
         """Where the group's staircase stands. It is no draw."""
         return self._ratios.get(group, self._first)
 
-    def watch(self, stats: UpdateStats) -> None:
+    def on_update(self, stats: UpdateStats) -> None:
         """Move the staircases of the groups whose rollouts were graded."""
         steps: dict[str, list[float]] = {}
         for group, correct in stats.group_success:
@@ -47,7 +69,7 @@ class GroupSearch:
         if self._ratios:
             self._first = math.fsum(self._ratios.values()) / len(self._ratios)
 
-    def learn(self, finished: FinishedDecision) -> None:
+    def on_reward(self, finished: FinishedDecision) -> None:
         """Rewards are only logged."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""A method in words, the same in every table and card. Imports no torch: the report reads it."""
+
+from __future__ import annotations
+
+from atesd.config.settings import (
+    AlignedGateSettings,
+    Config,
+    CorrectGateSettings,
+    NoGate,
+    RandomGateSettings,
+    RankedGateSettings,
+)
+
+
+def method_name(config: Config) -> str:
+    """What was trained, in the words of the papers: OPSD, ATESD, a fixed ratio, a baseline or a control."""
+    if not config.distils:
+        return config.train.method.upper()
+    exposure = config.exposure
+    extras = [f"control: {exposure.reference_ablation}"] if exposure.reference_ablation != "off" else []
+    if config.train.grpo_weight:
+        extras.append(f"plus {config.train.grpo_weight:g} x GRPO")
+    if not isinstance(config.loss.gate, NoGate):
+        extras.append(_gate(config))
+    extras += ["shuffled rewards"] if config.decides and config.credit.shuffle_rewards else []
+    return ", ".join([exposure.label(config.credit), *extras])
+
+
+def _gate(config: Config) -> str:
+    match config.loss.gate:
+        case AlignedGateSettings():
+            return f"aligned tokens ({config.alignment.success})"
+        case CorrectGateSettings():
+            return "verified rollouts only"
+        case RandomGateSettings(share=share):
+            return f"{share:.0%} of the tokens, at random"
+        case RankedGateSettings(share=share, side=side) as gate:
+            most = {"high": "largest", "low": "smallest"}[side]
+            by = {"disagreement": "KL", "entropy": "entropy"}[gate.kind]
+            return f"the {share:.0%} of the tokens with the {most} {by}"
+        case _:
+            return "every token"

@@ -1,0 +1,571 @@
+"""Every setting: name, default, unit, range, origin, and when it acts.
+
+Origins: "paper" is ATESD (arXiv 2605.11458), "OPSD" is arXiv 2601.18734 (third version), "ours" means that the paper
+does not say and we chose. Each default is stated once: here, or beside the controller that reads it
+(`atesd.control`). Nothing writes to a config after loading. This module imports neither torch nor transformers, so that
+a mistake in a config is reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, Strict, model_validator
+
+from atesd.component import ActsWhen, Component, Fraction, chosen, tagged
+from atesd.control.aligned import AlignedSettings
+from atesd.control.credit import CreditConfig
+from atesd.control.kinds import exposure_kinds
+from atesd.control.learned import LearnedSettings, PolicyConfig
+from atesd.control.settings import BoundedSettings, ExposureSettings, Granularity, GranularSettings
+
+GENERATED = ("gsm_symbolic", "arithmetic")
+"""Sources that write their own problems in words."""
+_FILES = (".jsonl", ".parquet")
+
+_DISTILS = ActsWhen(lambda c: c.distils, "train.method: distill")
+_SAMPLES = ActsWhen(lambda c: c.train.method != "sft", "train.method: distill or grpo")
+_WORLD = ActsWhen(lambda c: c.data.source == "world", "data.source: world")
+_TEXT = ActsWhen(
+    lambda c: c.data.source != "world", "a data.source other than world, whose language has words of its own"
+)
+_READS = ActsWhen(lambda c: c.data.source not in ("world", *GENERATED), "a data.source that is a file or data set")
+_GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
+_DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
+
+
+class LoraConfig(Component):
+    """Low-rank adapters (PEFT). The frozen teacher is then the same model with the adapter off."""
+
+    rank: int = Field(64, ge=1, description="OPSD: 64")
+    alpha: int = Field(128, ge=1, description="OPSD: 128")
+    target_modules: str | Annotated[tuple[str, ...], Strict(False)] = Field(
+        "all-linear", description="module names, or PEFT's all-linear"
+    )
+
+
+class ModelConfig(Component):
+    """Which model is student and teacher, and how its prompts are written."""
+
+    path: str = Field("world:a", description="folder, hub id, `smollm2`, or an embedded world model: world:a|b|c|bad")
+    revision: Annotated[
+        str | None,
+        ActsWhen(
+            lambda c: not c.model.path.startswith("world:") and c.model.path != "smollm2", "a model.path on the hub"
+        ),
+    ] = Field(None, description="hub revision; None: the newest")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="weights; logits are always float32. bfloat16 is for lora: it rounds small updates away"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
+    gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")
+    lora: LoraConfig | None = Field(None, description="None: train every weight")
+    chat_template: bool = Field(True, description="false: prompts are plain text")
+    system_prompt: str | None = Field(None, description="system message of both contexts")
+    student_template: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="chat-template options of the student; OPSD: enable_thinking: false"
+    )
+    teacher_template: Annotated[dict[str, bool | int | str], _DISTILS] = Field(
+        default_factory=dict, description="chat-template options of the teacher; OPSD: enable_thinking: true"
+    )
+    max_context_tokens: int = Field(4096, ge=16, description="longest teacher context plus completion, tokens; ours")
+
+
+class ColumnsConfig(Component):
+    """Which column of a file holds what."""
+
+    problem: str = Field("problem", description="the problem text")
+    solution: str | None = Field("solution", description="the reference solution; None: there is none (m = 0)")
+    answer: str | None = Field(None, description="the final answer; None: the last \\boxed{} of the solution")
+    id: str | None = Field(None, description="None: a hash of the problem text")
+    difficulty: str | None = Field(None, description="an integer level; None: all 0")
+
+
+class DataConfig(Component):
+    """Where problems come from and how their references are cut."""
+
+    source: str = Field(
+        "world", description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id"
+    )
+    preset: Annotated[Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None, _READS] = Field(
+        None, description="column map and row filter of a known data set"
+    )
+    columns: Annotated[
+        ColumnsConfig,
+        ActsWhen(
+            lambda c: c.data.test_source is not None or (_READS.holds(c) and c.data.preset is None),
+            "a data.source that is a file or data set without data.preset, or with data.test_source",
+        ),
+    ] = ColumnsConfig()
+    split_name: Annotated[
+        str, ActsWhen(lambda c: c.data.has_splits, "a data.source or data.test_source that is a `datasets` id")
+    ] = Field("train", description="split of a `datasets` id")
+    test_source: Annotated[str | None, _TEXT] = Field(
+        None, description="a separate held-out file; None: a hash of the text decides"
+    )
+    on_bad_row: Literal["refuse", "skip"] = Field("refuse", description="skip: counted and listed, never silent")
+    segmenter: Annotated[Literal["auto", "paragraph", "line", "sentence", "step", "token"], _TEXT] = Field(
+        "auto", description="auto (ours): blank lines, else lines, else sentences"
+    )
+    checker: Literal["auto", "exact", "math", "none"] = Field(
+        "auto", description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified"
+    )
+    leap_share: Annotated[
+        Fraction, _WORLD, ActsWhen(lambda c: c.data.leap_probability is None, "data.leap_probability: null")
+    ] = Field(0.0, description="share q of problems whose reference leaps")
+    leap_probability: Annotated[Fraction | None, _WORLD] = Field(
+        None, description="leaps anywhere with this probability instead of late leaps"
+    )
+    min_difficulty: Annotated[int, _WORLD] = Field(2, ge=2, le=6, description="fewest clauses in a problem")
+    max_difficulty: Annotated[
+        int, ActsWhen(lambda c: c.data.source in ("world", "arithmetic"), "data.source: world or arithmetic")
+    ] = Field(6, ge=2, le=6, description="most clauses in a problem of the world, operations in one of arithmetic")
+    unknown_facts: Annotated[int | None, _WORLD] = Field(
+        None,
+        ge=0,
+        le=6,
+        description="how many facts of a problem the student was never taught; None: as they come",
+    )
+    train_size: int | None = Field(4096, ge=1, description="problems; None: all there are")
+    validation_size: int = Field(200, ge=0, description="problems for choosing checkpoints")
+    probe_size: int = Field(64, ge=1, description="fixed probe problems of the controller; ours")
+    test_size: int = Field(300, ge=0, description="held-out problems")
+    seed: Annotated[
+        int,
+        ActsWhen(lambda c: c.data.source in ("world", *GENERATED), "data.source: world, arithmetic or gsm_symbolic"),
+    ] = Field(0, ge=0, description="seed of procedural problems")
+
+    @property
+    def leaps(self) -> bool:
+        """Whether references of the embedded world leap, on purpose, beyond the student."""
+        return self.leap_share > 0 or bool(self.leap_probability)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether something is read that has named splits: a `datasets` id or folder."""
+        read = [self.test_source, *([] if self.source in ("world", *GENERATED) else [self.source])]
+        return any(name is not None and not name.endswith(_FILES) for name in read)
+
+    @model_validator(mode="after")
+    def _problems_exist(self) -> DataConfig:
+        if self.min_difficulty > self.max_difficulty:
+            raise ValueError(f"min_difficulty {self.min_difficulty} is above max_difficulty {self.max_difficulty}")
+        if self.unknown_facts is not None and self.unknown_facts > self.min_difficulty:
+            raise ValueError(
+                f"unknown_facts {self.unknown_facts} is more than the {self.min_difficulty} clauses of the shortest "
+                "problem; raise min_difficulty"
+            )
+        return self
+
+
+class ViewsConfig(Component):
+    """What the teacher's message says around the visible reference. Texts are ours; the order of parts is OPSD's."""
+
+    answer: Annotated[Literal["keep", "withhold", "only"], _DISTILS] = Field(
+        "keep", description="paper: keep, at every ratio"
+    )
+    wording: Annotated[Literal["adaptive", "constant"], _DISTILS, _TEXT] = Field(
+        "adaptive",
+        description="adaptive (ours): only a cut reference is called partial; constant: one text for all",
+    )
+    problem_text: Annotated[str, _TEXT] = Field("Problem: {problem}", description="how a problem is introduced")
+    instruction: Annotated[str, _TEXT] = Field(
+        "Reason step by step and put the final answer inside \\boxed{}.", description="closes both contexts"
+    )
+    reference_begin: Annotated[str, _DISTILS, _TEXT] = Field(
+        "Reference solution:\n<<<\n", description="opens the reference"
+    )
+    reference_end: Annotated[str, _DISTILS, _TEXT] = Field("\n>>>", description="closes the reference")
+    partial_note: Annotated[
+        str, _DISTILS, _TEXT, ActsWhen(lambda c: c.views.wording == "adaptive", "views.wording: adaptive")
+    ] = Field("[The reference may be incomplete from here on.]", description="said when the reference is cut")
+    answer_text: Annotated[
+        str, _DISTILS, _TEXT, ActsWhen(lambda c: c.views.answer != "withhold", "views.answer: keep or only")
+    ] = Field("Final answer: \\boxed{{{answer}}}", description="the answer when the closing is not shown")
+    transition: Annotated[str, _DISTILS, _TEXT] = Field(
+        "Study the reference until you see why it is right. Then solve the problem yourself, in your own words.",
+        description="between the reference and the instruction",
+    )
+
+
+class AlignmentConfig(Component):
+    """The direction of success, along which ratios and tokens are measured (exposure and gate `aligned`). Ours."""
+
+    success: Literal["correct", "centred", "references", "shuffled"] = Field(
+        "correct",
+        description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
+        "(a misleading control); correct ones of permuted verdicts (a null control)",
+    )
+    direction_rollouts: int | None = Field(
+        None,
+        ge=1,
+        description="most rollouts of a hold that give the direction, drawn if there are more; None: all",
+    )
+    min_correct: int = Field(8, ge=1, description="correct rollouts that a hold must have to give a direction; ours")
+    logit_change: float = Field(
+        0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
+    )
+    metric: Literal["plain", "optimiser"] = Field(
+        "plain", description="in which the step is measured; optimiser: the root of AdamW's second moments divides it"
+    )
+
+
+class ForwardKL(Component):
+    """KL(teacher || student)."""
+
+    kind: Literal["forward_kl"] = Field("forward_kl", description="KL(teacher || student): OPSD and paper")
+
+
+class ReverseKL(Component):
+    """KL(student || teacher)."""
+
+    kind: Literal["reverse_kl"] = Field("reverse_kl", description="KL(student || teacher)")
+
+
+class JensenShannon(Component):
+    """The generalized Jensen-Shannon divergence."""
+
+    kind: Literal["jensen_shannon"] = Field("jensen_shannon", description="both sides against their mixture")
+    teacher_weight: float = Field(0.5, gt=0, lt=1, description="teacher's share of the mixture")
+
+
+class TopK(Component):
+    """Forward KL over the teacher's largest entries and one tail bucket."""
+
+    kind: Literal["top_k"] = Field("top_k", description="forward KL over the teacher's largest entries and the rest")
+    k: int = Field(100, ge=1, description="teacher's largest entries, the rest one tail bucket")
+
+
+class SampledToken(Component):
+    """The log-ratio at the student's own token."""
+
+    kind: Literal["sampled_token"] = Field("sampled_token", description="at the student's own token alone")
+
+
+Divergence = ForwardKL | ReverseKL | JensenShannon | TopK | SampledToken
+
+
+class NoGate(Component):
+    """Every token is distilled."""
+
+    kind: Literal["none"] = Field("none", description="every token is distilled: OPSD and paper")
+
+
+class AlignedGateSettings(Component):
+    """The tokens whose step would raise verified success."""
+
+    kind: Literal["aligned"] = Field("aligned", description="tokens whose step would raise verified success; ours")
+
+
+class CorrectGateSettings(Component):
+    """The tokens of verified rollouts."""
+
+    kind: Literal["correct"] = Field("correct", description="tokens of verified rollouts; ours")
+
+
+class RandomGateSettings(Component):
+    """A random share of the tokens."""
+
+    kind: Literal["random"] = Field("random", description="a share of the tokens, at random; ours")
+    share: Fraction = Field(0.5, description="share of tokens kept")
+
+
+class RankedGateSettings(Component):
+    """The share of the tokens at one end of an order."""
+
+    kind: Literal["disagreement", "entropy"]
+    share: Fraction = Field(0.5, description="share of tokens kept")
+    side: Literal["low", "high"] = Field("high", description="which of them")
+
+
+class DisagreementGateSettings(RankedGateSettings):
+    """By the KL from the teacher."""
+
+    kind: Literal["disagreement"] = Field("disagreement", description="a share by KL from the teacher; ours")
+
+
+class EntropyGateSettings(RankedGateSettings):
+    """By the student's entropy."""
+
+    kind: Literal["entropy"] = Field("entropy", description="a share by the student's entropy; ours")
+
+
+Gate = (
+    NoGate
+    | AlignedGateSettings
+    | CorrectGateSettings
+    | RandomGateSettings
+    | DisagreementGateSettings
+    | EntropyGateSettings
+)
+
+
+class LossConfig(Component):
+    """The student's loss on its own tokens."""
+
+    divergence: Annotated[Divergence, *chosen("kind", "forward_kl"), _DISTILS] = ForwardKL()
+    clip: Annotated[Literal["none", "per_token", "per_entry"], _DISTILS] = Field(
+        "per_token", description="ours; OPSD: per_entry"
+    )
+    clip_threshold: Annotated[
+        float | None, _DISTILS, ActsWhen(lambda c: c.loss.clip != "none", "loss.clip: per_token or per_entry")
+    ] = Field(None, gt=0, description="nats; None: 0.05 for per_entry (OPSD), 2.0 for per_token (ours)")
+    temperature: Annotated[float | None, _SAMPLES] = Field(
+        None, gt=0, description="divides both logits; None: sampling.temperature (OPSD)"
+    )
+    reduction: Literal["sequence", "token"] = Field("sequence", description="paper: sequence; OPSD's code: token")
+    gate: Annotated[Gate, *chosen("kind", "none"), _DISTILS] = NoGate()
+    chunk_tokens: int | None = Field(
+        None, ge=1, description="tokens whose logits exist at one time; None: as many as fit a byte budget"
+    )
+
+    @property
+    def jsd_weight(self) -> float:
+        """The teacher's share of the mixture in force."""
+        return self.divergence.teacher_weight if isinstance(self.divergence, JensenShannon) else 0.5
+
+    @property
+    def top_k(self) -> int:
+        """How many of the teacher's entries are told apart."""
+        return self.divergence.k if isinstance(self.divergence, TopK) else 100
+
+    @property
+    def threshold(self) -> float:
+        """The clip threshold in force, nats."""
+        default = {"none": float("inf"), "per_token": 2.0, "per_entry": 0.05}[self.clip]
+        return default if self.clip_threshold is None or self.clip == "none" else self.clip_threshold
+
+    @model_validator(mode="after")
+    def _clip_fits(self) -> LossConfig:
+        if self.clip == "per_entry" and isinstance(self.divergence, TopK | SampledToken):
+            raise ValueError(
+                f"clip: per_entry has no entries to clip under divergence: {self.divergence.kind}; use none"
+            )
+        return self
+
+
+class FrozenTeacher(Component):
+    """The initial policy."""
+
+    weights: Literal["frozen"] = Field("frozen", description="the initial policy: OPSD")
+
+
+class LiveTeacher(Component):
+    """The student itself."""
+
+    weights: Literal["live"] = Field("live", description="the student itself")
+
+
+class EmaTeacher(Component):
+    """A running average of the student."""
+
+    weights: Literal["ema"] = Field("ema", description="a running average of the student")
+    decay: float = Field(0.99, ge=0, lt=1, description="per student update")
+
+
+class RefreshedTeacher(Component):
+    """A copy of the student, made anew every so often."""
+
+    weights: Literal["refresh"] = Field("refresh", description="a copy of the student, every so often")
+    every: int = Field(50, ge=1, description="student updates between copies")
+
+
+TeacherConfig = FrozenTeacher | LiveTeacher | EmaTeacher | RefreshedTeacher
+"""The teacher's weights: a clock of their own, independent of the exposure."""
+
+
+class SamplingConfig(Component):
+    """How the student writes its rollouts."""
+
+    temperature: Annotated[float, _SAMPLES] = Field(1.0, gt=0, description="OPSD: 1.1")
+    top_p: Annotated[float, _SAMPLES] = Field(1.0, gt=0, le=1, description="OPSD: 0.95")
+    top_k: Annotated[int, _SAMPLES] = Field(0, ge=0, description="0: off; OPSD: 20")
+    min_p: Annotated[float, _SAMPLES] = Field(0.0, ge=0, lt=1, description="0: off")
+    completion_tokens: int = Field(1024, ge=1, description="longest completion; OPSD: 1024")
+    batch_size: int = Field(64, ge=1, description="rows decoded together; does not change the draws")
+    engine: Literal["auto", "builtin", "transformers"] = Field(
+        "auto", description="what runs the network; auto: builtin for Llama, Qwen2 and Qwen3, else transformers"
+    )
+
+
+class TrainConfig(Component):
+    """The optimiser, the clock and the checkpoints."""
+
+    method: Literal["distill", "sft", "grpo"] = Field("distill", description="sft and grpo are the baselines")
+    num_updates: int = Field(100, ge=1, description="OPSD: 100")
+    batch_size: int = Field(32, ge=1, description="rollouts per update; OPSD: 32")
+    micro_batch_size: Annotated[
+        int,
+        ActsWhen(
+            lambda c: c.train.micro_batch_tokens is None or c.decides or c.looks_ahead, "train.micro_batch_tokens: null"
+        ),
+    ] = Field(8, ge=1, description="rows scored together; does not change the gradient")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="in place of micro_batch_size: as many rows as fit, padding included, at least one"
+    )
+    learning_rate: float = Field(5e-6, ge=0, description="AdamW; OPSD: 5e-6")
+    warmup_updates: int = Field(0, ge=0, description="linear from 0")
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW")
+    max_grad_norm: float = Field(0.1, gt=0, description="OPSD: 0.1")
+    group_size: Annotated[
+        int,
+        ActsWhen(lambda c: c.train.samples_per_problem > 1, "train.method: grpo, or train.grpo_weight above 0"),
+    ] = Field(8, ge=2, description="samples per problem")
+    grpo_weight: float = Field(
+        0.0, ge=0, description="adds GRPO's loss on the same rollouts to distillation; ours: a baseline. 0: none"
+    )
+    evaluate_every: int = Field(25, ge=0, description="updates between validations; 0: never")
+    checkpoint_every: int = Field(25, ge=1, description="updates between checkpoints; OPSD: 25")
+    keep_checkpoints: int = Field(3, ge=1, description="newest ones kept; older ones are deleted")
+    log_samples: Annotated[int, ActsWhen(lambda c: c.train.evaluate_every > 0, "train.evaluate_every above 0")] = Field(
+        2, ge=0, description="rollouts with both contexts kept at each validation"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; None: torch's choice. Part of bit-exactness")
+    seed: int = Field(0, ge=0, description="every draw of the run is a function of it")
+
+    @model_validator(mode="after")
+    def _groups(self) -> TrainConfig:
+        if self.grpo_weight and self.method != "distill":
+            raise ValueError(f"grpo_weight {self.grpo_weight} is added to distillation; set method: distill, or 0")
+        if self.samples_per_problem > 1 and self.batch_size % self.group_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+        return self
+
+    @property
+    def samples_per_problem(self) -> int:
+        """Rollouts of one problem in an update: a group where advantages are centred in groups, else one."""
+        return self.group_size if self.method == "grpo" or self.grpo_weight else 1
+
+
+class EvaluationConfig(Component):
+    """Average@k on held-out problems."""
+
+    samples: int = Field(2, ge=1, description="k; the paper's tables: 12")
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_p: Annotated[float, _DRAWN] = Field(1.0, gt=0, le=1, description="1: off")
+    top_k: Annotated[int, _DRAWN] = Field(0, ge=0, description="0: off")
+    min_p: Annotated[float, _DRAWN] = Field(0.0, ge=0, lt=1, description="0: off")
+    completion_tokens: int | None = Field(None, ge=1, description="None: sampling.completion_tokens")
+
+
+class Config(Component):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    views: ViewsConfig = ViewsConfig()
+    if TYPE_CHECKING:
+        exposure: ExposureSettings = LearnedSettings()
+    else:
+        exposure: Annotated[
+            tagged(exposure_kinds().values(), "kind", "learned", {"per_problem": "staircase"}), _DISTILS
+        ] = LearnedSettings()
+    credit: CreditConfig = CreditConfig()
+    alignment: Annotated[
+        AlignmentConfig, ActsWhen(lambda c: c.looks_ahead, "exposure.kind: aligned or loss.gate: aligned")
+    ] = AlignmentConfig()
+    loss: LossConfig = LossConfig()
+    teacher: Annotated[TeacherConfig, *chosen("weights", "frozen"), _DISTILS] = FrozenTeacher()
+    sampling: SamplingConfig = SamplingConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: Annotated[EvaluationConfig, _GRADED] = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _signal_that_can_be_measured(cls, values: Any) -> Any:
+        """Where nothing can be verified, the `sound` preset falls back to the probe NLL (method section 5)."""
+        if not isinstance(values, Mapping):
+            return values
+        data, credit = values.get("data") or {}, values.get("credit") or {}
+        unverified = isinstance(data, Mapping) and data.get("checker") == "none"
+        if unverified and isinstance(credit, Mapping) and credit.get("preset", "sound") == "sound":
+            return {**values, "credit": {"progress_signal": "probe_nll", **credit}}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.data.checker == "none":
+            verified = self.credit.progress_signal in ("probe_success", "probe_gain", "train_success")
+            if verified and self.decides:
+                raise ValueError(
+                    f"credit.progress_signal: {self.credit.progress_signal} needs a checker; use probe_nll"
+                )
+            if self.distils and self.exposure.kind == "staircase":
+                raise ValueError("exposure.kind: staircase searches by verified rollouts; set data.checker: math")
+            if self.looks_ahead:
+                raise ValueError(
+                    "exposure.kind: aligned and loss.gate: aligned need verified rollouts; set data.checker"
+                )
+            if self.distils and self.loss.gate.kind == "correct":
+                raise ValueError("loss.gate: correct needs verified rollouts; set data.checker")
+            if self.train.samples_per_problem > 1:
+                raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
+        if self.granularity == "per_token" and self.loss.gate.kind not in ("none", "aligned"):
+            raise ValueError(
+                f"loss.gate: {self.loss.gate.kind} with exposure.granularity: per_token: a token that chooses "
+                "its ratio is gated by its own alignment or not at all; set loss.gate: none or aligned"
+            )
+        if self.looks_ahead and self.model.dtype == "bfloat16" and self.model.lora is None:
+            raise ValueError(
+                "model.dtype: bfloat16 without model.lora rounds away the displacement that aligned needs; set "
+                "model.lora, or model.dtype: float32"
+            )
+        if self.data.source != "world" and self.model.path.startswith("world:"):
+            raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
+        if self.sampling.completion_tokens >= self.model.max_context_tokens:
+            raise ValueError(
+                f"sampling.completion_tokens {self.sampling.completion_tokens} leaves no room for a prompt in "
+                f"model.max_context_tokens {self.model.max_context_tokens}"
+            )
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is distilled; the baselines have none."""
+        return self.train.method == "distill"
+
+    @property
+    def decides(self) -> bool:
+        """Whether ratios are decided during the run, and decisions are rewarded and logged."""
+        return self.distils and self.exposure.decides
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether exposure or gate follow the first-order look-ahead."""
+        return self.distils and (isinstance(self.exposure, AlignedSettings) or self.loss.gate.kind == "aligned")
+
+    @property
+    def granularity(self) -> Granularity:
+        """What has a ratio of its own."""
+        return self.exposure.granularity if isinstance(self.exposure, GranularSettings) else "update"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest ratio that is drawn."""
+        settings = self.exposure
+        return (settings.ratio_min, settings.ratio_max) if isinstance(settings, BoundedSettings) else (0.0, 1.0)
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """The policy of the learned exposure; the usual one where another exposure decides."""
+        return self.exposure.policy if isinstance(self.exposure, LearnedSettings) else PolicyConfig()
+
+    @property
+    def loss_temperature(self) -> float:
+        """What both logits are divided by in the loss."""
+        return self.loss.temperature if self.loss.temperature is not None else self.sampling.temperature
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Longest completion in evaluation, tokens."""
+        return self.evaluation.completion_tokens or self.sampling.completion_tokens
+
+    @property
+    def checker(self) -> Literal["exact", "math", "none"]:
+        """The answer checker in force."""
+        if self.data.checker == "auto":
+            return "exact" if self.data.source == "world" else "math"
+        return self.data.checker

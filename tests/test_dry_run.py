@@ -1,0 +1,39 @@
+"""The dry run says which exposure, loss, teacher, learning rate and seed will act."""
+
+import pytest
+
+from atesd.cli.plan import acting_lines
+from atesd.config import load_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "exposure: learned: ATESD (sound credit)"),
+        (["exposure.kind=fixed", "exposure.reveal_ratio=0.3"], "exposure: fixed, reveal_ratio 0.3: fixed ratio 0.3"),
+        (["exposure.kind=bandit", "exposure.arms=3"], "exposure: bandit, arms 3: bandit over 3 ratios (sound credit)"),
+        (["exposure.policy.learning_rate=0"], "exposure: learned, policy.learning_rate 0.0: ATESD (sound credit)"),
+        (["train.method=grpo"], "exposure: none, as grpo has no teacher"),
+        ([], "loss: forward_kl, not clipped, sequence mean, temperature 1, gate none"),
+        (
+            ["loss.divergence=top_k", "loss.divergence.k=5", "loss.clip=per_token", "sampling.temperature=0.5"],
+            "loss: top_k (k 5), clip per_token at 2 nats, sequence mean, temperature 0.5, gate none",
+        ),
+        (
+            ["loss.gate={kind: entropy, share: 0.25, side: low}"],
+            "loss: forward_kl, not clipped, sequence mean, temperature 1, gate entropy (share 0.25, side low)",
+        ),
+        (["train.method=sft"], "loss: likelihood of the references, sequence mean"),
+        ([], "teacher: frozen"),
+        (["teacher.weights=ema", "teacher.decay=0.98"], "teacher: ema (decay 0.98)"),
+        (["train.method=sft"], "teacher: none (sft)"),
+        ([], "learning rate: 0.0005, constant"),
+        (
+            ["train.warmup_updates=3", "train.learning_rate_schedule=cosine"],
+            "learning rate: 0.0005, after 3 updates of warm-up, cosine",
+        ),
+        (["train.seed=7"], "seed: 7"),
+    ],
+)
+def test_what_will_act_is_a_line_of_the_dry_run(overrides: list[str], said: str):
+    assert said in list(acting_lines(load_config("micro", overrides)))
