@@ -184,7 +184,7 @@ def test_shipped_checkpoints_have_the_gate_figures_they_record(name, few):
     # 100 problems against the recorded 500: standard errors .02 and .05
     assert figures.teacher_accuracy == pytest.approx(recorded.teacher_accuracy, abs=0.06)
     assert figures.student_accuracy == pytest.approx(recorded.student_accuracy, abs=0.15)
-    low, high = RECIPES[record["recipe"]].acceptance.kl_after_mistake
+    low, high = RECIPES[record["recipe"]].gates.kl_after_mistake
     assert low <= figures.kl_after_mistake <= high
 
 
