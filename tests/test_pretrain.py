@@ -147,7 +147,7 @@ def test_the_command_writes_a_folder_with_its_record(tmp_path, monkeypatch):
     steps: list[tuple[int, int]] = []
     record = pretrain_command(3, 1, tmp_path, progress=lambda seed, step, _: steps.append((seed, step)))
     assert steps == [(3, 0), (3, 1), (3, 2)]
-    assert json.loads((tmp_path / "acceptance.json").read_text())["seed"] == record["seed"] == 3
+    assert json.loads((tmp_path / "gates.json").read_text())["seed"] == record["seed"] == 3
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), pretrain(3, SHORT))
 
 
@@ -178,20 +178,20 @@ def test_shipped_checkpoints_load_by_the_ordinary_route(name):
 @pytest.mark.parametrize("name", [*GOOD, "bad"])
 def test_shipped_checkpoints_have_the_gate_figures_they_record(name, few):
     figures = measure_gates(AutoModelForCausalLM.from_pretrained(SHIPPED / name).eval(), few)
-    record = json.loads((SHIPPED / name / "acceptance.json").read_text())
+    record = json.loads((SHIPPED / name / "gates.json").read_text())
     recorded = GateFigures(**record["figures"])
     assert recorded.passed(RECIPES[record["recipe"]].gates)
     # 100 problems against the recorded 500: standard errors .02 and .05
     assert figures.teacher_accuracy == pytest.approx(recorded.teacher_accuracy, abs=0.06)
     assert figures.student_accuracy == pytest.approx(recorded.student_accuracy, abs=0.15)
-    low, high = RECIPES[record["recipe"]].acceptance.kl_after_mistake
+    low, high = RECIPES[record["recipe"]].gates.kl_after_mistake
     assert low <= figures.kl_after_mistake <= high
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*GOOD, "bad"])
 def test_shipped_checkpoints_are_made_again_by_the_recorded_command(name, tmp_path):
-    record = json.loads((SHIPPED / name / "acceptance.json").read_text())
+    record = json.loads((SHIPPED / name / "gates.json").read_text())
     again = pretrain_command(record["seed"], 1, tmp_path, record["recipe"])
     assert GateFigures(**again["figures"]).passed(RECIPES[record["recipe"]].gates)
-    assert json.loads((tmp_path / "acceptance.json").read_text())["settings"] == record["settings"]
+    assert json.loads((tmp_path / "gates.json").read_text())["settings"] == record["settings"]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from atesd.config import Component, Config, describe_settings, method_name, yaml_value
 from atesd.control.budget import affordable, decisions
 from atesd.records import Split
 from atesd.train.components import Components
