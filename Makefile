@@ -1,14 +1,15 @@
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+LOCK := requirements/lock.txt
+# For builds too: a new pip reads their constraints from the second variable, an old one from the first.
+LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo test check format test-slow test-real test-peer bench clean
+.PHONY: demo test check format test-slow test-real test-peer test-demo test-window lock bench clean
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(LOCKED) $(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed  ## train OPSD and ATESD on both embedded worlds, print the table, write the page
@@ -34,15 +35,32 @@ test-real: $(VENV)/installed  ## SmolLM2; fetched first
 	$(BIN)/pytest -m real_model
 
 test-peer: $(VENV)/installed  ## equality with TRL's SDFT trainer
-	$(BIN)/pip install --quiet --editable ".[trl]"
+	$(LOCKED) $(BIN)/pip install --quiet --editable ".[trl]"
 	$(BIN)/pytest -m peer
+
+test-demo: $(VENV)/installed  ## the demo's tables are those of the README; about two minutes
+	$(BIN)/pytest -n 0 -m demo
+
+test-window:  ## the suite with the oldest and the newest packages allowed; writes docs/compatibility.md; 20 minutes
+	$(PYTHON) requirements/window.py $(END)
+
+# Torch is moved by hand, TORCH=torch==X: it decides the last bits of every number, and is most of what an install fetches.
+TORCH ?= $(shell grep '^torch==' $(LOCK))
+lock:  ## write requirements/lock.txt anew: the newest packages that pyproject.toml allows
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --editable ".[dev,trl]" "$(TORCH)"
+	.venv-lock/bin/pip install --quiet --no-deps "$$(grep -o 'liger-kernel==[0-9.]*' pyproject.toml)"
+	.venv-lock/bin/pip list --format json | $(PYTHON) requirements/lock.py > .venv-lock/lock.txt
+	mv .venv-lock/lock.txt $(LOCK)
+	rm -r .venv-lock
 
 # Liger's chunked losses are plain torch; without --no-deps pip would fetch Triton, which a CPU has no use for.
 bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes; BENCH="--quick" for a few
-	$(BIN)/pip install --quiet --editable ".[trl]"
-	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5
+	$(LOCKED) $(BIN)/pip install --quiet --editable ".[trl]"
+	$(LOCKED) $(BIN)/pip install --quiet --no-deps liger-kernel
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
 	$(BIN)/python -m benchmarks table
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache
