@@ -11,6 +11,7 @@ import difflib
 import importlib.resources
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -76,6 +77,9 @@ class ModelConfig(Component):
     )
     teacher_template: dict[str, bool | int | str] = Field(
         default_factory=dict, description="chat-template options of the teacher; OPSD: enable_thinking: true"
+    )
+    template_date: Annotated[date, Strict(False)] = Field(
+        date(2024, 7, 26), description="today, for a chat template that prints it: contexts never change at midnight"
     )
     max_context_tokens: int = Field(4096, ge=16, description="longest teacher context plus completion, tokens; ours")
 

@@ -19,6 +19,7 @@ from atesd.config import LoraConfig, ModelConfig
 from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
+from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import ALONE, Ranks
 
@@ -60,7 +61,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     torch.nn.Module.to(model, device).train(False)
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
-    end_ids = _end_ids(model, tokenizer)
+    end_ids = _end_ids(model, tokenizer) | {end_of_turn(tokenizer, config)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return LoadedModel(model, tokenizer, device, end_ids, pad_id)
 
