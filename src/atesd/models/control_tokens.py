@@ -1,8 +1,8 @@
 """Text of users beside the control tokens of a tokenizer: it never becomes one, whatever it says.
 
 A control token is an added token of the tokenizer, such as `<|im_end|>` or `<think>`; added tokens of white space, or of
-plain letters that no template writes, are ordinary text. Where a user's text spells one, its characters are masked one
-by one while the template is rendered. What the rendering then spells is the template's own. Those are renamed, the mask
+plain letters that no template writes, are ordinary text. Where a user's text spells one, its letters are masked one by
+one while the template is rendered. What the rendering then spells is the template's own. Those are renamed, the mask
 is taken off, and the whole is read in one go by a copy of the tokenizer that knows control tokens only by their new
 names: what is beside them is normalised, split and merged as ever.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 from tokenizers import Tokenizer
@@ -73,7 +73,7 @@ class ControlTokens:
                 "a text holds the Phoenician letters by which control tokens are called while it is read; take them out"
             )
         for spelled, names in self._stages:
-            masked = spelled.sub(lambda found, names=names: names[found.group()], masked)
+            masked = spelled.sub(partial(_called, names), masked)
         ids = tuple(self._reader.encode(mask.taken_off(masked), add_special_tokens=False).ids)
         wanted = self.among(self._tokenizer(rendering, add_special_tokens=False, verbose=False).input_ids)
         if self.among(ids) != wanted:
@@ -151,7 +151,12 @@ def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that stands for what the vocabulary lacks: any text may become it, so it controls nothing."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     unknown = getattr(model, "unk_token", None) or (tokenizer.unk_token if type(model).__name__ == "Unigram" else None)
-    return None if unknown is None else int(tokenizer.convert_tokens_to_ids(unknown))
+    found = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
+    return found if isinstance(found, int) else None
+
+
+def _called(names: Mapping[str, str], found: re.Match[str]) -> str:
+    return names[found.group()]
 
 
 def _name(place: int) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atesd.config import ModelConfig
 from atesd.errors import ConfigError, ModelError
-from atesd.models.template import ChatTemplate, Messages, Rendering, TemplateFault, rendered_apart
+from atesd.models.template import ChatTemplate, Messages, Rendering, RenderingError, rendered_apart
 
 Options = Mapping[str, Any]
 QUESTION, ANSWER = "Repeat 7351.", "8426"  # digits survive whatever a template does to letters
@@ -61,7 +61,7 @@ class Conversation:
             return message if system is None else f"{system}\n\n{message}"
         try:
             return self._template.render(self._wanted(_messages(system, message), prompt=True))
-        except TemplateFault as fault:
+        except RenderingError as fault:
             raise self._fails(fault) from None
 
     def _wanted(self, messages: Messages, *, prompt: bool, days: int = 0) -> Rendering:
@@ -83,9 +83,9 @@ class Conversation:
         try:
             opened, other_day, unopened, whole, without_system = _rendered(self._source, _key(wanted))
             self._template = ChatTemplate(self._source)
-        except TemplateFault as fault:
+        except RenderingError as fault:
             raise self._fails(fault) from None
-        if isinstance(opened, TemplateFault):
+        if isinstance(opened, RenderingError):
             raise self._fails(opened)
         if system is not None and opened == without_system:
             raise ModelError("model.system_prompt: the tokenizer's chat template leaves it out; remove the setting")
@@ -97,7 +97,7 @@ class Conversation:
         self.opening = opened.rpartition(QUESTION)[2] if QUESTION in opened else ""
         self.closing = whole.rpartition(ANSWER)[2] if isinstance(whole, str) else ""
 
-    def _require_opening(self, opened: str, unopened: str | TemplateFault, whole: str | TemplateFault) -> None:
+    def _require_opening(self, opened: str, unopened: str | RenderingError, whole: str | RenderingError) -> None:
         """The assistant's turn begins where the context ends: it is opened, or a template like Mistral's needs not."""
         if opened != unopened:
             return
@@ -113,20 +113,20 @@ class Conversation:
         """The same text here, in the other process and from transformers: nothing depends on where it is rendered."""
         here = self.render(QUESTION, self._config.system_prompt)
         try:
-            theirs = here
+            theirs: Any = here
             if not self.prints_date:
                 theirs = self._tokenizer.apply_chat_template(
                     [dict(one) for one in asked], tokenize=False, add_generation_prompt=True, **self._options
                 )
         except Exception as error:  # whatever a template raises
-            raise self._fails(TemplateFault(_line(error))) from None
+            raise self._fails(RenderingError(_line(error))) from None
         if not here == opened == theirs:
             raise ModelError(
                 f"{self._config.path}: its chat template writes another text each time it is rendered, or another one "
                 "than transformers writes; mend it in the model folder"
             )
 
-    def _fails(self, fault: TemplateFault) -> ModelError:
+    def _fails(self, fault: RenderingError) -> ModelError:
         fix = "" if self._config.system_prompt is None else "; it may not allow model.system_prompt"
         return ModelError(f"the tokenizer's chat template fails: {fault}{fix}")
 
@@ -156,7 +156,7 @@ def _key(wanted: Sequence[Rendering]) -> str:
 
 
 @lru_cache(64)
-def _rendered(source: str, key: str) -> list[str | TemplateFault]:
+def _rendered(source: str, key: str) -> list[str | RenderingError]:
     """`rendered_apart`, once for each template and its options."""
     return rendered_apart(source, [Rendering(*one) for one in json.loads(key)])
 

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from atesd.config import LoraConfig, ModelConfig
 from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
+from atesd.models.model_folder import (
+    ADAPTER,
+    CONFIG,
+    GENERATION,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    layers_in,
+    require_adapter,
+    require_shapes,
+    require_sound,
+    weight_shapes,
+)
 from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import ALONE, Ranks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -53,15 +70,15 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     device = _device(config.device)
     tokenizer = _tokenizer(config, source, local)
     model = _weights(config, source, local)
-    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
-        raise ModelError(f"{config.path}: its tokenizer has {len(tokenizer)} tokens, the model has {rows}; they differ")
+    _require_vocabulary(config.path, tokenizer, model)
+    _require_fixed_rotary(config, model.config)
     if config.lora is not None:
         model = _with_adapter(model, config.lora, seed)
     torch.nn.Module.to(model, device).train(False)
+    _require_forward(config.path, model, int(tokenizer.eos_token_id))
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
-    end_ids = _end_ids(model, tokenizer) | {end_of_turn(tokenizer, config)}
+    end_ids = _end_ids(config.path, model, tokenizer) | {end_of_turn(tokenizer, config)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return LoadedModel(model, tokenizer, device, end_ids, pad_id)
 
@@ -122,10 +139,9 @@ def _resolve(path: str) -> tuple[str, bool]:
         return str(_world_folder(path.removeprefix("world:"))), True
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / _ADAPTER_FILE).is_file():
-            raise ModelError(
-                f"model.path: {path} holds neither config.json nor {_ADAPTER_FILE}; it is not a model folder"
-            )
+        if not (folder / CONFIG).is_file() and not (folder / ADAPTER).is_file():
+            raise ModelError(f"model.path: {path} holds neither {CONFIG} nor {ADAPTER}; it is not a model folder")
+        require_sound(folder)
         return str(folder), True
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path: there is no folder {path}; give a model folder, a hub id, smollm2 or world:NAME")
@@ -153,23 +169,34 @@ def _device(setting: str) -> torch.device:
 
 
 def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedTokenizerBase:
-    with _explained(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, local_files_only=local)
-    if tokenizer.eos_token_id is None:
+    with _explained(config.path, f"{TOKENIZER} and {TOKENIZER_CONFIG}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, local_files_only=local, trust_remote_code=False
+        )
+        ends = tokenizer.eos_token_id
+        tokenizer.encode("1 + 1", add_special_tokens=False)
+    if ends is None:
         raise ModelError(f"{config.path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
     if config.chat_template and not tokenizer.chat_template:
         raise ModelError(f"{config.path}: its tokenizer has no chat template; set model.chat_template: false")
     return tokenizer
 
 
-def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
-    if local and (Path(source) / _ADAPTER_FILE).is_file():
-        return _with_saved_adapter(config, Path(source))
-    with _explained(config.path), quiet():
+def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ...] = ()) -> PreTrainedModel:
+    """The model in a folder or on the hub; `above` are the adapters' folders that lead to it."""
+    if local and (Path(source) / ADAPTER).is_file():
+        return _with_saved_adapter(config, Path(source), above)
+    options: dict[str, Any] = {"revision": config.revision, "local_files_only": local, "trust_remote_code": False}
+    with _explained(config.path, CONFIG):
+        described = AutoConfig.from_pretrained(source, **options)
+    if local:
+        _require_weights(config, described, Path(source))
+        _require_generation(Path(source))
+    with _explained(config.path, f"{CONFIG} and its weights"), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=config.revision,
-            local_files_only=local,
+            **options,
+            use_safetensors=True,  # the other format is a pickle
             dtype=_DTYPES[config.dtype],
             attn_implementation=config.attention,
             output_loading_info=True,
@@ -182,27 +209,121 @@ def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _with_saved_adapter(config: ModelConfig, adapter: Path) -> PreTrainedModel:
+def _require_weights(config: ModelConfig, described: PreTrainedConfig, folder: Path) -> None:
+    """The files hold the weights that config.json describes: found out before any memory is taken for them."""
+    held = weight_shapes(folder)
+    if not held or getattr(described, "quantization_config", None) is not None:
+        return  # transformers will say what is missing; packed weights have other shapes
+    layers = getattr(described.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > layers_in(held):
+        raise ModelError(
+            f"{folder / CONFIG}: num_hidden_layers: {layers}, its weights lack all but {layers_in(held)} layers; mend "
+            "the file, or fetch the model again"
+        )
+    with _explained(config.path, CONFIG), torch.device("meta"):
+        skeleton: Any = cast(Any, AutoModelForCausalLM).from_config(described, trust_remote_code=False)
+    require_shapes({name: tuple(value.shape) for name, value in skeleton.state_dict().items()}, held, folder)
+
+
+def _require_generation(folder: Path) -> None:
+    """generation_config.json can be read now, and written beside the trained model at the end of the run."""
+    if (folder / GENERATION).is_file():
+        with _explained(str(folder), GENERATION):
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True).validate(strict=True)
+
+
+def _require_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, the model has {rows}; they differ")
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ModelError(f"{path}: {TOKENIZER}: {token!r} has id {largest}, the model has {rows} rows; they differ")
+
+
+def _require_forward(path: str, model: PreTrainedModel, token: int) -> None:
+    """One step of the model on a single token: what is wrong in its config shows now, not in the first update."""
+    with _explained(path, f"{CONFIG}, or model.attention and model.dtype"), torch.no_grad():
+        ids = torch.full((1, 2), token, device=model.device)
+        finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
+    if not finite:
+        raise ModelError(
+            f"{path}: the model gives numbers that are not finite on its own end token; its weights or {CONFIG} are "
+            "damaged: fetch it again"
+        )
+
+
+def _require_fixed_rotary(config: ModelConfig, described: PreTrainedConfig) -> None:
+    """No rotary table changes with the length of the rows read together, as far as rows may be long in this run.
+
+    Those of `longrope` and `dynamic` do beyond some length: a token would have other probabilities in a batch than
+    alone, and other ones before and after its context has grown.
+    """
+    for field, kind, length in _varying_rotary(described.to_dict(), "", None):
+        if length is None or config.max_context_tokens > length:
+            beyond = "a length it does not state" if length is None else f"{length} tokens"
+            fix = "use another model" if length is None else f"set model.max_context_tokens: {length}"
+            raise ModelError(
+                f"{config.path}: {CONFIG}: {field}: {kind} reads every row with another rotary table once one of the "
+                f"rows beside it passes {beyond}, and model.max_context_tokens: {config.max_context_tokens} allows "
+                f"that; {fix}, or take a model whose rotary table is fixed"
+            )
+
+
+def _varying_rotary(values: Mapping[str, Any], path: str, length: int | None) -> Iterator[tuple[str, str, int | None]]:
+    """Field, kind and length of the switch of each rotary table that depends on the rows, however deep it is kept."""
+    stated = [values.get(name) for name in ("original_max_position_embeddings", "max_position_embeddings")]
+    length = min([int(one) for one in (*stated, length) if one], default=None)
+    kind = values.get("rope_type", values.get("type"))
+    if "rope" in path and isinstance(kind, str) and (kind in ("longrope", "su") or "dynamic" in kind):
+        yield f"{path}rope_type", kind, length
+    for name, inner in values.items():
+        if isinstance(inner, Mapping):
+            yield from _varying_rotary(inner, f"{path}{name}.", length)
+
+
+def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreTrainedModel:
     """The base model that an adapter's folder names, at `config.revision`, with the adapter added into its weights.
 
     On a bfloat16 base the adapter, itself in float32, is kept beside the weights as in training: what it changes is
     about as small as their rounding, and merged it would be lost. Only a new adapter on top asks for merging there.
     """
-    base = json.loads((adapter / _ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"{adapter / _ADAPTER_FILE}: base_model_name_or_path is empty; write the base model's path there"
-        )
+    base = require_adapter(adapter)
+    above = (*above, str(adapter.resolve()))
     source, local = _resolve(base)
-    model = _weights(config.model_copy(update={"path": base}), source, local)
-    with _explained(str(adapter)), quiet():
-        adapted = _peft().PeftModel.from_pretrained(model, str(adapter))
-        if config.dtype == "bfloat16" and config.lora is None:
-            return cast(PreTrainedModel, adapted)
+    if local and str(Path(source).resolve()) in above:
+        raise ModelError(
+            f"{adapter / ADAPTER}: base_model_name_or_path: {base} leads back to this adapter; write the path of the "
+            "model below it"
+        )
+    model = _weights(config.model_copy(update={"path": base}), source, local, above)
+    peft = _peft()
+    with _explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+    _require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
+    if config.dtype == "bfloat16" and config.lora is None:
+        return cast(PreTrainedModel, adapted)
+    with _explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
         merged: PreTrainedModel = adapted.merge_and_unload()
     # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
     merged.name_or_path = str(adapter.resolve())
     return merged
+
+
+def _require_untied(adapted: Any, setting: str) -> None:
+    """No adapter on one side of a weight that is both embedding and output head: merged, it would change both."""
+    tied = [adapted.get_input_embeddings(), adapted.get_output_embeddings()]
+    base = [getattr(module, "get_base_layer", lambda module=module: module)() for module in tied]
+    weights = [getattr(getattr(module, "original_module", module), "weight", None) for module in base]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return
+    names = {id(module): name for name, module in adapted.named_modules()}
+    touched = [names.get(id(module), "") for module in tied if len(list(module.parameters())) > 1]
+    if touched:
+        raise ModelError(
+            f"{setting}: {' and '.join(touched)} shares its weight (tie_word_embeddings), and an adapter on one side "
+            "would be merged into both, into another model; leave lm_head and embed_tokens out"
+        )
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:
@@ -222,6 +343,7 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTra
             wrapped: PreTrainedModel = peft.get_peft_model(model, settings)
         except ValueError as error:
             raise ModelError(f"model.lora.target_modules: {targets}: {_first_line(error)}") from None
+    _require_untied(wrapped, f"model.lora.target_modules: {targets}")
     return wrapped
 
 
@@ -233,28 +355,52 @@ def _peft() -> Any:
     return peft
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_ids(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     generation = getattr(model, "generation_config", None)
     ends = generation.eos_token_id if generation is not None else None
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    beyond = [token for token in listed if not 0 <= token < rows]
+    if beyond:
+        raise ModelError(
+            f"{path}: {GENERATION} or {CONFIG}: eos_token_id: {beyond[0]}, the model has {rows} tokens; correct it"
+        )
     return frozenset({*listed, tokenizer.eos_token_id})
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad source into one line that a user can act on."""
+def _explained(path: str, files: str) -> Iterator[None]:
+    """Turn whatever is raised for a bad source, from one of some files, into one line that a user can act on."""
     try:
         yield
+    except ModelError:
+        raise
     except ImportError as error:
         raise ModelError(f"{path}: a package is missing: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if _unreachable(error):
-            raise ModelError(
-                f"{path}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
-                "check the name and the network, or set model.path to a folder (HF_HUB_OFFLINE=1 in the environment "
-                "skips the retries)"
-            ) from None
-        raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:
+        raise _bad_source(path, files, error) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what tokenizers and safetensors raise where Rust gives up
+            raise
+        raise _bad_source(path, files, error) from None
+
+
+def _bad_source(path: str, files: str, error: BaseException) -> ModelError:
+    if _unreachable(error):
+        return ModelError(
+            f"{path}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
+            "check the name and the network, or set model.path to a folder (HF_HUB_OFFLINE=1 in the environment "
+            "skips the retries)"
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{path}: needs code of its own (auto_map in {CONFIG} or {TOKENIZER_CONFIG}), which is never run; use a "
+            "model whose architecture and tokenizer transformers knows"
+        )
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return ModelError(
+        f"{path}: cannot be loaded: {kind}{_first_line(error)} (in {files}); mend the files, or fetch the model again"
+    )
 
 
 def _unreachable(error: BaseException) -> bool:

@@ -78,17 +78,8 @@ class PromptEncoder:
 
     def notes(self) -> Iterator[str]:
         """What a user should know of the two contexts: where they end, and the date that they print."""
-        ends = [reader.opening for reader in (self._student, self._teacher)]
         if self._config.chat_template:
-            same = (
-                "the same"
-                if ends[0] == ends[1]
-                else (
-                    "they differ, so that the first tokens disagree by template, not by knowledge; model.student_template "
-                    "and model.teacher_template can align them"
-                )
-            )
-            yield f"student's context ends with {ends[0]!r}, teacher's with {ends[1]!r}: {same}"
+            yield _ends_line(self._student.opening, self._teacher.opening)
         if self._student.prints_date or self._teacher.prints_date:
             yield f"the chat template prints a date: model.template_date {self._config.template_date}, on every day"
 
@@ -176,6 +167,16 @@ class PromptEncoder:
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _ends_line(student: str, teacher: str) -> str:
+    ends = f"student's context ends with {student!r}, teacher's with {teacher!r}"
+    if student == teacher:
+        return f"{ends}: the same"
+    return (
+        f"{ends}: they differ, so that the first tokens disagree by template, not by knowledge; align "
+        "model.student_template and model.teacher_template, unless that is what you study"
+    )
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase, control: ControlTokens, closing: str) -> int:

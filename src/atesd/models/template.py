@@ -2,7 +2,7 @@
 
 What a template may do is what transformers lets it do, with two differences: `strftime_now` tells the day that it is
 given, so that contexts do not change at midnight, and a rendering that takes too many steps or grows too large stops
-with a `TemplateFault`. Loops, calls and operators are counted; what a filter does inside is not. So a template is first
+with a `RenderingError`. Loops, calls and operators are counted; what a filter does inside is not. So a template is first
 rendered by `rendered_apart`, in a process of its own with little time and memory.
 
 This file imports nothing of the package: run as a program, it is that process.
@@ -33,7 +33,7 @@ SECONDS, MEGABYTES = 5, 1024  # what the first rendering of a template may take
 _LARGE_WIDTH = re.compile(r"\d{7,}|\*")
 
 
-class TemplateFault(Exception):
+class RenderingError(Exception):
     """A template that cannot be compiled or rendered; the message says why, on one line."""
 
 
@@ -48,7 +48,7 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A compiled template. Raises `TemplateFault` for one that is not valid jinja."""
+    """A compiled template. Raises `RenderingError` for one that is not valid jinja."""
 
     def __init__(self, source: str) -> None:
         self._environment = _Environment()
@@ -58,31 +58,31 @@ class ChatTemplate:
         self.is_random = _is_random(tree)
 
     def render(self, wanted: Rendering) -> str:
-        """The text of a conversation. Raises `TemplateFault` if the template fails or exceeds its bounds."""
+        """The text of a conversation. Raises `RenderingError` if the template fails or exceeds its bounds."""
         self._environment.begin(datetime.date.fromisoformat(wanted.date))
         conversation = {"messages": wanted.messages, "tools": None, "documents": None}
         with _faults():
             return self._template.render(**wanted.variables, **conversation, add_generation_prompt=wanted.prompt)
 
 
-def rendered_apart(source: str, wanted: Sequence[Rendering]) -> list[str | TemplateFault]:
+def rendered_apart(source: str, wanted: Sequence[Rendering]) -> list[str | RenderingError]:
     """The text of each conversation, or its fault, from a process that may take `SECONDS` of CPU and `MEGABYTES`.
 
-    Raises `TemplateFault` if the template is not valid, draws random numbers, or takes more than it may.
+    Raises `RenderingError` if the template is not valid, draws random numbers, or takes more than it may.
     """
     task = json.dumps({"source": source, "wanted": [asdict(one) for one in wanted]})
     command = [sys.executable, "-P", __file__]
     try:
         done = subprocess.run(command, input=task.encode(), capture_output=True, check=False, timeout=20 * SECONDS)
     except subprocess.TimeoutExpired:
-        raise TemplateFault(f"it is not rendered after {20 * SECONDS} seconds") from None
+        raise RenderingError(f"it is not rendered after {20 * SECONDS} seconds") from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["the process died"]
-        raise TemplateFault(f"one rendering takes more than {SECONDS} s or {MEGABYTES} MB ({said[0]})")
+        raise RenderingError(f"one rendering takes more than {SECONDS} s or {MEGABYTES} MB ({said[0]})")
     reply = json.loads(done.stdout)
     if isinstance(reply, str):
-        raise TemplateFault(reply)
-    return [text if text is not None else TemplateFault(fault) for text, fault in reply]
+        raise RenderingError(reply)
+    return [text if text is not None else RenderingError(fault) for text, fault in reply]
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -108,13 +108,13 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator, after a look at how large its result will be."""
         if _size_after(operator, left, right) > MOST_CHARACTERS:
-            raise TemplateFault(f"'{operator}' would make more than {MOST_CHARACTERS:,} characters, items or bits")
+            raise RenderingError(f"'{operator}' would make more than {MOST_CHARACTERS:,} characters, items or bits")
         return super().call_binop(context, operator, left, right)
 
     def _step(self) -> None:
         self._steps += 1
         if self._steps > MOST_STEPS:
-            raise TemplateFault(f"it takes more than {MOST_STEPS:,} steps")
+            raise RenderingError(f"it takes more than {MOST_STEPS:,} steps")
 
     def _each(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
@@ -138,13 +138,13 @@ class _Generation(ext.Extension):
 
 @contextlib.contextmanager
 def _faults() -> Iterator[None]:
-    """Whatever a template raises, as a `TemplateFault` of one line."""
+    """Whatever a template raises, as a `RenderingError` of one line."""
     try:
         yield
-    except TemplateFault:
+    except RenderingError:
         raise
     except Exception as error:
-        raise TemplateFault(_in_words(error)) from None
+        raise RenderingError(_in_words(error)) from None
 
 
 def _in_words(error: Exception) -> str:
@@ -191,7 +191,7 @@ def _size(value: Any) -> int:
 
 def _measured(value: Any) -> Any:
     if isinstance(value, str) and len(value) > MOST_CHARACTERS:
-        raise TemplateFault(f"it makes a text of more than {MOST_CHARACTERS:,} characters")
+        raise RenderingError(f"it makes a text of more than {MOST_CHARACTERS:,} characters")
     return value
 
 
@@ -215,7 +215,7 @@ def _limited() -> None:
 def _replies(source: str, wanted: Sequence[Mapping[str, Any]]) -> Any:
     try:
         template = ChatTemplate(source)
-    except TemplateFault as fault:
+    except RenderingError as fault:
         return str(fault)
     if template.is_random:
         return "it draws random numbers (random, lipsum), so that no context could be written twice; take them out"
@@ -225,7 +225,7 @@ def _replies(source: str, wanted: Sequence[Mapping[str, Any]]) -> Any:
 def _reply(render: Callable[[Rendering], str], wanted: Rendering) -> tuple[str | None, str]:
     try:
         return render(wanted), ""
-    except TemplateFault as fault:
+    except RenderingError as fault:
         return None, str(fault)
 
 
