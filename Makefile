@@ -3,7 +3,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format test-slow test-real test-peer bench clean
+.PHONY: demo test check format test-slow test-real test-peer test-fuzz bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ test-real: $(VENV)/installed  ## SmolLM2; fetched first
 test-peer: $(VENV)/installed  ## equality with TRL's SDFT trainer
 	$(BIN)/pip install --quiet --editable ".[trl]"
 	$(BIN)/pytest -m peer
+
+test-fuzz: $(VENV)/installed  ## thousands of damaged inputs: none ends in a traceback or hangs
+	$(BIN)/pytest -m fuzz
 
 # Liger's chunked losses are plain torch; without --no-deps pip would fetch Triton, which a CPU has no use for.
 bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes; BENCH="--quick" for a few

@@ -1,10 +1,10 @@
 """Text of users beside the control tokens of a tokenizer: it never becomes one, whatever it says.
 
-A control token is an added token of the tokenizer, such as `<|im_end|>` or `<think>`; added tokens of white space, or of
-plain letters that no template writes, are ordinary text. Where a user's text spells one, its letters are masked one by
-one while the template is rendered. What the rendering then spells is the template's own. Those are renamed, the mask
-is taken off, and the whole is read in one go by a copy of the tokenizer that knows control tokens only by their new
-names: what is beside them is normalised, split and merged as ever.
+A control token is an added token of the tokenizer, such as `<|im_end|>` or `<think>`; added tokens of white space, or
+of plain letters that no template writes, are ordinary text. Where a user's text spells one, its letters are masked,
+each for itself, while the template is rendered. What the rendering then spells is the template's own. Those are
+renamed, the mask is taken off, and the whole is read in one go by a copy of the tokenizer that knows control tokens
+only by their new names: what is beside them is normalised, split and merged as ever.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ControlTokens:
         for spelled, names in self._stages:
             masked = spelled.sub(partial(_called, names), masked)
         ids = tuple(self._reader.encode(mask.taken_off(masked), add_special_tokens=False).ids)
-        wanted = self.among(self._tokenizer(rendering, add_special_tokens=False, verbose=False).input_ids)
+        wanted = self.among(ids_of(self._tokenizer, [rendering])[0])
         if self.among(ids) != wanted:
             raise ModelError(
                 "the tokenizer makes a control token of a text that only spells one, or loses one of the template's; "
@@ -118,6 +118,18 @@ class ControlTokens:
             if reader.token_to_id(name) != backend.token_to_id(content):
                 raise ModelError(f"the tokenizer's {content} has another id in a copy of it; use another tokenizer")
         return reader
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, with no begin or end token. Raises `ModelError` for a text that the tokenizer refuses."""
+    try:
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the tokenizer cannot read a text: {reason}; its vocabulary lacks characters of your data, or "
+            "tokenizer.json is damaged"
+        ) from None
 
 
 @final

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from atesd.config import LoraConfig, ModelConfig
 from atesd.errors import ModelError
@@ -32,6 +34,7 @@ from atesd.models.model_folder import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     layers_in,
+    read_object,
     require_adapter,
     require_shapes,
     require_sound,
@@ -41,6 +44,10 @@ from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import ALONE, Ranks
 
+_NEEDS_CODE = (
+    "needs code of its own (auto_map), which is never run; use a model whose architecture and tokenizer transformers "
+    "knows"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -142,10 +149,22 @@ def _resolve(path: str) -> tuple[str, bool]:
         if not (folder / CONFIG).is_file() and not (folder / ADAPTER).is_file():
             raise ModelError(f"model.path: {path} holds neither {CONFIG} nor {ADAPTER}; it is not a model folder")
         require_sound(folder)
+        _require_no_code(folder)
         return str(folder), True
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path: there is no folder {path}; give a model folder, a hub id, smollm2 or world:NAME")
     return path, False
+
+
+def _require_no_code(folder: Path) -> None:
+    """Nothing in the folder needs code that it brings along: transformers knows its architecture and its tokenizer."""
+    for file, setting, known in (
+        (CONFIG, "model_type", lambda name: name in CONFIG_MAPPING),
+        (TOKENIZER_CONFIG, "tokenizer_class", lambda name: cast(Any, tokenizer_class_from_name)(name) is not None),
+    ):
+        values = read_object(folder / file) if (folder / file).is_file() else {}
+        if values.get("auto_map") and not known(values.get(setting) or ""):
+            raise ModelError(f"{folder / file}: {setting}: {values.get(setting)!r} {_NEEDS_CODE}")
 
 
 def _world_folder(name: str) -> Path:
@@ -393,10 +412,7 @@ def _bad_source(path: str, files: str, error: BaseException) -> ModelError:
             "skips the retries)"
         )
     if "trust_remote_code" in str(error):
-        return ModelError(
-            f"{path}: needs code of its own (auto_map in {CONFIG} or {TOKENIZER_CONFIG}), which is never run; use a "
-            "model whose architecture and tokenizer transformers knows"
-        )
+        return ModelError(f"{path}: {_NEEDS_CODE}")
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return ModelError(
         f"{path}: cannot be loaded: {kind}{_first_line(error)} (in {files}); mend the files, or fetch the model again"

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atesd.config import ModelConfig
 from atesd.errors import ModelError
-from atesd.models.control_tokens import ControlTokens, Mask
+from atesd.models.control_tokens import ControlTokens, Mask, ids_of
 from atesd.models.conversation import QUESTION, Conversation, template_source
 
 _TEXTS_KEPT = 512  # probes and answers are read again every few updates, between the contexts of the batches
@@ -116,7 +116,7 @@ class PromptEncoder:
         if not messages:
             return []
         texts = [self._render(reader, message) for message in messages]
-        many = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        many = ids_of(self._tokenizer, texts)
         return [self._checked(reader, message, tuple(ids)) for message, ids in zip(messages, many, strict=True)]
 
     def _checked(self, reader: Conversation, message: str, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class PromptEncoder:
         return (int(begin),) if begin is not None and begin in self._tokenizer("").input_ids else ()
 
     def _tokenise(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return tuple(ids_of(self._tokenizer, [text])[0])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -181,7 +181,7 @@ def _ends_line(student: str, teacher: str) -> str:
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase, control: ControlTokens, closing: str) -> int:
     """The token that ends an assistant's message, given what the template writes after one."""
-    ids = tokenizer(closing.lstrip(), add_special_tokens=False, verbose=False).input_ids
+    ids = ids_of(tokenizer, [closing.lstrip()])[0]
     return int(ids[0]) if ids and ids[0] in control.ids else int(tokenizer.eos_token_id)
 
 

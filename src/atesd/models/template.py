@@ -2,7 +2,7 @@
 
 What a template may do is what transformers lets it do, with two differences: `strftime_now` tells the day that it is
 given, so that contexts do not change at midnight, and a rendering that takes too many steps or grows too large stops
-with a `RenderingError`. Loops, calls and operators are counted; what a filter does inside is not. So a template is first
+with `RenderingError`. Loops, calls and operators are counted; what a filter does inside is not. So a template is first
 rendered by `rendered_apart`, in a process of its own with little time and memory.
 
 This file imports nothing of the package: run as a program, it is that process.
