@@ -1,7 +1,7 @@
 """Damaged model folders, two thousand of them: each loads or is refused in one line, and none hangs.
 
-A tiny model with its adapter is saved once. Each case copies it, damages one file (a value of another type, a size, a
-nesting, an encoding, a missing or cut file, another template) and does what a run does first: load, encode, one forward.
+A tiny model and its adapter are saved once. Each case copies one of them, damages one file (a value of another type, a
+size, a nesting, an encoding, a cut or missing file, another template) and does what a run does first: load and encode.
 """
 
 from __future__ import annotations
@@ -27,23 +27,85 @@ from tiny import tiny_folder
 
 CASES = int(os.environ.get("ATESD_FUZZ_CASES", "2000"))
 SECONDS = 60  # of one case; a usual one takes a tenth of a second
-BASE = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja")
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 10**6, 10**9, 10**30, -(2**63), 0.5, -0.0, 1e308, float("nan"), float("inf"),
-    "", "a", "é", "\x00", "\ud800", "10", "true", "default", "dynamic", "longrope", "silu", "nonsense", [], [[]], [1, 2],
-    ["a"], [None], {}, {"a": 1}, {"content": 5}, {"content": "<end>"}, {"rope_type": "dynamic", "factor": 0},
-    {"rope_type": "linear", "factor": "x"}, {"rope_type": "yarn"}, {"rope_type": 5}, "qwen3", "llama", "bert", "t5",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    10**6,
+    10**9,
+    10**30,
+    -(2**63),
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "é",
+    "\x00",
+    "\ud800",
+    "10",
+    "true",
+    "default",
+    "dynamic",
+    "longrope",
+    "silu",
+    "nonsense",
+    [],
+    [[]],
+    [1, 2],
+    ["a"],
+    [None],
+    {},
+    {"a": 1},
+    {"content": 5},
+    {"content": "<end>"},
+    {"rope_type": "dynamic", "factor": 0},
+    {"rope_type": "linear", "factor": "x"},
+    {"rope_type": "yarn"},
+    {"rope_type": 5},
+    "qwen3",
+    "llama",
+    "bert",
+    "t5",
+)
 TEMPLATES = (
-    "", "{{", "{% if %}", "{% endif %}", "{{ 1 / 0 }}", "{{ 1 + 'a' }}", "{{ messages[9].content }}", "{{ x.y.z }}",
-    "{% for i in range(10 ** 9) %}x{% endfor %}", "{{ 'a' * 10 ** 12 }}", "{{ 10 ** 10 ** 8 }}", "{{ raise_exception(5) }}",
+    "",
+    "{{",
+    "{% if %}",
+    "{% endif %}",
+    "{{ 1 / 0 }}",
+    "{{ 1 + 'a' }}",
+    "{{ messages[9].content }}",
+    "{{ x.y.z }}",
+    "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "{{ 'a' * 10 ** 12 }}",
+    "{{ 10 ** 10 ** 8 }}",
+    "{{ raise_exception(5) }}",
     "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''|center(10 ** 9) }}", "{{ messages|random }}",
-    "{{ ().__class__.__base__ }}", "{% include 'x' %}", "{% import 'x' as y %}", "{{ messages|tojson(indent='a') }}",
-    "{{ messages[0].content }}", "{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}!", "{{ " + "(" * 900,
-    "{{ '%9999999999d' % 1 }}", "{{ messages|map(attribute='role')|join }}", "{{ strftime_now(5) }}", "{{ namespace() }}",
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ ''|center(10 ** 9) }}",
+    "{{ messages|random }}",
+    "{{ ().__class__.__base__ }}",
+    "{% include 'x' %}",
+    "{% import 'x' as y %}",
+    "{{ messages|tojson(indent='a') }}",
+    "{{ messages[0].content }}",
+    "{{ messages }}",
+    "{% for m in messages %}{{ m.content }}{% endfor %}!",
+    "{{ " + "(" * 900,
+    "{{ '%9999999999d' % 1 }}",
+    "{{ messages|map(attribute='role')|join }}",
+    "{{ strftime_now(5) }}",
+    "{{ namespace() }}",
     "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from atesd.errors import ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import evaluate_problems, is_looping, student_prompts
 from atesd.evaluate.probe_set import ProbeSet
 from atesd.models.load import LoadedModel, load_model, trainable_parameters
-from atesd.models.prompts import PromptEncoder
+from atesd.models.prompts import PromptEncoder, control_line, spelling_control_tokens
 from atesd.models.ranks import ALONE, Ranks, joined
 from atesd.models.sample import Sampler, engine_note, engine_of
 from atesd.models.score import Scorer
@@ -145,6 +145,8 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
             f"{type(trainer.parts.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
             "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
         )
+    if spelling_control_tokens(trainer.parts.problems.train, trainer.parts.encoder):
+        listener.message(control_line(trainer.parts.problems.train, trainer.parts.encoder))
     skipped = trainer.parts.problems.skipped
     if skipped:
         listener.message(f"{len(skipped)} rows skipped; manifest.json lists them all, the first is: {skipped[0]}")

@@ -9,7 +9,9 @@ from typing import get_args
 
 from atesd.control.budget import affordable, decisions
 from atesd.models.load import trainable_parameters
+from atesd.models.prompts import control_line
 from atesd.records import Split
+from atesd.report.text import visible
 from atesd.train.batches import teacher_view
 from atesd.train.parts import Parts
 
@@ -30,6 +32,8 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     trained = sum(parameter.numel() for parameter in trainable_parameters(parts.loaded).values())
     total = sum(parameter.numel() for parameter in parts.loaded.model.parameters())
     yield f"model: {config.model.path} on {parts.loaded.device}, {total:,} parameters, {trained:,} trained"
+    yield from map(visible, parts.encoder.notes())
+    yield visible(control_line(problems["train"], parts.encoder))
     yield from _contexts(parts)
     yield segment_line([len(problem.segments) for problem in problems["train"]])
     yield f"updates: {train.num_updates}, with {train.num_updates * train.batch_size:,} rollouts ({train.method})"

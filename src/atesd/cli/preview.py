@@ -9,7 +9,7 @@ from atesd.config import Config
 from atesd.data.sources import load_problems
 from atesd.errors import DataError
 from atesd.models.load import load_tokenizer
-from atesd.models.prompts import PromptEncoder
+from atesd.models.prompts import PromptEncoder, control_line
 from atesd.records import Problem
 from atesd.report.text import visible
 from atesd.train.batches import teacher_view
@@ -29,6 +29,8 @@ def _parts(
 ) -> Iterator[str]:
     renderer = make_renderer(config)
     message = renderer.student(problem)
+    yield from map(visible, encoder.notes())
+    yield visible(control_line(others, encoder))
     yield (
         f"problem {visible(problem.id)}: difficulty {problem.difficulty}, {len(problem.segments)} segments, "
         f"answer {visible(problem.answer)}"

@@ -90,7 +90,9 @@ class Conversation:
         if system is not None and opened == without_system:
             raise ModelError("model.system_prompt: the tokenizer's chat template leaves it out; remove the setting")
         if "7351" not in opened:
-            raise ModelError("the tokenizer's chat template leaves out what the user says; mend it in the model folder")
+            raise ModelError(
+                f"{self._config.path}: its chat template leaves out what the user says; mend it in the model folder"
+            )
         self.prints_date = opened != other_day
         self._require_opening(opened, unopened, whole)
         self._require_as_transformers(opened, asked)
@@ -127,8 +129,11 @@ class Conversation:
             )
 
     def _fails(self, fault: RenderingError) -> ModelError:
-        fix = "" if self._config.system_prompt is None else "; it may not allow model.system_prompt"
-        return ModelError(f"the tokenizer's chat template fails: {fault}{fix}")
+        system = "" if self._config.system_prompt is None else "it may not allow model.system_prompt, or "
+        return ModelError(
+            f"{self._config.path}: the tokenizer's chat template fails: {fault}; {system}mend it in the model folder "
+            "(chat_template.jinja), or set model.chat_template: false"
+        )
 
     def _check_options(self, setting: str) -> None:
         options = self._options

@@ -158,13 +158,13 @@ def _resolve(path: str) -> tuple[str, bool]:
 
 def _require_no_code(folder: Path) -> None:
     """Nothing in the folder needs code that it brings along: transformers knows its architecture and its tokenizer."""
-    for file, setting, known in (
-        (CONFIG, "model_type", lambda name: name in CONFIG_MAPPING),
-        (TOKENIZER_CONFIG, "tokenizer_class", lambda name: cast(Any, tokenizer_class_from_name)(name) is not None),
-    ):
+    architectures, tokenizer_class = cast(Any, CONFIG_MAPPING), cast(Any, tokenizer_class_from_name)
+    for file, setting in ((CONFIG, "model_type"), (TOKENIZER_CONFIG, "tokenizer_class")):
         values = read_object(folder / file) if (folder / file).is_file() else {}
-        if values.get("auto_map") and not known(values.get(setting) or ""):
-            raise ModelError(f"{folder / file}: {setting}: {values.get(setting)!r} {_NEEDS_CODE}")
+        name = values.get(setting) or ""
+        known = name in architectures if file == CONFIG else tokenizer_class(name) is not None
+        if values.get("auto_map") and not known:
+            raise ModelError(f"{folder / file}: {setting}: {name!r} {_NEEDS_CODE}")
 
 
 def _world_folder(name: str) -> Path:
@@ -188,6 +188,8 @@ def _device(setting: str) -> torch.device:
 
 
 def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedTokenizerBase:
+    if (Path(source) / CONFIG).is_file():  # AutoTokenizer reads it too, and would be blamed for it
+        _described(config, source, local)
     with _explained(config.path, f"{TOKENIZER} and {TOKENIZER_CONFIG}"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, local_files_only=local, trust_remote_code=False
@@ -205,16 +207,16 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
     """The model in a folder or on the hub; `above` are the adapters' folders that lead to it."""
     if local and (Path(source) / ADAPTER).is_file():
         return _with_saved_adapter(config, Path(source), above)
-    options: dict[str, Any] = {"revision": config.revision, "local_files_only": local, "trust_remote_code": False}
-    with _explained(config.path, CONFIG):
-        described = AutoConfig.from_pretrained(source, **options)
+    described = _described(config, source, local)
     if local:
         _require_weights(config, described, Path(source))
         _require_generation(Path(source))
     with _explained(config.path, f"{CONFIG} and its weights"), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            **options,
+            revision=config.revision,
+            local_files_only=local,
+            trust_remote_code=False,
             use_safetensors=True,  # the other format is a pickle
             dtype=_DTYPES[config.dtype],
             attn_implementation=config.attention,
@@ -226,6 +228,14 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
     if lacking:
         raise ModelError(f"{config.path}: its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)")
     return cast(PreTrainedModel, model)
+
+
+def _described(config: ModelConfig, source: str, local: bool) -> PreTrainedConfig:
+    with _explained(config.path, CONFIG):
+        described: PreTrainedConfig = AutoConfig.from_pretrained(
+            source, revision=config.revision, local_files_only=local, trust_remote_code=False
+        )
+    return described
 
 
 def _require_weights(config: ModelConfig, described: PreTrainedConfig, folder: Path) -> None:
@@ -434,4 +444,6 @@ def _unreachable(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error, with the one that it announces."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first

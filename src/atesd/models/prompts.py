@@ -11,6 +11,7 @@ from atesd.config import ModelConfig
 from atesd.errors import ModelError
 from atesd.models.control_tokens import ControlTokens, Mask, ids_of
 from atesd.models.conversation import QUESTION, Conversation, template_source
+from atesd.records import Problem
 
 _TEXTS_KEPT = 512  # probes and answers are read again every few updates, between the contexts of the batches
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -177,6 +178,18 @@ def _ends_line(student: str, teacher: str) -> str:
         f"{ends}: they differ, so that the first tokens disagree by template, not by knowledge; align "
         "model.student_template and model.teacher_template, unless that is what you study"
     )
+
+
+def spelling_control_tokens(problems: Sequence[Problem], encoder: PromptEncoder) -> int:
+    """How many problems spell a control token of the tokenizer in text, reference or answer."""
+    texts = ((problem.text, problem.reference, problem.answer) for problem in problems)
+    return sum(any(map(encoder.spells_control_token, some)) for some in texts)
+
+
+def control_line(problems: Sequence[Problem], encoder: PromptEncoder) -> str:
+    """The line that says so to a user."""
+    count = spelling_control_tokens(problems, encoder)
+    return f"problems that spell a control token of the tokenizer: {count} of {len(problems)} (it is read as text)"
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase, control: ControlTokens, closing: str) -> int:

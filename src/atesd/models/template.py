@@ -65,20 +65,20 @@ class ChatTemplate:
             return self._template.render(**wanted.variables, **conversation, add_generation_prompt=wanted.prompt)
 
 
-def rendered_apart(source: str, wanted: Sequence[Rendering]) -> list[str | RenderingError]:
-    """The text of each conversation, or its fault, from a process that may take `SECONDS` of CPU and `MEGABYTES`.
+def rendered_apart(source: str, wanted: Sequence[Rendering], seconds: int = SECONDS) -> list[str | RenderingError]:
+    """The text of each conversation, or its fault, from a process that may take `seconds` of CPU and `MEGABYTES`.
 
     Raises `RenderingError` if the template is not valid, draws random numbers, or takes more than it may.
     """
     task = json.dumps({"source": source, "wanted": [asdict(one) for one in wanted]})
-    command = [sys.executable, "-P", __file__]
+    command = [sys.executable, "-P", __file__, str(seconds)]
     try:
-        done = subprocess.run(command, input=task.encode(), capture_output=True, check=False, timeout=20 * SECONDS)
+        done = subprocess.run(command, input=task.encode(), capture_output=True, check=False, timeout=20 * seconds)
     except subprocess.TimeoutExpired:
-        raise RenderingError(f"it is not rendered after {20 * SECONDS} seconds") from None
+        raise RenderingError(f"it is not rendered after {20 * seconds} seconds") from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["the process died"]
-        raise RenderingError(f"one rendering takes more than {SECONDS} s or {MEGABYTES} MB ({said[0]})")
+        raise RenderingError(f"one rendering takes more than {seconds} s or {MEGABYTES} MB ({said[0]})")
     reply = json.loads(done.stdout)
     if isinstance(reply, str):
         raise RenderingError(reply)
@@ -205,9 +205,9 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _limited() -> None:
+def _limit(seconds: int) -> None:
     """Little time and memory for this process; memory on Linux only, other systems do not enforce it."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     if sys.platform.startswith("linux"):
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES * 2**20, MEGABYTES * 2**20))
 
@@ -231,5 +231,5 @@ def _reply(render: Callable[[Rendering], str], wanted: Rendering) -> tuple[str |
 
 if __name__ == "__main__":
     task = json.loads(sys.stdin.buffer.read())
-    _limited()
+    _limit(int(sys.argv[1]))
     sys.stdout.write(json.dumps(_replies(task["source"], task["wanted"])))
