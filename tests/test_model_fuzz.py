@@ -88,7 +88,7 @@ TEMPLATES = (
     "{{ 'a' * 10 ** 12 }}",
     "{{ 10 ** 10 ** 8 }}",
     "{{ raise_exception(5) }}",
-    "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(99) %}{% endfor %}{% endfor %}{% endfor %}",
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ ''|center(10 ** 9) }}",
     "{{ messages|random }}",
@@ -213,7 +213,7 @@ def used(path: Path) -> None:
     loaded = load_model(config)
     encoder = PromptEncoder(loaded.tokenizer, config, loaded.end_ids)
     ids = [*encoder.student("1 + 2 = <end> 3"), *encoder.completion("3 a")]
-    assert max(ids) < loaded.model.get_input_embeddings().num_embeddings
+    assert max(ids) < len(loaded.model.get_input_embeddings().weight)
     encoder.decode(ids)
     with torch.no_grad():
         loaded.model(input_ids=torch.tensor([ids]))

@@ -261,8 +261,14 @@ def _require_generation(folder: Path) -> None:
             GenerationConfig.from_pretrained(str(folder), local_files_only=True).validate(strict=True)
 
 
+def _rows(model: PreTrainedModel) -> int:
+    """How many tokens the model embeds."""
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
+    return int(weight.shape[0])
+
+
 def _require_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    rows = _rows(model)
     if len(tokenizer) > rows:
         raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, the model has {rows}; they differ")
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -388,7 +394,7 @@ def _end_ids(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     generation = getattr(model, "generation_config", None)
     ends = generation.eos_token_id if generation is not None else None
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    rows = _rows(model)
     beyond = [token for token in listed if not 0 <= token < rows]
     if beyond:
         raise ModelError(
