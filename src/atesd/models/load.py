@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,16 @@ from atesd.config import LoraConfig, ModelConfig
 from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
+from atesd.models.model_checks import (
+    NEEDS_CODE,
+    end_ids,
+    explained,
+    first_line,
+    require_fixed_rotary,
+    require_forward,
+    require_untied,
+    require_vocabulary,
+)
 from atesd.models.model_folder import (
     ADAPTER,
     CONFIG,
@@ -44,10 +54,6 @@ from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import ALONE, Ranks
 
-_NEEDS_CODE = (
-    "needs code of its own (auto_map), which is never run; use a model whose architecture and tokenizer transformers "
-    "knows"
-)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -77,17 +83,17 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     device = _device(config.device)
     tokenizer = _tokenizer(config, source, local)
     model = _weights(config, source, local)
-    _require_vocabulary(config.path, tokenizer, model)
-    _require_fixed_rotary(config, model.config)
+    require_vocabulary(config.path, tokenizer, model)
+    require_fixed_rotary(config, model.config)
     if config.lora is not None:
         model = _with_adapter(model, config.lora, seed)
     torch.nn.Module.to(model, device).train(False)
-    _require_forward(config.path, model, int(tokenizer.eos_token_id))
+    require_forward(config.path, model, int(tokenizer.eos_token_id))
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
-    end_ids = _end_ids(config.path, model, tokenizer) | {end_of_turn(tokenizer, config)}
+    ends = end_ids(config.path, model, tokenizer) | {end_of_turn(tokenizer, config)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return LoadedModel(model, tokenizer, device, end_ids, pad_id)
+    return LoadedModel(model, tokenizer, device, ends, pad_id)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -164,7 +170,7 @@ def _require_no_code(folder: Path) -> None:
         name = values.get(setting) or ""
         known = name in architectures if file == CONFIG else tokenizer_class(name) is not None
         if values.get("auto_map") and not known:
-            raise ModelError(f"{folder / file}: {setting}: {name!r} {_NEEDS_CODE}")
+            raise ModelError(f"{folder / file}: {setting}: {name!r} {NEEDS_CODE}")
 
 
 def _world_folder(name: str) -> Path:
@@ -190,7 +196,7 @@ def _device(setting: str) -> torch.device:
 def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedTokenizerBase:
     if (Path(source) / CONFIG).is_file():  # AutoTokenizer reads it too, and would be blamed for it
         _described(config, source, local)
-    with _explained(config.path, f"{TOKENIZER} and {TOKENIZER_CONFIG}"):
+    with explained(config.path, f"{TOKENIZER} and {TOKENIZER_CONFIG}"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, local_files_only=local, trust_remote_code=False
         )
@@ -211,7 +217,7 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
     if local:
         _require_weights(config, described, Path(source))
         _require_generation(Path(source))
-    with _explained(config.path, f"{CONFIG} and its weights"), quiet():
+    with explained(config.path, f"{CONFIG} and its weights"), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
@@ -231,7 +237,7 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
 
 
 def _described(config: ModelConfig, source: str, local: bool) -> PreTrainedConfig:
-    with _explained(config.path, CONFIG):
+    with explained(config.path, CONFIG):
         described: PreTrainedConfig = AutoConfig.from_pretrained(
             source, revision=config.revision, local_files_only=local, trust_remote_code=False
         )
@@ -249,7 +255,7 @@ def _require_weights(config: ModelConfig, described: PreTrainedConfig, folder: P
             f"{folder / CONFIG}: num_hidden_layers: {layers}, its weights lack all but {layers_in(held)} layers; mend "
             "the file, or fetch the model again"
         )
-    with _explained(config.path, CONFIG), torch.device("meta"):
+    with explained(config.path, CONFIG), torch.device("meta"):
         skeleton: Any = cast(Any, AutoModelForCausalLM).from_config(described, trust_remote_code=False)
     require_shapes({name: tuple(value.shape) for name, value in skeleton.state_dict().items()}, held, folder)
 
@@ -257,64 +263,8 @@ def _require_weights(config: ModelConfig, described: PreTrainedConfig, folder: P
 def _require_generation(folder: Path) -> None:
     """generation_config.json can be read now, and written beside the trained model at the end of the run."""
     if (folder / GENERATION).is_file():
-        with _explained(str(folder), GENERATION):
+        with explained(str(folder), GENERATION):
             GenerationConfig.from_pretrained(str(folder), local_files_only=True).validate(strict=True)
-
-
-def _rows(model: PreTrainedModel) -> int:
-    """How many tokens the model embeds."""
-    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
-    return int(weight.shape[0])
-
-
-def _require_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    rows = _rows(model)
-    if len(tokenizer) > rows:
-        raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, the model has {rows}; they differ")
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= rows:
-        raise ModelError(f"{path}: {TOKENIZER}: {token!r} has id {largest}, the model has {rows} rows; they differ")
-
-
-def _require_forward(path: str, model: PreTrainedModel, token: int) -> None:
-    """One step of the model on a single token: what is wrong in its config shows now, not in the first update."""
-    with _explained(path, f"{CONFIG}, or model.attention and model.dtype"), torch.no_grad():
-        ids = torch.full((1, 2), token, device=model.device)
-        finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
-    if not finite:
-        raise ModelError(
-            f"{path}: the model gives numbers that are not finite on its own end token; its weights or {CONFIG} are "
-            "damaged: fetch it again"
-        )
-
-
-def _require_fixed_rotary(config: ModelConfig, described: PreTrainedConfig) -> None:
-    """No rotary table changes with the length of the rows read together, as far as rows may be long in this run.
-
-    Those of `longrope` and `dynamic` do beyond some length: a token would have other probabilities in a batch than
-    alone, and other ones before and after its context has grown.
-    """
-    for field, kind, length in _varying_rotary(described.to_dict(), "", None):
-        if length is None or config.max_context_tokens > length:
-            beyond = "a length it does not state" if length is None else f"{length} tokens"
-            fix = "use another model" if length is None else f"set model.max_context_tokens: {length}"
-            raise ModelError(
-                f"{config.path}: {CONFIG}: {field}: {kind} reads every row with another rotary table once one of the "
-                f"rows beside it passes {beyond}, and model.max_context_tokens: {config.max_context_tokens} allows "
-                f"that; {fix}, or take a model whose rotary table is fixed"
-            )
-
-
-def _varying_rotary(values: Mapping[str, Any], path: str, length: int | None) -> Iterator[tuple[str, str, int | None]]:
-    """Field, kind and length of the switch of each rotary table that depends on the rows, however deep it is kept."""
-    stated = [values.get(name) for name in ("original_max_position_embeddings", "max_position_embeddings")]
-    length = min([int(one) for one in (*stated, length) if one], default=None)
-    kind = values.get("rope_type", values.get("type"))
-    if "rope" in path and isinstance(kind, str) and (kind in ("longrope", "su") or "dynamic" in kind):
-        yield f"{path}rope_type", kind, length
-    for name, inner in values.items():
-        if isinstance(inner, Mapping):
-            yield from _varying_rotary(inner, f"{path}{name}.", length)
 
 
 def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreTrainedModel:
@@ -333,32 +283,16 @@ def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ..
         )
     model = _weights(config.model_copy(update={"path": base}), source, local, above)
     peft = _peft()
-    with _explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
+    with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
         adapted = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    _require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
+    require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
     if config.dtype == "bfloat16" and config.lora is None:
         return cast(PreTrainedModel, adapted)
-    with _explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
+    with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
         merged: PreTrainedModel = adapted.merge_and_unload()
     # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
     merged.name_or_path = str(adapter.resolve())
     return merged
-
-
-def _require_untied(adapted: Any, setting: str) -> None:
-    """No adapter on one side of a weight that is both embedding and output head: merged, it would change both."""
-    tied = [adapted.get_input_embeddings(), adapted.get_output_embeddings()]
-    base = [getattr(module, "get_base_layer", lambda module=module: module)() for module in tied]
-    weights = [getattr(getattr(module, "original_module", module), "weight", None) for module in base]
-    if weights[0] is None or weights[0] is not weights[1]:
-        return
-    names = {id(module): name for name, module in adapted.named_modules()}
-    touched = [names.get(id(module), "") for module in tied if len(list(module.parameters())) > 1]
-    if touched:
-        raise ModelError(
-            f"{setting}: {' and '.join(touched)} shares its weight (tie_word_embeddings), and an adapter on one side "
-            "would be merged into both, into another model; leave lm_head and embed_tokens out"
-        )
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:
@@ -377,8 +311,8 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTra
         try:
             wrapped: PreTrainedModel = peft.get_peft_model(model, settings)
         except ValueError as error:
-            raise ModelError(f"model.lora.target_modules: {targets}: {_first_line(error)}") from None
-    _require_untied(wrapped, f"model.lora.target_modules: {targets}")
+            raise ModelError(f"model.lora.target_modules: {targets}: {first_line(error)}") from None
+    require_untied(wrapped, f"model.lora.target_modules: {targets}")
     return wrapped
 
 
@@ -388,68 +322,3 @@ def _peft() -> Any:
     except ImportError:
         raise ModelError('model.lora needs the extra `lora`: pip install "atesd[lora]"') from None
     return peft
-
-
-def _end_ids(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    ends = generation.eos_token_id if generation is not None else None
-    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    rows = _rows(model)
-    beyond = [token for token in listed if not 0 <= token < rows]
-    if beyond:
-        raise ModelError(
-            f"{path}: {GENERATION} or {CONFIG}: eos_token_id: {beyond[0]}, the model has {rows} tokens; correct it"
-        )
-    return frozenset({*listed, tokenizer.eos_token_id})
-
-
-@contextlib.contextmanager
-def _explained(path: str, files: str) -> Iterator[None]:
-    """Turn whatever is raised for a bad source, from one of some files, into one line that a user can act on."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except ImportError as error:
-        raise ModelError(f"{path}: a package is missing: {_first_line(error)}") from None
-    except Exception as error:
-        raise _bad_source(path, files, error) from None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what tokenizers and safetensors raise where Rust gives up
-            raise
-        raise _bad_source(path, files, error) from None
-
-
-def _bad_source(path: str, files: str, error: BaseException) -> ModelError:
-    if _unreachable(error):
-        return ModelError(
-            f"{path}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
-            "check the name and the network, or set model.path to a folder (HF_HUB_OFFLINE=1 in the environment "
-            "skips the retries)"
-        )
-    if "trust_remote_code" in str(error):
-        return ModelError(f"{path}: {_NEEDS_CODE}")
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    return ModelError(
-        f"{path}: cannot be loaded: {kind}{_first_line(error)} (in {files}); mend the files, or fetch the model again"
-    )
-
-
-def _unreachable(error: BaseException) -> bool:
-    chain: BaseException | None = error
-    while chain is not None:
-        if type(chain).__name__ in (
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-            "ConnectError",
-            "ConnectTimeout",
-        ):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error, with the one that it announces."""
-    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
