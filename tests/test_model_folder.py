@@ -75,7 +75,7 @@ def test_code_of_a_folder_never_runs_whatever_standard_input_says(folder, change
     (folder / "code.py").write_text(CODE)
     for name, values in changes.items():
         edit(folder / f"{name}.json", **values)
-    with pytest.raises(ModelError, match="needs code of its own .* which is never run") as caught:
+    with pytest.raises(ModelError, match=r"needs code of its own .* which is never run") as caught:
         read(ModelConfig(path=str(folder)))
     assert "\n" not in str(caught.value)
     assert not (folder / "it-ran").exists()

@@ -224,7 +224,7 @@ BOMBS = {
 def test_a_template_that_only_a_long_message_sets_off_stops_all_the_same(bomb):
     template = ChatTemplate("{% if messages[0].content | length > 9 %}" + bomb + "{% endif %}{{ messages[0].content }}")
     assert template.render(rendering("short")) == "short"
-    with pytest.raises(RenderingError, match="more than|recursion"):
+    with pytest.raises(RenderingError, match=r"more than|recursion"):
         template.render(rendering("a long one"))
 
 
@@ -253,7 +253,7 @@ def test_a_bomb_is_refused_in_one_line_by_the_first_look(bomb):
     ],
 )
 def test_what_fails_in_a_template_is_one_line_with_the_fix(template, reason):
-    with pytest.raises(ModelError, match="chat template fails: .*model.chat_template: false") as caught:
+    with pytest.raises(ModelError, match=r"chat template fails: .*model.chat_template: false") as caught:
         encoder(CHATML + template)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -29,12 +29,12 @@ def _parts(
 ) -> Iterator[str]:
     renderer = make_renderer(config)
     message = renderer.student(problem)
-    yield from map(visible, encoder.notes())
-    yield visible(control_line(others, encoder))
     yield (
         f"problem {visible(problem.id)}: difficulty {problem.difficulty}, {len(problem.segments)} segments, "
         f"answer {visible(problem.answer)}"
     )
+    yield from map(visible, encoder.notes())
+    yield visible(control_line(others, encoder))
     yield _context("student", len(encoder.student(message)), encoder.student_text(message))
     for ratio in reveal_ratios:
         view, ids = teacher_view(problem, ratio, config, encoder, renderer, others)

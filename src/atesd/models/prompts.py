@@ -171,7 +171,8 @@ class PromptEncoder:
 
 
 def _ends_line(student: str, teacher: str) -> str:
-    ends = f"student's context ends with {student!r}, teacher's with {teacher!r}"
+    shown = [repr(end) if end else "the message itself" for end in (student, teacher)]
+    ends = f"student's context ends with {shown[0]}, teacher's with {shown[1]}"
     if student == teacher:
         return f"{ends}: the same"
     return (
