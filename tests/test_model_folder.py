@@ -95,6 +95,16 @@ def test_the_base_of_an_adapter_runs_no_code_either(folder, adapter):
     assert not (folder / "it-ran").exists()
 
 
+def test_no_setting_of_an_adapter_or_config_names_code(folder, adapter, tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text("import pathlib; pathlib.Path(__file__).with_name('it-ran').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(adapter / "adapter_config.json", megatron_config={"a": 1}, megatron_core="theirs")
+    assert "megatron_config: {'a': 1} is not allowed; expected null: it names code" in refused(adapter)
+    edit(folder / "config.json", attn_implementation="someone/kernel")
+    assert "attn_implementation: 'someone/kernel' is not allowed" in refused(folder)
+    assert not (tmp_path / "it-ran").exists()
+
+
 @pytest.mark.parametrize("which", ["model", "adapter"])
 def test_pickled_weights_are_never_read(folder, adapter, which):
     path = folder if which == "model" else adapter
@@ -152,10 +162,11 @@ def test_a_fault_of_a_field_is_named_with_file_and_value(folder, name, values, s
         (b'{"a": 1', "not valid JSON at line 1"),
         (b'{"a": "\xe9"}', "not UTF-8 at byte 7"),
         (b"[1]", "holds [1], expected an object"),
+        (b'{"a": "\\ud83d"}', "holds half of a character"),
         (b'{"a":' * 10**5, "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
     ],
-    ids=["empty", "cut", "latin", "list", "deep", "digits"],
+    ids=["empty", "cut", "latin", "list", "half", "deep", "digits"],
 )
 def test_a_file_that_is_no_object_is_named(folder, name, data, said):
     (folder / f"{name}.json").write_bytes(data)

@@ -86,6 +86,8 @@ _TARGETS: Allowed = (
     lambda value: _is_text_list(value) or (isinstance(value, str) and len(value) <= 1000),
     "a list of module names, or a short pattern",
 )
+_NO_CODE: Allowed = (lambda value: not value, "null: it names code, which is never run")
+_BUILT_IN: Allowed = (lambda value: isinstance(value, str) and "/" not in value, "a name without /, which is no code")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _PAD: Allowed = (lambda value: _is_int(value) and value >= -1, "a token id; -1 or null for none")
 _ENDS = {"eos_token_id": _IDS, "pad_token_id": _PAD, "bos_token_id": _IDS}
@@ -105,6 +107,7 @@ _FIELDS: Mapping[str, Mapping[str, Allowed]] = {
         "rope_parameters": _OBJECT,
         "layer_types": _TEXTS,
         "text_config": _OBJECT,
+        **dict.fromkeys(("attn_implementation", "_attn_implementation", "experts_implementation"), _BUILT_IN),
         **_ENDS,
     },
     GENERATION: {**_ENDS, "temperature": _NUMBER, "top_p": _NUMBER, "top_k": _COUNT, "do_sample": _FLAG},
@@ -133,6 +136,7 @@ _FIELDS: Mapping[str, Mapping[str, Allowed]] = {
         "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
         "target_modules": _TARGETS,
         "modules_to_save": _TEXTS,
+        "megatron_config": _NO_CODE,  # PEFT would import whatever module megatron_core names
         "rank_pattern": _OBJECT,
         "alpha_pattern": _OBJECT,
     },
@@ -157,12 +161,17 @@ def require_sound(folder: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises `ModelError` if it is none."""
+    text = _text(path)
     try:
-        value = json.loads(_text(path))
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a character: could be read, and neither tokenised nor written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}; {_FIX}") from None
     except RecursionError:
         raise ModelError(f"{path}: its JSON is nested too deeply; {_FIX}") from None
+    except UnicodeEncodeError:
+        raise ModelError(f"{path}: holds half of a character, a \\ud... without its other half; {_FIX}") from None
     except ValueError as error:  # a number of thousands of digits
         raise ModelError(f"{path}: not valid JSON: {error}; {_FIX}") from None
     if not isinstance(value, dict):
