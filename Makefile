@@ -5,7 +5,7 @@ LOCK := requirements/lock.txt
 # For builds too: a new pip reads their constraints from the second variable, an old one from the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo test check format test-slow test-real test-peer test-demo test-window lock bench clean
+.PHONY: demo test check format test-slow test-real test-peer test-demo test-fuzz test-window lock bench clean
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,9 @@ lock:  ## write requirements/lock.txt anew: the newest packages that pyproject.t
 	.venv-lock/bin/pip list --format json | $(PYTHON) requirements/lock.py > .venv-lock/lock.txt
 	mv .venv-lock/lock.txt $(LOCK)
 	rm -r .venv-lock
+
+test-fuzz: $(VENV)/installed  ## thousands of damaged inputs: none ends in a traceback or hangs
+	$(BIN)/pytest -m fuzz
 
 # Liger's chunked losses are plain torch; without --no-deps pip would fetch Triton, which a CPU has no use for.
 bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes; BENCH="--quick" for a few

@@ -187,6 +187,8 @@ def test_preview_shows_more_of_the_reference_as_the_ratio_grows(atesd: Shell):
     assert atesd("preview", "micro", "--problem", "3", "--ratios", "0,0.5,1") == 0
     header, *contexts = atesd.out.split("===== ")
     assert header.startswith("problem ")
+    assert "student's context ends with " in header
+    assert "problems that spell a control token of the tokenizer: 0 of " in header
     assert [context.split(",")[0].split(":")[0] for context in contexts] == [
         "student",
         "teacher at ratio 0",
@@ -206,6 +208,8 @@ def test_a_dry_run_says_what_is_planned_and_writes_nothing(atesd: Shell, tmp_pat
     for expected in (
         "problems: train 24, validation 4, probe 4, test 4",
         "rows skipped: 0",
+        "problems that spell a control token of the tokenizer: 0 of 24 (it is read as text)",
+        "student's context ends with the message itself, teacher's with the message itself: the same",
         "updates: 8, with 32 rollouts (distill)",
         "evaluations: 4 on validation, 2 on test, with 24 completions",  # after 0, 3, 6, 8 updates
         "exposure decisions: 4, 3 of them rewarded in time",

@@ -21,7 +21,7 @@ from atesd.maths.keyed import uniforms
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
 from atesd_lab.cli.profile import print_profile
-from atesd_lab.profile.measure import align, score, show, teacher_verdicts
+from atesd_lab.profile.measure import Scores, align, first_shares, score, show, teacher_verdicts
 from atesd_lab.profile.profile import (
     Profile,
     data_profile,
@@ -175,6 +175,13 @@ def test_the_tail_is_the_largest_five_per_cent() -> None:
     assert found.p95 == pytest.approx(0.5 + 0.05 * 2.5)  # place 0.95 * 39 = 37.05, between 0.5 and 3
     assert mismatch([2.0, 1.0]).tail_mean == 2.0  # at least one token
     assert mismatch([0.0] * 7).tail_share is None
+
+
+def test_the_share_of_the_first_tokens_is_pooled_over_rollouts() -> None:
+    # 10 nats in all; first tokens 4 + 1, first four 4 + 1 + 1 + 2 (one rollout has three tokens), first sixteen all.
+    scores = [Scores((4.0, 0.0, 1.0, 0.0, 2.0), (0.0,) * 5, 0.0), Scores((1.0, 0.0, 2.0), (0.0,) * 3, 0.0)]
+    assert first_shares(scores) == pytest.approx((0.5, 0.8, 1.0))
+    assert first_shares([Scores((0.0,), (0.0,), 0.0)]) == (None, None, None)
 
 
 def aligned(*means: float, second: tuple[float, ...] = (), spread: float = 0.1) -> AlignmentRows:

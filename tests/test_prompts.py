@@ -95,7 +95,10 @@ def test_options_without_a_template_are_refused():
 
 def test_a_template_that_refuses_the_system_prompt_says_so_at_once():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
     PromptEncoder(tokenizer, ModelConfig())
     with pytest.raises(ModelError, match=r"no system role; it may not allow model.system_prompt"):
         PromptEncoder(tokenizer, ModelConfig(system_prompt="a"))

@@ -21,6 +21,7 @@ from atesd.build import build, close
 from atesd.config import Config, dump_config
 from atesd.engine.factory import engine_note
 from atesd.errors import RunError
+from atesd.models.prompts import control_line, spelling_control_tokens
 from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
@@ -183,5 +184,7 @@ def _notes(components: Components) -> Iterator[str]:
             f"{type(components.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
             "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
         )
+    if spelling_control_tokens(problems.train, components.encoder):
+        yield control_line(problems.train, components.encoder)
     if problems.skipped:
         yield f"{len(problems.skipped)} rows skipped; manifest.json lists them all, the first is: {problems.skipped[0]}"

@@ -9,7 +9,9 @@ from typing import get_args
 
 from atesd.config import Component, Config, describe_settings, method_name, yaml_value
 from atesd.control.budget import affordable, decisions
+from atesd.models.prompts import control_line
 from atesd.records import Split
+from atesd.text import visible
 from atesd.train.components import Components
 
 MEASURED = 512  # training problems whose contexts are measured
@@ -30,6 +32,8 @@ def plan_lines(components: Components) -> Iterator[str]:
     total = sum(parameter.numel() for parameter in components.loaded.model.parameters())
     yield f"model: {config.model.path} on {components.loaded.device}, {total:,} parameters, {trained:,} trained"
     yield from acting_lines(config)
+    yield from map(visible, components.encoder.notes())
+    yield visible(control_line(problems["train"], components.encoder))
     yield from _contexts(components)
     yield segment_line([len(problem.segments) for problem in problems["train"]])
     yield f"updates: {train.num_updates}, with {train.num_updates * train.batch_size:,} rollouts ({train.method})"

@@ -8,7 +8,7 @@ from atesd.build import make_renderer, problem_sets
 from atesd.config import Config
 from atesd.errors import DataError
 from atesd.models.load import load_tokenizer
-from atesd.models.prompts import PromptEncoder
+from atesd.models.prompts import PromptEncoder, control_line
 from atesd.records import Problem
 from atesd.text import visible
 from atesd.train.views import TeacherPrompts
@@ -33,6 +33,8 @@ def _parts(
         f"problem {visible(problem.id)}: difficulty {problem.difficulty}, {len(problem.segments)} segments, "
         f"answer {visible(problem.answer)}"
     )
+    yield from map(visible, encoder.notes())
+    yield visible(control_line(others, encoder))
     yield _context("student", len(encoder.student(message)), encoder.student_text(message))
     for ratio in reveal_ratios:
         prompt = prompts.view(problem, ratio)

@@ -9,6 +9,7 @@ a mistake in a config is reported at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
@@ -69,6 +70,9 @@ class ModelConfig(Component):
     )
     teacher_template: Annotated[dict[str, bool | int | str], _DISTILS] = Field(
         default_factory=dict, description="chat-template options of the teacher; OPSD: enable_thinking: true"
+    )
+    template_date: Annotated[date, Strict(False)] = Field(
+        date(2024, 7, 26), description="today, for a chat template that prints it: contexts never change at midnight"
     )
     max_context_tokens: int = Field(4096, ge=16, description="longest teacher context plus completion, tokens; ours")
 

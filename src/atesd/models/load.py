@@ -4,26 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from atesd.config import LoraConfig, ModelConfig
 from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.fetch import smollm2_folder
+from atesd.models.model_checks import (
+    NEEDS_CODE,
+    end_ids,
+    explained,
+    first_line,
+    require_fixed_rotary,
+    require_forward,
+    require_untied,
+    require_vocabulary,
+)
+from atesd.models.model_folder import (
+    ADAPTER,
+    CONFIG,
+    GENERATION,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    layers_in,
+    read_object,
+    require_adapter,
+    require_shapes,
+    require_sound,
+    weight_shapes,
+)
+from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -52,17 +83,17 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     device = _device(config.device)
     tokenizer = _tokenizer(config, source, local)
     model = _weights(config, source, local)
-    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
-        raise ModelError(f"{config.path}: its tokenizer has {len(tokenizer)} tokens, the model has {rows}; they differ")
+    require_vocabulary(config.path, tokenizer, model)
+    require_fixed_rotary(config, model.config)
     if config.lora is not None:
         model = _with_adapter(model, config.lora, seed)
     torch.nn.Module.to(model, device).train(False)
+    require_forward(config.path, model, int(tokenizer.eos_token_id))
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
-    end_ids = _end_ids(model, tokenizer)
+    ends = end_ids(config.path, model, tokenizer) | {end_of_turn(tokenizer, config)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return LoadedModel(model, tokenizer, device, end_ids, pad_id)
+    return LoadedModel(model, tokenizer, device, ends, pad_id)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -116,14 +147,25 @@ def _resolve(path: str) -> tuple[str, bool]:
         return str(_world_folder(path.removeprefix("world:"))), True
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / _ADAPTER_FILE).is_file():
-            raise ModelError(
-                f"model.path: {path} holds neither config.json nor {_ADAPTER_FILE}; it is not a model folder"
-            )
+        if not (folder / CONFIG).is_file() and not (folder / ADAPTER).is_file():
+            raise ModelError(f"model.path: {path} holds neither {CONFIG} nor {ADAPTER}; it is not a model folder")
+        require_sound(folder)
+        _require_no_code(folder)
         return str(folder), True
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path: there is no folder {path}; give a model folder, a hub id, smollm2 or world:NAME")
     return path, False
+
+
+def _require_no_code(folder: Path) -> None:
+    """Nothing in the folder needs code that it brings along: transformers knows its architecture and its tokenizer."""
+    architectures, tokenizer_class = cast(Any, CONFIG_MAPPING), cast(Any, tokenizer_class_from_name)
+    for file, setting in ((CONFIG, "model_type"), (TOKENIZER_CONFIG, "tokenizer_class")):
+        values = read_object(folder / file) if (folder / file).is_file() else {}
+        name = values.get(setting) or ""
+        known = name in architectures if file == CONFIG else tokenizer_class(name) is not None
+        if values.get("auto_map") and not known:
+            raise ModelError(f"{folder / file}: {setting}: {name!r} {NEEDS_CODE}")
 
 
 def _world_folder(name: str) -> Path:
@@ -147,23 +189,36 @@ def _device(setting: str) -> torch.device:
 
 
 def _tokenizer(config: ModelConfig, source: str, local: bool) -> PreTrainedTokenizerBase:
-    with _explained(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, local_files_only=local)
-    if tokenizer.eos_token_id is None:
+    if (Path(source) / CONFIG).is_file():  # AutoTokenizer reads it too, and would be blamed for it
+        _described(config, source, local)
+    with explained(config.path, f"{TOKENIZER} and {TOKENIZER_CONFIG}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, local_files_only=local, trust_remote_code=False
+        )
+        ends = tokenizer.eos_token_id
+        tokenizer.encode("1 + 1", add_special_tokens=False)
+    if ends is None:
         raise ModelError(f"{config.path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
     if config.chat_template and not tokenizer.chat_template:
         raise ModelError(f"{config.path}: its tokenizer has no chat template; set model.chat_template: false")
     return tokenizer
 
 
-def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
-    if local and (Path(source) / _ADAPTER_FILE).is_file():
-        return _with_saved_adapter(config, Path(source))
-    with _explained(config.path), quiet():
+def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ...] = ()) -> PreTrainedModel:
+    """The model in a folder or on the hub; `above` are the adapters' folders that lead to it."""
+    if local and (Path(source) / ADAPTER).is_file():
+        return _with_saved_adapter(config, Path(source), above)
+    described = _described(config, source, local)
+    if local:
+        _require_weights(config, described, Path(source))
+        _require_generation(Path(source))
+    with explained(config.path, f"{CONFIG} and its weights"), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
             local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,  # the other format is a pickle
             dtype=_DTYPES[config.dtype],
             attn_implementation=config.attention,
             output_loading_info=True,
@@ -176,23 +231,59 @@ def _weights(config: ModelConfig, source: str, local: bool) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _with_saved_adapter(config: ModelConfig, adapter: Path) -> PreTrainedModel:
+def _described(config: ModelConfig, source: str, local: bool) -> PreTrainedConfig:
+    with explained(config.path, CONFIG):
+        described: PreTrainedConfig = AutoConfig.from_pretrained(
+            source, revision=config.revision, local_files_only=local, trust_remote_code=False
+        )
+    return described
+
+
+def _require_weights(config: ModelConfig, described: PreTrainedConfig, folder: Path) -> None:
+    """The files hold the weights that config.json describes: found out before any memory is taken for them."""
+    held = weight_shapes(folder)
+    if not held or getattr(described, "quantization_config", None) is not None:
+        return  # transformers will say what is missing; packed weights have other shapes
+    layers = getattr(described.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > layers_in(held):
+        raise ModelError(
+            f"{folder / CONFIG}: num_hidden_layers: {layers}, its weights lack all but {layers_in(held)} layers; mend "
+            "the file, or fetch the model again"
+        )
+    with explained(config.path, CONFIG), torch.device("meta"):
+        skeleton: Any = cast(Any, AutoModelForCausalLM).from_config(described, trust_remote_code=False)
+    require_shapes({name: tuple(value.shape) for name, value in skeleton.state_dict().items()}, held, folder)
+
+
+def _require_generation(folder: Path) -> None:
+    """generation_config.json can be read now, and written beside the trained model at the end of the run."""
+    if (folder / GENERATION).is_file():
+        with explained(str(folder), GENERATION):
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True).validate(strict=True)
+
+
+def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreTrainedModel:
     """The base model that an adapter's folder names, at `config.revision`, with the adapter added into its weights.
 
     On a bfloat16 base the adapter, itself in float32, is kept beside the weights as in training: what it changes is
     about as small as their rounding, and merged it would be lost. Only a new adapter on top asks for merging there.
     """
-    base = json.loads((adapter / _ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"{adapter / _ADAPTER_FILE}: base_model_name_or_path is empty; write the base model's path there"
-        )
+    base = require_adapter(adapter)
+    above = (*above, str(adapter.resolve()))
     source, local = _resolve(base)
-    model = _weights(config.model_copy(update={"path": base}), source, local)
-    with _explained(str(adapter)), quiet():
-        adapted = _peft().PeftModel.from_pretrained(model, str(adapter))
-        if config.dtype == "bfloat16" and config.lora is None:
-            return cast(PreTrainedModel, adapted)
+    if local and str(Path(source).resolve()) in above:
+        raise ModelError(
+            f"{adapter / ADAPTER}: base_model_name_or_path: {base} leads back to this adapter; write the path of the "
+            "model below it"
+        )
+    model = _weights(config.model_copy(update={"path": base}), source, local, above)
+    peft = _peft()
+    with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+    require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
+    if config.dtype == "bfloat16" and config.lora is None:
+        return cast(PreTrainedModel, adapted)
+    with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
         merged: PreTrainedModel = adapted.merge_and_unload()
     # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
     merged.name_or_path = str(adapter.resolve())
@@ -214,7 +305,8 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTra
         try:
             wrapped: PreTrainedModel = peft.get_peft_model(model, settings)
         except ValueError as error:
-            raise ModelError(f"model.lora.target_modules: {targets}: {_first_line(error)}") from None
+            raise ModelError(f"model.lora.target_modules: {targets}: {first_line(error)}") from None
+    require_untied(wrapped, f"model.lora.target_modules: {targets}")
     return wrapped
 
 
@@ -224,45 +316,3 @@ def _peft() -> Any:
     except ImportError:
         raise ModelError('model.lora needs the extra `lora`: pip install "atesd[lora]"') from None
     return peft
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    ends = generation.eos_token_id if generation is not None else None
-    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return frozenset({*listed, tokenizer.eos_token_id})
-
-
-@contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad source into one line that a user can act on."""
-    try:
-        yield
-    except ImportError as error:
-        raise ModelError(f"{path}: a package is missing: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if _unreachable(error):
-            raise ModelError(
-                f"{path}: neither a local folder nor in the hub cache, and the hub cannot be reached; "
-                "check the name and the network, or set model.path to a folder (HF_HUB_OFFLINE=1 in the environment "
-                "skips the retries)"
-            ) from None
-        raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from None
-
-
-def _unreachable(error: BaseException) -> bool:
-    chain: BaseException | None = error
-    while chain is not None:
-        if type(chain).__name__ in (
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-            "ConnectError",
-            "ConnectTimeout",
-        ):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -73,6 +73,20 @@ class AlignmentProfile:
     correct: tuple[int, int]
 
 
+FIRST_TOKENS = (1, 4, 16)
+"""How many tokens at the beginning of each completion `first_shares` is about."""
+
+
+def first_shares(scores: Sequence[Scores]) -> tuple[float | None, ...]:
+    """Share of the KL that lies on the first 1, 4 and 16 tokens of each rollout; None where all KL is 0.
+
+    Where the two chat templates end differently these tokens disagree by template, whatever the teacher has read.
+    """
+    total = sum(map(sum, (one.kl for one in scores)))
+    early = [sum(sum(one.kl[:count]) for one in scores) for count in FIRST_TOKENS]
+    return tuple(part / total if total > 0 else None for part in early)
+
+
 def show(components: Components, count: int, ratios: Sequence[float]) -> list[Shown]:
     """The first `count` rollouts that a run of this config would draw, graded, with the view at each ratio."""
     drawn: list[tuple[Problem, int, int]] = []

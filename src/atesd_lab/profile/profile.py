@@ -31,6 +31,7 @@ from atesd_lab.profile.measure import (
     Scores,
     Shown,
     align,
+    first_shares,
     groups_of,
     is_shortened,
     score,
@@ -64,7 +65,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class RatioProfile:
-    """One ratio on one group of rollouts (a difficulty, or all)."""
+    """One ratio on one group of rollouts (a difficulty, or all). `first_shares`: see `profile_measure.first_shares`."""
 
     group: str
     ratio: float
@@ -72,6 +73,7 @@ class RatioProfile:
     tokens: int
     effective_ratio: float
     kl: Mismatch
+    first_shares: tuple[float | None, ...]
     top1_disagreement: float
     teacher_correct: int | None
     answer_logprob: float
@@ -279,6 +281,7 @@ def _row(
         tokens=len(kl),
         effective_ratio=fmean(view.effective_ratio for view in views),
         kl=mismatch(kl),
+        first_shares=first_shares(own),
         top1_disagreement=fmean(value for one in own for value in one.disagreement),
         teacher_correct=None if teacher is None else sum(teacher[i][k] for i in members),
         answer_logprob=fmean(one.answer_logprob for one in own),

@@ -17,10 +17,11 @@ from atesd.config import Config, dump_config, with_overrides
 from atesd.records import Alignment
 from atesd.table import Table, render_text
 from atesd.text import MISSING, duration, number, percent
-from atesd_lab.profile.measure import ALL, AlignmentProfile
+from atesd_lab.profile.measure import ALL, FIRST_TOKENS, AlignmentProfile
 from atesd_lab.profile.profile import Profile, RatioProfile, measure_profile, profiled_config, ratios_of
 from atesd_lab.report.canvas import PALETTE, colour, dash, plain, save_figure, styled
 
+FIRST_COLUMNS = tuple(f"first {count}, %" for count in FIRST_TOKENS)
 INTERVAL = 1.96  # standard errors on each side
 FEW_SEGMENTS = 2  # with so few the ratio is a step function
 TEACHER_COLUMNS = (
@@ -99,9 +100,24 @@ def tables(profile: Profile, name: str) -> list[Table]:
     rollouts = next(row.rollouts for row in profile.rows if row.group == ALL)
     mismatch = Table(
         f"{name}: how far the teacher is from the student, on {rollouts} rollouts",
-        ("difficulty", "ratio", "KL, nats", "p95", "p99", "tail mean", "tail share, %", "top-1 differs, %", "tokens"),
+        (
+            "difficulty",
+            "ratio",
+            "KL, nats",
+            "p95",
+            "p99",
+            "tail mean",
+            "tail share, %",
+            *FIRST_COLUMNS,
+            "top-1 differs, %",
+            "tokens",
+        ),
         tuple(_mismatch_cells(row) for row in rows),
-        ("Forward KL of teacher and student per token. Tail: the 5 % of the tokens with the largest KL.",),
+        (
+            "Forward KL of teacher and student per token. Tail: the 5 % of the tokens with the largest KL.",
+            "First: share of the KL on the first tokens of each completion; a large one comes from chat templates that "
+            "end differently (atesd preview shows both ends).",
+        ),
     )
     teacher = Table(
         "What the teacher would write and read",
@@ -261,6 +277,7 @@ def _mismatch_cells(row: RatioProfile) -> tuple[str, ...]:
         f"{row.ratio:g}",
         *(number(value) for value in spread),
         percent(kl.tail_share),
+        *(percent(share) for share in row.first_shares),
         percent(row.top1_disagreement),
         str(row.tokens),
     )
