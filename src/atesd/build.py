@@ -118,7 +118,8 @@ def _run_id(parts: Parts, out: Path, known: bool, command: Sequence[str]) -> str
         threads=torch.get_num_threads(),
         ranks=parts.loaded.ranks.size,
     )
-    return RunFolder.create(out, parts.config, {**manifest, "skipped_rows": list(parts.problems.skipped)}).run_id
+    rows = {"skipped_rows": list(parts.problems.skipped), "data_notes": list(parts.problems.notes)}
+    return RunFolder.create(out, parts.config, {**manifest, **rows}).run_id
 
 
 def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listener) -> Outcome:
@@ -145,6 +146,8 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
             f"{type(trainer.parts.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
             "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
         )
+    for note in trainer.parts.problems.notes:
+        listener.message(note)
     skipped = trainer.parts.problems.skipped
     if skipped:
         listener.message(f"{len(skipped)} rows skipped; manifest.json lists them all, the first is: {skipped[0]}")

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, Validati
 from atesd.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PROCEDURAL = ("world", "arithmetic", "gsm_symbolic")
+"""Values of `data.source` that make their problems."""
 ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_gain", "probe_kl", "train_success"]
 Granularity = Literal["update", "per_difficulty", "per_problem", "per_token"]
 ExposureKind = Literal[
@@ -88,13 +90,44 @@ class ColumnsConfig(Component):
     answer: str | None = Field(None, description="the final answer; None: the last \\boxed{} of the solution")
     id: str | None = Field(None, description="None: a hash of the problem text")
     difficulty: str | None = Field(None, description="an integer level; None: all 0")
+    messages: str | None = Field(
+        None,
+        description="a chat, [{role, content}, ..], in place of problem and solution: what the user says last and the "
+        "answer to it",
+    )
+
+    @model_validator(mode="after")
+    def _one_place_for_the_problem(self) -> ColumnsConfig:
+        if self.messages is not None and (self.problem, self.solution) != ("problem", "solution"):
+            raise ValueError(
+                f"messages {self.messages} holds the problem and the solution; leave these two columns out"
+            )
+        return self
+
+
+class SharesConfig(Component):
+    """Into which parts the hash of a problem's text divides a source. They sum to 1."""
+
+    train: Fraction = Field(0.80, description="share of the problems to train on; ours")
+    validation: Fraction = Field(0.07, description="share for choosing checkpoints; ours")
+    probe: Fraction = Field(0.03, description="share of the controller's probes, 64 of about 2,200 rows; ours")
+    test: Fraction = Field(0.10, description="share held out; trained on where there is a test_source; ours")
+
+    @model_validator(mode="after")
+    def _whole(self) -> SharesConfig:
+        total = self.train + self.validation + self.probe + self.test
+        if abs(total - 1) > 1e-9:
+            shares = ", ".join(f"{split} {share:g}" for split, share in self)
+            raise ValueError(f"{shares} sum to {total:g}; they must sum to 1")
+        return self
 
 
 class DataConfig(Component):
     """Where problems come from and how their references are cut."""
 
     source: str = Field(
-        "world", description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id"
+        "world",
+        description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads",
     )
     preset: Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None = Field(
         None, description="column map and row filter of a known data set"
@@ -103,6 +136,14 @@ class DataConfig(Component):
     split_name: str = Field("train", description="split of a `datasets` id")
     test_source: str | None = Field(None, description="a separate held-out file; None: a hash of the text decides")
     on_bad_row: Literal["refuse", "skip"] = Field("refuse", description="skip: counted and listed, never silent")
+    on_missing_reference: Literal["refuse", "skip", "keep"] = Field(
+        "keep", description="rows without a solution; keep: their teacher reads the answer alone. Counted in any case"
+    )
+    on_few_rows: Literal["refuse", "shrink"] = Field(
+        "refuse",
+        description="shrink: a split with fewer problems than its size takes all it has, which is said; the default "
+        "of a file or data set where no size is given",
+    )
     segmenter: Literal["auto", "paragraph", "line", "sentence", "step", "token"] = Field(
         "auto", description="auto (ours): blank lines, else lines, else sentences"
     )
@@ -127,7 +168,17 @@ class DataConfig(Component):
     validation_size: int = Field(200, ge=0, description="problems for choosing checkpoints")
     probe_size: int = Field(64, ge=1, description="fixed probe problems of the controller; ours")
     test_size: int = Field(300, ge=0, description="held-out problems")
+    shares: SharesConfig = SharesConfig()
     seed: int = Field(0, ge=0, description="seed of procedural problems")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_that_nobody_asked_for(cls, values: Any) -> Any:
+        """The default sizes are no reason to refuse a small file: they are upper bounds where none is given."""
+        if not isinstance(values, Mapping) or values.get("source", "world") in PROCEDURAL:
+            return values
+        named = {f"{split}_size" for split in SharesConfig.model_fields} & values.keys()
+        return values if named or "on_few_rows" in values else {**values, "on_few_rows": "shrink"}
 
     @model_validator(mode="after")
     def _problems_exist(self) -> DataConfig:

@@ -22,6 +22,7 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     config, train = parts.config, parts.config.train
     problems = {split: getattr(parts.problems, split) for split in get_args(Split)}
     yield "problems: " + ", ".join(f"{split} {len(some):,}" for split, some in problems.items())
+    yield from parts.problems.notes
     skipped = parts.problems.skipped
     yield f"rows skipped: {len(skipped)}"
     yield from (f"  {reason}" for reason in skipped[:LISTED])
