@@ -15,6 +15,7 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 from atesd.data.answers import last_boxed
 from atesd.data.blocks import Stretch, Stretches, blocks
@@ -96,18 +97,19 @@ def _cutters(text: str, segmenter: str, protected: Stretches) -> tuple[str, ...]
 
 def _units(text: str, cutter: str, protected: Stretches) -> tuple[str, ...]:
     """`text` cut where the cutter says and nothing is protected; a blank unit joins the one before it, or behind."""
-    units: list[str] = []
-    start = 0
+    starts: list[int] = []
+    start, last_is_blank = 0, False
     for place in [*_PLACES[cutter](text), len(text)]:
         if place in protected or place == start:
             continue
-        unit = text[start:place]
-        if units and (unit.isspace() or units[-1].isspace()):
-            units[-1] += unit
+        blank = text[start:place].isspace()
+        if starts and (blank or last_is_blank):
+            last_is_blank = last_is_blank and blank
         else:
-            units.append(unit)
+            starts.append(start)
+            last_is_blank = blank
         start = place
-    return tuple(units)
+    return tuple(text[one:other] for one, other in pairwise([*starts, len(text)]))
 
 
 def _ends(pattern: re.Pattern[str]) -> Callable[[str], Iterator[int]]:
