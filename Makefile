@@ -3,7 +3,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format test-slow test-real test-peer bench clean
+.PHONY: demo test check format test-slow test-fuzz test-real test-peer bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ format: $(VENV)/installed
 
 test-slow: $(VENV)/installed  ## pretraining a world, 50 kills
 	$(BIN)/pytest -m slow
+
+test-fuzz: $(VENV)/installed  ## 10,000 generated data files, a few minutes on one core
+	$(BIN)/pytest -m fuzz -n 0 -s
 
 test-real: $(VENV)/installed  ## SmolLM2; fetched first
 	$(BIN)/atesd models fetch smollm2

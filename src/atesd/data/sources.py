@@ -75,7 +75,10 @@ def load_benchmark(config: DataConfig) -> ProblemSets:
         raise ConfigError("data.test_source: none given; name a file or data set to evaluate on")
     reading = _read_test(config.test_source, config)
     if not reading.entries:
-        raise DataError(f"{reading.name}: no usable problem in it")
+        faults = (
+            f"; of {len(reading.faults)} rows none can be used, the first is {reading.faults[0]}" if reading.bad else ""
+        )
+        raise DataError(f"{reading.name}: no usable problem in it{faults}")
     problems = tuple(_problem(entry, config.segmenter) for entry in reading.entries)
     return ProblemSets((), (), (), problems, reading.skipped, fingerprint((), (), (), problems))
 
