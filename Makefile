@@ -30,6 +30,9 @@ format: $(VENV)/installed
 test-slow: $(VENV)/installed  ## pretraining a world, 50 kills
 	$(BIN)/pytest -m slow
 
+test-fuzz: $(VENV)/installed  ## 10,000 generated data files, a few minutes on one core
+	$(BIN)/pytest -m fuzz -n 0 -s
+
 test-real: $(VENV)/installed  ## SmolLM2; fetched first
 	$(BIN)/atesd models fetch smollm2
 	$(BIN)/pytest -m real_model
@@ -56,7 +59,7 @@ lock:  ## write requirements/lock.txt anew: the newest packages that pyproject.t
 	rm -r .venv-lock
 
 test-fuzz: $(VENV)/installed  ## thousands of damaged inputs: none ends in a traceback or hangs
-	$(BIN)/pytest -m fuzz
+	$(BIN)/pytest -m fuzz -n 0 -s
 
 # Liger's chunked losses are plain torch; without --no-deps pip would fetch Triton, which a CPU has no use for.
 bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes; BENCH="--quick" for a few

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from atesd.config import ModelConfig
@@ -138,3 +141,117 @@ def test_bytes_survive_the_way_into_tokens_and_back(text):
     pieces = BYTES.pieces(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text + "</s>"
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges over the borders of characters."""
+    euro = ["â", "Ĥ", "¬"]  # the symbols of its three bytes
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "b"), (euro[1], euro[2]), ("ab", euro[0]), ("¬", "a")]
+    words = ["</s>", *alphabet, *(one + other for one, other in merges)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As of Llama 2: words that begin with a blank, and bytes for what is no word."""
+    words = ["</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "a", "b", "▁▁", "�", "€"]
+    tokenizer = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """As of T5: pieces of words, without bytes, and one whose text is the sign of an unfinished character."""
+    words = [
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -1.0),
+        ("▁a", -1.0),
+        ("b", -1.0),
+        ("€", -1.0),
+        ("�", -1.0),
+        ("<0x61>", -2.0),
+    ]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=1))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As of BERT: pieces that go on begin with ##."""
+    words = ["</s>", "<unk>", "a", "##a", "##b", "�", "##�", "€", "."]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+MANY = {
+    make.__name__: PromptEncoder(make(), ModelConfig(chat_template=False))
+    for make in (
+        tiny_tokenizer,
+        byte_tokenizer,
+        bpe_tokenizer,
+        byte_fallback_tokenizer,
+        unigram_tokenizer,
+        wordpiece_tokenizer,
+    )
+}
+
+
+def pieces_by_definition(prompts: PromptEncoder, ids: Sequence[int]) -> list[str]:
+    """Each token with all before it that have not been given out, and the group before them, decoded anew."""
+
+    def text(some: Sequence[int]) -> str:
+        return prompts.decode([*some, prompts.completion("")[-1]])
+
+    pieces: list[str] = []
+    known, done = 0, 0
+    for i in range(len(ids)):
+        before, now = text(ids[known:done]), text(ids[known : i + 1])
+        if now.endswith("�") and i + 1 < len(ids):
+            pieces.append("")
+        else:
+            pieces.append(now[len(before) :])
+            known, done = done, i + 1
+    return pieces
+
+
+def sampled(prompts: PromptEncoder) -> st.SearchStrategy[list[int]]:
+    """Any tokens, and long runs of bytes that are no text, as a model at a high temperature writes them."""
+    size = len(prompts._tokenizer)
+    marked = prompts.completion("a b €\x80ab � 🙂")
+    some = st.sampled_from([*marked, *range(size)]) | st.sampled_from(marked)
+    runs = st.tuples(st.lists(some, min_size=1, max_size=3), st.integers(1, 40)).map(lambda run: run[0] * run[1])
+    return st.lists(runs | st.lists(some, max_size=6), max_size=6).map(
+        lambda parts: [i for part in parts for i in part]
+    )
+
+
+@pytest.mark.parametrize("name", MANY)
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_pieces_are_those_of_their_definition(name, data):
+    prompts = MANY[name]
+    ids = data.draw(sampled(prompts))
+    assert prompts.pieces(ids) == pieces_by_definition(prompts, ids)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_pieces_of_bytes_that_never_become_a_character_take_linear_time(name):
+    prompts = MANY[name]
+    vocabulary = prompts._tokenizer.get_vocab()
+    wrong = next(vocabulary[word] for word in ("<0xFF>", "ÿ", "�", "<unk>") if word in vocabulary)
+    letter = next(vocabulary[word] for word in ("<0x61>", "a", "▁a") if word in vocabulary)
+    for ids in ([wrong] * 8000, [wrong] + [letter] * 8000):
+        started = time.process_time()
+        assert len(prompts.pieces(ids)) == len(ids)
+        assert time.process_time() - started < 4  # seconds; about 0.3, and minutes if quadratic

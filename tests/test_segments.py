@@ -31,6 +31,7 @@ PIECES = [
     "{",
     "}",
 ]
+PIECES += ["[asy]", "[/asy]", "<pre>", "</pre>", "| a | b |\n", "|--|--|\n", "````"]
 PIECES += [
     "\\begin{x}",
     "\\end{x}",
@@ -59,7 +60,36 @@ WHOLE = [
 ]
 WHOLE += ["\\begin{cases}a. B\n\n\\begin{cases}C\\end{cases} D. E\\end{cases}", "$ a. B $"]
 FENCES = ["```py\na. B\n\nc = $1\n```", "~~~\nA. B\n```\nC. D\n~~~"]
-WORDS = ["One", "is. Two", "costs 3.5", "x = 4.", "(so)", "Really? Yes"]
+FENCES += [
+    "```asy\ndraw((0,0)--(1,1));\n\nlabel($A$);\n```",
+    "````\nA. B\n```\nC. D\n````",
+    "  - ```\n    a. B\n\n    c\n    ```",
+    "> ```\n> a. B\n> ```",
+    "| a. B | c |\n|---|:-:|\n| 1 | Step 2. D |",
+    "x | y. Z\n--- | ---\n1 | $2\n3 | 4",
+    "| a. B | c |\n| d | e |",
+    "+---+---+\n| a | b |\n+===+===+\n| 1 | 2 |\n+---+---+",
+]
+BODY = "a. B $x\n\nStep 2: c\n3. d & e \\\\ ) } \\] f\n\n"
+WHOLE += [
+    f"\\begin{{{name}}}{BODY}\\end{{{name}}}" for name in ("align*", "tabular", "tikzpicture", "array", "verbatim")
+]
+WHOLE += ["\\begin {equation}a.\n\nB\\end {equation}", "\\begin{a}\\begin{b}x\n\n\\end{b}. C\n\n\\end{a}"]
+WHOLE += [f"[{name}]{BODY}[/{name}]" for name in ("asy", "ASY", "code", "latex")]
+WHOLE += [f"<{name} border=1>{BODY}</{name}>" for name in ("table", "pre", "svg")]
+WHOLE += ["[asy size=3]a.\n\n[asy]b.\n\n[/asy]\n\n[/asy]", "\\[x\n\n\\begin{cases}$a$. B\n\n\\end{cases}\n\ny\\]"]
+WORDS = [
+    "costs $5",
+    "(see [asy] code)",
+    "a \\begin{b} c",
+    "<table>",
+    "One",
+    "is. Two",
+    "costs 3.5",
+    "x = 4.",
+    "(so)",
+    "Really? Yes",
+]
 
 
 @pytest.mark.parametrize("segmenter", SEGMENTERS)
@@ -84,6 +114,35 @@ def test_nothing_that_is_delimited_is_ever_cut(segmenter, data):
     for block, _ in drawn:
         if block not in WORDS:
             assert sum(unit.count(block.strip()) for unit in units) == text.count(block.strip())
+
+
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("block", WHOLE + FENCES)
+def test_a_block_stays_whole_whatever_stands_before_it(segmenter, block):
+    for before in ("It costs $5.", "A $x$ and $y.", "Let $$a$$ be \\(b\\), \\[ and", "Use [code] and <pre>."):
+        text = f"{before} A.\n\n{block}\n\nStep 7: so. End $6 \\boxed{{7}}"
+        assert any(block in unit for unit in cut(text, segmenter))
+        assert "".join(cut(text, segmenter)) == text
+
+
+def test_text_around_a_block_is_cut_as_ever():
+    drawing = "[asy]\nsize(3);\n\ndraw(A--B);\n[/asy]"
+    assert cut(f"See.\n\n{drawing}\n\nAdd.\n\nStop.", "paragraph") == (
+        "See.\n\n",
+        f"{drawing}\n\n",
+        "Add.\n\n",
+        "Stop.",
+    )
+
+
+def test_a_marker_of_a_step_inside_a_block_marks_none():
+    text = "```\n1. a\n2. b\n```\n\nFirst.\n\nThen."
+    assert cut(text, "step") == cut(text, "auto") == ("```\n1. a\n2. b\n```\n\n", "First.\n\n", "Then.")
+
+
+def test_lines_of_absolute_values_are_no_table():
+    text = "|x| + |y| = |z|\n|x| < |y|\n|a - b| = |c|"
+    assert len(cut(text, "line")) == 3
 
 
 @pytest.mark.parametrize("segmenter", SEGMENTERS)
@@ -230,7 +289,12 @@ def test_an_unknown_segmenter_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "piece", ["$a ", "\\[", "\\boxed{", "```\n", "$$", "\\begin{a}", ". ", "...", " \n", "{", "\t", "\\"]
+    "piece",
+    [
+        *("$a ", "\\[", "\\boxed{", "```\n", "$$", "\\begin{a}", ". ", "...", " \n", "{", "\t", "\\"),
+        *("[asy]", "[asy ", "<table", "<pre>\n", "| a |\n", "|-", "-", "|", ">", "+-", "````x\n```\n", "~~~~\n~~~\n"),
+        *("\\begin{a}$\\end{a}", "[asy]$[/asy]\n\n", "$\\begin{a}", "\\begin{a", "\\begin ", "1. ```\n"),
+    ],
 )
 def test_hostile_texts_are_cut_in_linear_time(piece):
     text = piece * (60_000 // len(piece))

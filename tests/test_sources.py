@@ -98,7 +98,8 @@ def test_the_fingerprint_changes_with_one_character_of_a_reference(tmp_path):
     [
         (row(2, problem=" \n"), "no problem: column 'problem' is empty"),
         ({"solution": "\\boxed{1}"}, "no problem: column 'problem' is empty"),
-        (row(2, problem=["a"]), "column 'problem' holds no text but list ['a']"),
+        (row(2, problem={"a": 1}), "column 'problem' holds no text but dict {'a': 1}"),
+        (row(2, problem=["a", "b"]), "column 'problem' holds a list of 2, not one value: ['a', 'b']"),
         (row(2, solution="It is 4."), "no answer can be found: no closed \\boxed{} in the solution"),
         (row(2, solution="\\boxed{4"), "no answer can be found"),
         (row(2, solution=None), "no answer can be found"),
@@ -109,7 +110,7 @@ def test_the_fingerprint_changes_with_one_character_of_a_reference(tmp_path):
         (b"{'problem': 1}", "not JSON: Expecting property name"),
         (b"[1, 2]", "a JSON list, not an object"),
         (b"[" * 100_000, "not JSON: maximum recursion depth"),
-        (b'{"problem": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"problem": ' + b"9" * 5000 + b"}", "column 'problem' holds an integer of 5000 digits"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_number_and_reason(tmp_path, bad, expected):
@@ -262,7 +263,9 @@ def test_text_in_parquet_that_is_not_utf8_is_a_bad_row(tmp_path):
     raw = pa.array([b"p0", b"\xff\xfe", b"p2"], pa.binary()).view(pa.string())
     table = pa.table({"problem": raw, "solution": ["\\boxed{1}"] * 3})
     pq.write_table(table, tmp_path / "p.parquet")
-    assert "1 of 3 rows cannot be used:\n  row 2: holds text that is not UTF-8" in refusal(str(tmp_path / "p.parquet"))
+    assert "1 of 3 rows cannot be used:\n  row 2: column 'problem' holds text that is not UTF-8" in refusal(
+        str(tmp_path / "p.parquet")
+    )
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):

@@ -118,8 +118,8 @@ def _run_id(components: Components, out: Path, known: bool, command: Sequence[st
         threads=torch.get_num_threads(),
         ranks=components.loaded.ranks.size,
     )
-    skipped = list(components.problems.skipped)
-    return RunFolder.create(out, components.config, {**manifest, "skipped_rows": skipped}).run_id
+    rows = {"skipped_rows": list(components.problems.skipped), "data_notes": list(components.problems.notes)}
+    return RunFolder.create(out, components.config, {**manifest, **rows}).run_id
 
 
 def _hold(held: ExitStack, run: RunFolder) -> None:
@@ -184,6 +184,7 @@ def _notes(components: Components) -> Iterator[str]:
             f"{type(components.loaded.model).__name__}: no known scale or soft cap of its output head gives its own "
             "logits, so these are kept whole, in the model's dtype; lower train.micro_batch_size if memory runs out"
         )
+    yield from problems.notes
     if spelling_control_tokens(problems.train, components.encoder):
         yield control_line(problems.train, components.encoder)
     if problems.skipped:

@@ -23,6 +23,7 @@ def plan_lines(components: Components) -> Iterator[str]:
     config, train = components.config, components.config.train
     problems = {split: getattr(components.problems, split) for split in get_args(Split)}
     yield "problems: " + ", ".join(f"{split} {len(some):,}" for split, some in problems.items())
+    yield from map(visible, components.problems.notes)
     skipped = components.problems.skipped
     yield f"rows skipped: {len(skipped)}"
     yield from (f"  {reason}" for reason in skipped[:LISTED])

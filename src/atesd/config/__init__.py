@@ -16,6 +16,7 @@ from atesd.config.load import (
     with_overrides,
 )
 from atesd.config.settings import (
+    PROCEDURAL,
     AlignedGateSettings,
     AlignmentConfig,
     ColumnsConfig,
@@ -40,6 +41,7 @@ from atesd.config.settings import (
     ReverseKL,
     SampledToken,
     SamplingConfig,
+    SharesConfig,
     TeacherConfig,
     TopK,
     TrainConfig,
@@ -58,6 +60,7 @@ from atesd.control.staircase import StaircaseSettings
 
 __all__ = [
     "CREDIT_PRESETS",
+    "PROCEDURAL",
     "ActsWhen",
     "AlignedGateSettings",
     "AlignedSettings",
@@ -101,6 +104,7 @@ __all__ = [
     "ScheduleSettings",
     "SetpointSettings",
     "Setting",
+    "SharesConfig",
     "StaircaseSettings",
     "TeacherConfig",
     "TopK",

@@ -23,7 +23,9 @@ from atesd.control.settings import BoundedSettings, ExposureSettings, Granularit
 
 GENERATED = ("gsm_symbolic", "arithmetic")
 """Sources that write their own problems in words."""
-_FILES = (".jsonl", ".parquet")
+PROCEDURAL = ("world", *GENERATED)
+"""Values of `data.source` that make their problems."""
+_FILES = (".jsonl", ".json", ".parquet")
 
 _DISTILS = ActsWhen(lambda c: c.distils, "train.method: distill")
 _SAMPLES = ActsWhen(lambda c: c.train.method != "sft", "train.method: distill or grpo")
@@ -85,13 +87,44 @@ class ColumnsConfig(Component):
     answer: str | None = Field(None, description="the final answer; None: the last \\boxed{} of the solution")
     id: str | None = Field(None, description="None: a hash of the problem text")
     difficulty: str | None = Field(None, description="an integer level; None: all 0")
+    messages: str | None = Field(
+        None,
+        description="a chat, [{role, content}, ..], in place of problem and solution: what the user says last and the "
+        "answer to it",
+    )
+
+    @model_validator(mode="after")
+    def _one_place_for_the_problem(self) -> ColumnsConfig:
+        if self.messages is not None and (self.problem, self.solution) != ("problem", "solution"):
+            raise ValueError(
+                f"messages {self.messages} holds the problem and the solution; leave these two columns out"
+            )
+        return self
+
+
+class SharesConfig(Component):
+    """Into which parts the hash of a problem's text divides a source. They sum to 1."""
+
+    train: Fraction = Field(0.80, description="share of the problems to train on; ours")
+    validation: Fraction = Field(0.07, description="share for choosing checkpoints; ours")
+    probe: Fraction = Field(0.03, description="share of the controller's probes, 64 of about 2,200 rows; ours")
+    test: Fraction = Field(0.10, description="share held out; trained on where there is a test_source; ours")
+
+    @model_validator(mode="after")
+    def _whole(self) -> SharesConfig:
+        total = self.train + self.validation + self.probe + self.test
+        if abs(total - 1) > 1e-9:
+            shares = ", ".join(f"{split} {share:g}" for split, share in self)
+            raise ValueError(f"{shares} sum to {total:g}; they must sum to 1")
+        return self
 
 
 class DataConfig(Component):
     """Where problems come from and how their references are cut."""
 
     source: str = Field(
-        "world", description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id"
+        "world",
+        description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads",
     )
     preset: Annotated[Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None, _READS] = Field(
         None, description="column map and row filter of a known data set"
@@ -110,6 +143,14 @@ class DataConfig(Component):
         None, description="a separate held-out file; None: a hash of the text decides"
     )
     on_bad_row: Literal["refuse", "skip"] = Field("refuse", description="skip: counted and listed, never silent")
+    on_missing_reference: Annotated[Literal["refuse", "skip", "keep"], _READS] = Field(
+        "keep", description="rows without a solution; keep: their teacher reads the answer alone. Counted in any case"
+    )
+    on_few_rows: Annotated[Literal["refuse", "shrink"], _READS] = Field(
+        "refuse",
+        description="shrink: a split with fewer problems than its size takes all it has, which is said; the default "
+        "of a file or data set where no size is given",
+    )
     segmenter: Annotated[Literal["auto", "paragraph", "line", "sentence", "step", "token"], _TEXT] = Field(
         "auto", description="auto (ours): blank lines, else lines, else sentences"
     )
@@ -136,6 +177,9 @@ class DataConfig(Component):
     validation_size: int = Field(200, ge=0, description="problems for choosing checkpoints")
     probe_size: int = Field(64, ge=1, description="fixed probe problems of the controller; ours")
     test_size: int = Field(300, ge=0, description="held-out problems")
+    shares: Annotated[SharesConfig, ActsWhen(lambda c: c.data.source != "world", "a data.source other than world")] = (
+        SharesConfig()
+    )
     seed: Annotated[
         int,
         ActsWhen(lambda c: c.data.source in ("world", *GENERATED), "data.source: world, arithmetic or gsm_symbolic"),
@@ -151,6 +195,15 @@ class DataConfig(Component):
         """Whether something is read that has named splits: a `datasets` id or folder."""
         read = [self.test_source, *([] if self.source in ("world", *GENERATED) else [self.source])]
         return any(name is not None and not name.endswith(_FILES) for name in read)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_that_nobody_asked_for(cls, values: Any) -> Any:
+        """The default sizes are no reason to refuse a small file: they are upper bounds where none is given."""
+        if not isinstance(values, Mapping) or values.get("source", "world") in PROCEDURAL:
+            return values
+        named = {f"{split}_size" for split in SharesConfig.model_fields} & values.keys()
+        return values if named or "on_few_rows" in values else {**values, "on_few_rows": "shrink"}
 
     @model_validator(mode="after")
     def _problems_exist(self) -> DataConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 from atesd.config import ColumnsConfig
 from atesd.data.answers import ExactChecker, MathChecker, last_boxed, normalise
 from atesd.data.numbers import plain_value
-from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row
+from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, row_place, shown
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_FARTHEST = 2**53  # from here on a floating-point number may stand for a neighbour of the one that was written
+_MOST_DIGITS = 4000  # Python writes out integers of up to 4300
 _WRAPPED = re.compile(r"\$([^$]+)\$|\\\((.+)\\\)", re.DOTALL)
 
 
@@ -38,25 +40,40 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source gave: usable entries, bad rows, and a line on what a preset left out."""
+    """What a source gave: usable entries, bad rows, a line on each row that is left out on purpose, and notes.
+
+    `place` is what messages call a row by its number.
+    """
 
     name: str
     entries: tuple[Entry, ...]
     bad: tuple[BadRow, ...]
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    place: Callable[[int], str] = row_place
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """A line for each bad row, in order, and one for the preset's filter."""
-        rows = sorted(self.bad, key=lambda bad: bad.number)
-        return (*(f"{self.name}: row {bad.number}: {bad.reason}" for bad in rows), *self.left_out)
+        """A line for each bad row, in order, and what was left out on purpose."""
+        return (*(f"{self.name}: {line}" for line in self.faults), *self.left_out)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Place and reason of each bad row, in order."""
+        return tuple(f"{self.place(bad.number)}: {bad.reason}" for bad in sorted(self.bad, key=lambda bad: bad.number))
 
 
 class _BadValueError(Exception):
     """Why a row is bad; never leaves this module."""
 
 
-def checked(name: str, rows: Iterable[Row | BadRow], columns: ColumnsConfig, checker: str) -> Reading:
+def checked(
+    name: str,
+    rows: Iterable[Row | BadRow],
+    columns: ColumnsConfig,
+    checker: str,
+    place: Callable[[int], str] = row_place,
+) -> Reading:
     """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only."""
     entries: list[Entry] = []
     bad: list[BadRow] = []
@@ -74,14 +91,15 @@ def checked(name: str, rows: Iterable[Row | BadRow], columns: ColumnsConfig, che
         if first == row.number:
             entries.append(entry)
         else:
-            same = "the same problem as" if columns.id is None else f"its id '{entry.id}' is that of"
-            bad.append(BadRow(row.number, f"{same} row {first}"))
+            same = "the same problem as" if columns.id is None else f"its id '{shown(entry.id)}' is that of"
+            bad.append(BadRow(row.number, f"{same} {place(first)}"))
     contradicted = _contradicted(entries, checker)
     bad += [
-        BadRow(entry.row, f"{OTHER_ANSWER[0]} '{_brief(entry.boxed)}' but its answer is '{_brief(entry.answer)}'")
+        BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
     ]
-    return Reading(name, tuple(entry for entry in entries if entry.row not in contradicted), tuple(bad))
+    usable = tuple(entry for entry in entries if entry.row not in contradicted)
+    return Reading(name, usable, tuple(bad), place=place)
 
 
 def _entry(row: Row, columns: ColumnsConfig) -> Entry:
@@ -98,7 +116,7 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
         stated_nowhere = "data.columns.answer is not set" if columns.answer is None else f"'{columns.answer}' is empty"
         raise _BadValueError(f"{NO_ANSWER}: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
-        raise _BadValueError(f"the answer '{_brief(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
+        raise _BadValueError(f"the answer '{shown(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
     return Entry(
         row.number,
         text_hash(text) if columns.id is None else _id(values, columns.id),
@@ -110,13 +128,25 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
     )
 
 
+def _value(values: Mapping[str, Any], column: str) -> Any:
+    """The value in a column; of a list with one element that element, and None of an empty list."""
+    value = values.get(column)
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            raise _BadValueError(f"column '{column}' holds a list of {len(value)}, not one value: {shown(value)}")
+        value = value[0] if value else None
+    if isinstance(value, Unreadable):
+        raise _BadValueError(f"column '{column}' {value.reason}")
+    return value
+
+
 def _text(values: Mapping[str, Any], column: str) -> str:
     """The text in a column; empty if there is none."""
-    value = values.get(column)
+    value = _value(values, column)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _BadValueError(f"column '{column}' holds no text but {type(value).__name__} {_brief(value)}")
+        raise _BadValueError(f"column '{column}' holds no text but {type(value).__name__} {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -126,8 +156,16 @@ def _text(values: Mapping[str, Any], column: str) -> str:
 
 def _stated_answer(values: Mapping[str, Any], column: str) -> str | None:
     """The answer that a column states, a number or text, freed of a box or dollars around it; None if it is empty."""
-    value = values.get(column)
-    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
+    value = _value(values, column)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
+        if isinstance(value, Decimal) and value.adjusted() >= _MOST_DIGITS:
+            raise _BadValueError(
+                f"column '{column}' holds {shown(value)}; numbers have fewer than {_MOST_DIGITS} digits"
+            )
+        if isinstance(value, float) and abs(value) >= _FARTHEST:
+            raise _BadValueError(f"column '{column}' holds {value}, a number that is not exact; write it as text")
         return str(int(value) if value == int(value) else value)
     answer = _text(values, column).strip()
     if wrapped := _WRAPPED.fullmatch(answer):
@@ -136,7 +174,7 @@ def _stated_answer(values: Mapping[str, Any], column: str) -> str | None:
 
 
 def _id(values: Mapping[str, Any], column: str) -> str:
-    value = values.get(column)
+    value = _value(values, column)
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(values, column)
     if not name.strip():
         raise _BadValueError(f"no id: column '{column}' is empty")
@@ -145,11 +183,15 @@ def _id(values: Mapping[str, Any], column: str) -> str:
 
 def _difficulty(values: Mapping[str, Any], column: str) -> int:
     """A level, to the nearest integer; `Level 5` is 5."""
-    value = values.get(column)
-    level = _LEVEL.fullmatch(str(value).strip())
+    value = _value(values, column)
+    written = str(value).strip() if isinstance(value, (str, int, float, Decimal)) else ""
+    level = _LEVEL.fullmatch(written)
     if level is None:
-        raise _BadValueError(f"column '{column}' holds no level but {_brief(value)}")
-    return round(float(level[1]))
+        raise _BadValueError(f"column '{column}' holds no level but {shown(value)}")
+    number = float(level[1])
+    if abs(number) >= _FARTHEST:
+        raise _BadValueError(f"column '{column}' holds the level {shown(value)}; levels are below 2^53")
+    return round(number)
 
 
 def _contradicted(entries: Iterable[Entry], kind: str) -> dict[int, Entry]:
@@ -179,8 +221,3 @@ def plainly_equal(boxed: str, answer: str) -> bool:
 def text_hash(text: str) -> str:
     """16 hexadecimal digits that name a problem by its text; a run of white space is one blank, as in `split_of`."""
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).hexdigest()
-
-
-def _brief(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

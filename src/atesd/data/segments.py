@@ -1,12 +1,12 @@
-r"""Cuts reference solutions into segments: lossless, deterministic, never inside mathematics, a box or a code fence.
+r"""Cuts reference solutions into segments: lossless, deterministic, never inside mathematics, a box or a block.
 
 A cutter only chooses places to cut, so the segments concatenate to the text exactly. Separators (blank lines, line
 ends, spaces) stay at the end of the segment before them.
 
-Protected are `$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin{x}..\end{x}`, `\boxed{..}`, `\fbox{..}` and code fences. A
-delimiter that never closes is ordinary text and protects nothing. A single `$` closes at the next one, in the same
-paragraph, or not at all: where it hugs its content (`$x`), that one must hug it too (`x$`, no digit behind). So
-`$5 and $6` are prices.
+Protected are `$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\boxed{..}`, `\fbox{..}` and the blocks of `data/blocks.py`: code
+fences, environments, drawings, tables. A delimiter that never closes is ordinary text and protects nothing. What opens
+outside a block does not close inside it. A single `$` closes at the next one, in the same paragraph, or not at all:
+where it hugs its content (`$x`), that one must hug it too (`x$`, no digit behind). So `$5 and $6` are prices.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 from atesd.data.answers import last_boxed
+from atesd.data.blocks import Stretch, Stretches, blocks
 
 _END = r"(?>\r\n|\n|\r)"
 _LINE = re.compile(_END)
@@ -41,11 +43,7 @@ _ABBREVIATION = re.compile(
 _LIST_MARKER = re.compile(r"\s*(?:\*\*|__)?\(?\d{1,3}$")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<brace>\{)|[-+]?\d+(?:\.\d+)?|[A-Za-z])")
-_DELIMITER = re.compile(
-    r"\\(?P<edge>begin|end)\s*\{(?P<name>[^{}\s]+)\}|\\(?P<bracket>[()\[\]])|\\[\s\S]|(?P<brace>[{}])|(?P<dollar>\$\$?)"
-    r"|^[ ]{0,3}(?P<fence>`{3,}|~{3,})(?=(?P<after>[^\r\n]*))",
-    re.MULTILINE,
-)
+_DELIMITER = re.compile(r"\\(?P<bracket>[()\[\]])|\\[\s\S]|(?P<brace>[{}])|(?P<dollar>\$\$?)")
 _PARTNER = {"(": ")", "[": "]", "$$": "$$"}
 
 
@@ -56,8 +54,8 @@ def cut(text: str, segmenter: str) -> tuple[str, ...]:
     with a marker such as `Step 3:`, `3.`, `**Step 2**`, `## Step`; as auto where there is no marker), or auto: blank
     lines, else lines, else sentences, the first that cuts at all. Raises `ValueError` for another name.
     """
-    protected = _Protected(text)
-    cuts = [_units(text, cutter, protected) for cutter in _cutters(text, segmenter)]
+    protected = Stretches(_stretches(text))
+    cuts = [_units(text, cutter, protected) for cutter in _cutters(text, segmenter, protected)]
     return next((units for units in cuts if len(units) > 1), cuts[-1])
 
 
@@ -69,9 +67,9 @@ def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[s
     in lines with its answer in a paragraph of its own is cut into lines. Raises `ValueError` as `cut` does.
     """
     boxed = last_boxed(solution) is not None
-    protected = _Protected(solution)
+    protected = Stretches(_stretches(solution))
     splits = []
-    for cutter in _cutters(solution, segmenter):
+    for cutter in _cutters(solution, segmenter, protected):
         units = _units(solution, cutter, protected)
         place = _last_box(units) if boxed else len(units)
         splits.append((units[:place], "".join(units[place:])))
@@ -87,29 +85,31 @@ def _last_box(units: tuple[str, ...]) -> int:
     return max(index for index, unit in enumerate(units) if last_boxed(unit) is not None)
 
 
-def _cutters(text: str, segmenter: str) -> tuple[str, ...]:
-    """The names of the cutters to try, coarse to fine."""
-    if segmenter == "auto" or (segmenter == "step" and not _STEP.search(text)):
+def _cutters(text: str, segmenter: str, protected: Stretches) -> tuple[str, ...]:
+    """The names of the cutters to try, coarse to fine. A marker of a step inside a block marks none."""
+    steps = segmenter == "step" and any(place not in protected for place in _step_places(text))
+    if segmenter == "auto" or (segmenter == "step" and not steps):
         return ("paragraph", "line", "sentence")
     if segmenter not in _PLACES:
         raise ValueError(f"unknown segmenter {segmenter!r}; allowed: auto, {', '.join(_PLACES)}")
     return (segmenter,)
 
 
-def _units(text: str, cutter: str, protected: _Protected) -> tuple[str, ...]:
+def _units(text: str, cutter: str, protected: Stretches) -> tuple[str, ...]:
     """`text` cut where the cutter says and nothing is protected; a blank unit joins the one before it, or behind."""
-    units: list[str] = []
-    start = 0
+    starts: list[int] = []
+    start, last_is_blank = 0, False
     for place in [*_PLACES[cutter](text), len(text)]:
         if place in protected or place == start:
             continue
-        unit = text[start:place]
-        if units and (unit.isspace() or units[-1].isspace()):
-            units[-1] += unit
+        blank = text[start:place].isspace()
+        if starts and (blank or last_is_blank):
+            last_is_blank = last_is_blank and blank
         else:
-            units.append(unit)
+            starts.append(start)
+            last_is_blank = blank
         start = place
-    return tuple(units)
+    return tuple(text[one:other] for one, other in pairwise([*starts, len(text)]))
 
 
 def _ends(pattern: re.Pattern[str]) -> Callable[[str], Iterator[int]]:
@@ -154,52 +154,37 @@ _PLACES: dict[str, Callable[[str], Iterator[int]]] = {
 }
 
 
-class _Protected:
-    """The stretches of a text inside which it must not be cut: `place in protected`."""
-
-    def __init__(self, text: str) -> None:
-        merged: list[tuple[int, int]] = []
-        for start, end in sorted(_stretches(text)):
-            if merged and start < merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-            else:
-                merged.append((start, end))
-        self._starts = [start for start, _ in merged]
-        self._ends = [end for _, end in merged]
-
-    def __contains__(self, place: int) -> bool:
-        index = bisect_left(self._starts, place) - 1
-        return index >= 0 and place < self._ends[index]
-
-
-def _stretches(text: str) -> Iterator[tuple[int, int]]:
+def _stretches(text: str) -> Iterator[Stretch]:
     """(start, end) of everything protected. Linear up to a logarithm, whatever stays unclosed."""
+    whole = blocks(text)
+    yield from whole
     delimiters = list(_DELIMITER.finditer(text))
-    pairs = _nested_pairs(delimiters)
+    pairs = _braces(delimiters)
     for box in _BOX.finditer(text):
         end = pairs.get(box.start("brace")) if box["brace"] else box.end()
         if end is not None:
             yield box.start(), end  # a box is whole even where it crosses other delimiters
-    closers = _closers(text, delimiters)
+    inside = Stretches(whole)
+    outside = [mark for mark in delimiters if not inside.holds(mark.start())]
+    closers = _closers(text, outside)
     free_from = 0
-    for opener in delimiters:
+    for opener in outside:
         if opener.start() >= free_from:
-            end = pairs.get(opener.start()) if opener["edge"] else _closed_at(text, opener, closers)
+            end = _closed_at(text, opener, closers)
             if end is not None:
                 yield opener.start(), end
                 free_from = end
 
 
-def _nested_pairs(delimiters: Iterable[re.Match[str]]) -> dict[int, int]:
-    r"""Start of each `{` and `\begin{x}` that closes -> end of its `}` or `\end{x}`, nesting respected."""
+def _braces(delimiters: Iterable[re.Match[str]]) -> dict[int, int]:
+    """Start of each `{` that closes -> end of its `}`, nesting respected."""
     pairs: dict[int, int] = {}
-    unclosed: dict[str, list[int]] = defaultdict(list)
+    unclosed: list[int] = []
     for mark in delimiters:
-        name, opens = (mark["name"], mark["edge"] == "begin") if mark["edge"] else ("{", mark["brace"] == "{")
-        if opens:
-            unclosed[name].append(mark.start())
-        elif (mark["edge"] or mark["brace"]) and unclosed[name]:
-            pairs[unclosed[name].pop()] = mark.end()
+        if mark["brace"] == "{":
+            unclosed.append(mark.start())
+        elif mark["brace"] and unclosed:
+            pairs[unclosed.pop()] = mark.end()
     return pairs
 
 
@@ -214,12 +199,10 @@ class _Marks:
         self._marks.append(mark)
         self._starts.append(mark.start())
 
-    def after(self, start: int, least_length: int = 0) -> re.Match[str] | None:
-        """The first mark from `start` on with at least this many characters."""
-        for index in range(bisect_left(self._starts, start), len(self._marks)):
-            if not least_length or len(self._marks[index][0].strip()) >= least_length:
-                return self._marks[index]
-        return None
+    def after(self, start: int) -> re.Match[str] | None:
+        """The first mark from `start` on."""
+        index = bisect_left(self._starts, start)
+        return self._marks[index] if index < len(self._marks) else None
 
 
 _Closers = dict[str, _Marks]
@@ -233,8 +216,6 @@ def _closers(text: str, delimiters: Iterable[re.Match[str]]) -> _Closers:
             closers["any $"].add(mark)
         if mark["bracket"] or mark["dollar"] == "$$":
             closers[mark["bracket"] or "$$"].add(mark)
-        if mark["fence"] and not mark["after"].strip():
-            closers[mark["fence"][0]].add(mark)
     for blank in _PARAGRAPH.finditer(text):
         closers["blank"].add(blank)
     return closers
@@ -252,8 +233,6 @@ def _closed_at(text: str, opener: re.Match[str], closers: _Closers) -> int | Non
         return closer.end() if blank is None or closer.start() < blank.start() else None
     if kind in _PARTNER:
         closer = closers[_PARTNER[kind]].after(opener.end())
-    elif opener["fence"] and not (opener["fence"][0] == "`" and "`" in opener["after"]):
-        closer = closers[opener["fence"][0]].after(opener.end(), len(opener["fence"]))
     return None if closer is None else closer.end()
 
 

@@ -12,16 +12,19 @@ from dataclasses import replace
 from itertools import islice
 from typing import get_args
 
-from atesd.config import ColumnsConfig, DataConfig
+from atesd.config import ColumnsConfig, DataConfig, SharesConfig
 from atesd.data.arithmetic import COLUMNS as ARITHMETIC_COLUMNS
 from atesd.data.arithmetic import LEAST_OPERATIONS, arithmetic_rows
 from atesd.data.entries import Entry, Reading, checked, text_hash
 from atesd.data.gsm import COLUMNS as GSM_COLUMNS
 from atesd.data.gsm import gsm_rows
+from atesd.data.messages import MESSAGE_COLUMNS, Chats
 from atesd.data.presets import PRESETS
-from atesd.data.rows import BadRow, Row, open_table, read_columns
+from atesd.data.rows import BadRow, Row, Table, read_columns
 from atesd.data.segments import split_reference
-from atesd.data.splits import SHARES, ProblemSets, fingerprint, split_of
+from atesd.data.sizes import require_enough, said, shortages, sizes_of
+from atesd.data.splits import ProblemSets, Shares, fingerprint, shares_of, split_of
+from atesd.data.tables import open_table
 from atesd.errors import ConfigError, DataError
 from atesd.records import Problem, Split
 
@@ -43,18 +46,20 @@ def load_problems(config: DataConfig) -> ProblemSets:
     require_consistent(config)
     test = None if config.test_source is None else _read_test(config.test_source, config)
     generated = config.source in _GENERATED
-    main = _without_overlap(_generate(config) if generated else _read_main(config), test)
+    main = _generate(config) if generated else _with_references(_read_main(config), config)
+    main = _without_overlap(main, test)
     if not generated:
         _refuse_bad_rows(main, config)
     candidates = main.entries if generated else sorted(main.entries, key=_rank)
-    chosen = _chosen(candidates, _sizes(config), test)
-    _require_enough(chosen, config, main, test)
+    chosen = _chosen(candidates, sizes_of(config), shares_of(config.shares), test)
+    short = shortages({split: len(some) for split, some in chosen.items()}, config)
+    require_enough(short, config, main.name, len(main.entries))
     train, validation, probe, held_out = (
         tuple(_problem(entry, config.segmenter) for entry in chosen[split]) for split in _SPLITS
     )
     skipped = main.skipped + (test.skipped if test else ())
     seal = fingerprint(train, validation, probe, held_out)
-    return ProblemSets(train, validation, probe, held_out, skipped, seal)
+    return ProblemSets(train, validation, probe, held_out, skipped, seal, main.notes + said(short, config, main.name))
 
 
 def load_benchmark(config: DataConfig) -> ProblemSets:
@@ -66,7 +71,10 @@ def load_benchmark(config: DataConfig) -> ProblemSets:
         raise ConfigError("data.test_source: none given; name a file or data set to evaluate on")
     reading = _read_test(config.test_source, config)
     if not reading.entries:
-        raise DataError(f"{reading.name}: no usable problem in it")
+        faults = (
+            f"; of {len(reading.faults)} rows none can be used, the first is {reading.faults[0]}" if reading.bad else ""
+        )
+        raise DataError(f"{reading.name}: no usable problem in it{faults}")
     problems = tuple(_problem(entry, config.segmenter) for entry in reading.entries)
     return ProblemSets((), (), (), problems, reading.skipped, fingerprint((), (), (), problems))
 
@@ -79,6 +87,8 @@ def require_consistent(config: DataConfig) -> None:
         raise ConfigError("data.test_source: the world makes its own test problems; leave it out")
     if config.preset is not None and config.test_source is None and config.columns != ColumnsConfig():
         raise ConfigError(f"data.columns: the preset {config.preset} sets the columns; leave one of the two out")
+    if config.source == "world" and config.shares != SharesConfig():
+        raise ConfigError("data.shares: the world's models were taught its train share; leave the shares out")
     if config.source in _GENERATED and config.train_size is None:
         raise ConfigError(
             f"data.train_size: none given, but {config.source} has no end; set a number, for example 4096"
@@ -93,8 +103,7 @@ def _read_main(config: DataConfig) -> Reading:
     """Read `data.source` by its preset or its column map."""
     table = open_table(config.source, config.split_name)
     if config.preset is None:
-        rows = read_columns(table, _settings(config.columns))
-        return checked(table.name, rows, config.columns, config.checker)
+        return _read_mapped(table, config.columns, config.checker)
     preset = PRESETS[config.preset]
     kept: list[Row | BadRow] = []
     filtered = 0
@@ -107,7 +116,43 @@ def _read_main(config: DataConfig) -> Reading:
         else:
             kept.append(Row(row.number, values))
     line = f"{table.name}: {filtered} rows left out: data.preset: {config.preset} keeps {preset.kept}"
-    return replace(checked(table.name, kept, preset.columns, config.checker), left_out=(line,) if filtered else ())
+    reading = checked(table.name, kept, preset.columns, config.checker, table.place)
+    return replace(reading, left_out=(line,) if filtered else ())
+
+
+def _read_mapped(table: Table, columns: ColumnsConfig, checker: str) -> Reading:
+    """Read a table by its column map."""
+    rows = read_columns(table, _settings(columns))
+    if columns.messages is None:
+        return checked(table.name, rows, columns, checker, table.place)
+    chats = Chats(columns.messages)
+    reading = checked(
+        table.name, chats.unfolded(rows), columns.model_copy(update=MESSAGE_COLUMNS), checker, table.place
+    )
+    return replace(reading, notes=chats.notes(table.name))
+
+
+def _with_references(reading: Reading, config: DataConfig) -> Reading:
+    """Rows without a reference solution: bad, left out or kept, as `data.on_missing_reference` says; always counted.
+
+    Where `data.columns.solution` is null nobody expects one.
+    """
+    without = [entry for entry in reading.entries if not entry.solution]
+    if not without or (config.preset is None and config.columns.solution is None):
+        return reading
+    count = f"{reading.name}: {len(without)} of {len(reading.entries)} usable rows have no reference solution"
+    if config.on_missing_reference == "keep":
+        note = f"{count}; their teacher reads the answer alone (data.on_missing_reference: keep; or: skip, refuse)"
+        return replace(reading, notes=(*reading.notes, note))
+    missing = [
+        BadRow(entry.row, "no reference solution (data.on_missing_reference: keep uses the row)") for entry in without
+    ]
+    kept = tuple(entry for entry in reading.entries if entry.solution)
+    if config.on_missing_reference == "refuse":
+        return replace(reading, entries=kept, bad=(*reading.bad, *missing))
+    lines = tuple(f"{reading.name}: {reading.place(row.number)}: {row.reason}" for row in missing)
+    note = f"{count}; they are left out (data.on_missing_reference: skip)"
+    return replace(reading, entries=kept, left_out=(*reading.left_out, *lines), notes=(*reading.notes, note))
 
 
 def _read_test(source: str, config: DataConfig) -> Reading:
@@ -121,7 +166,7 @@ def _read_test(source: str, config: DataConfig) -> Reading:
         columns = columns.model_copy(update={"answer": "answer"})
     if columns.solution not in table.columns and columns.answer is not None:
         columns = columns.model_copy(update={"solution": None})
-    reading = checked(table.name, read_columns(table, _settings(columns)), columns, config.checker)
+    reading = _read_mapped(table, columns, config.checker)
     _refuse_bad_rows(reading, config)
     prefix = "" if columns.id is None else "test:"
     return replace(reading, entries=tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries))
@@ -129,8 +174,13 @@ def _read_test(source: str, config: DataConfig) -> Reading:
 
 def _generate(config: DataConfig) -> Reading:
     """Generated rows: half as many again as the largest split needs, since some are bad or come twice."""
-    sizes = _sizes(config)
-    count = 2000 + int(1.5 * max((sizes[split] or 0) / share for split, share in SHARES))
+    sizes = sizes_of(config)
+    empty = [split for split, share in shares_of(config.shares) if sizes[split] and not share]
+    if empty:
+        raise ConfigError(
+            f"data.shares.{empty[0]}: 0 leaves none of the {sizes[empty[0]]} problems asked for; raise it"
+        )
+    count = 2000 + int(1.5 * max((sizes[split] or 0) / share for split, share in shares_of(config.shares) if share))
     if config.source == "arithmetic":
         rows: Iterable[Row | BadRow] = arithmetic_rows(config.seed, count, config.max_difficulty)
         return checked(config.source, rows, ARITHMETIC_COLUMNS, config.checker)
@@ -139,65 +189,42 @@ def _generate(config: DataConfig) -> Reading:
 
 def _settings(columns: ColumnsConfig) -> dict[str, str]:
     """Column by the setting that names it."""
-    return {f"data.columns.{name}": column for name, column in columns if column is not None}
+    unread = () if columns.messages is None else ("problem", "solution")
+    return {f"data.columns.{name}": column for name, column in columns if column is not None and name not in unread}
 
 
 def _without_overlap(main: Reading, test: Reading | None) -> Reading:
     """What shares its text with a test problem is a bad row of the main source."""
     tested = {text_hash(entry.text): entry.row for entry in test.entries} if test else {}
     overlap = {entry.row: tested[key] for entry in main.entries if (key := text_hash(entry.text)) in tested}
-    name = test.name if test else ""
-    bad = tuple(BadRow(row, f"the same problem as row {other} of {name}") for row, other in overlap.items())
+    where = {row: f"{test.place(other)} of {test.name}" for row, other in overlap.items()} if test else {}
+    bad = tuple(BadRow(row, f"the same problem as {other}") for row, other in where.items())
     return replace(main, entries=tuple(e for e in main.entries if e.row not in overlap), bad=main.bad + bad)
 
 
 def _refuse_bad_rows(reading: Reading, config: DataConfig) -> None:
     if config.on_bad_row == "skip" or not reading.bad:
         return
-    rows = sorted(reading.bad, key=lambda bad: bad.number)
-    lines = [f"  row {bad.number}: {bad.reason}" for bad in rows[:_LISTED]]
-    if len(rows) > _LISTED:
-        lines.append(f"  and {len(rows) - _LISTED} more")
-    total = len(reading.entries) + len(rows)
-    head = f"{reading.name}: {len(rows)} of {total} rows cannot be used:"
+    faults = reading.faults
+    lines = [f"  {fault}" for fault in faults[:_LISTED]]
+    if len(faults) > _LISTED:
+        lines.append(f"  and {len(faults) - _LISTED} more")
+    total = len(reading.entries) + len(faults)
+    head = f"{reading.name}: {len(faults)} of {total} rows cannot be used:"
     raise DataError("\n".join([head, *lines, "Correct them, or leave them out with data.on_bad_row: skip"]))
 
 
-def _sizes(config: DataConfig) -> dict[Split, int | None]:
-    return {
-        "train": config.train_size,
-        "validation": config.validation_size,
-        "probe": config.probe_size,
-        "test": config.test_size,
-    }
-
-
 def _chosen(
-    candidates: Sequence[Entry], sizes: dict[Split, int | None], test: Reading | None
+    candidates: Sequence[Entry], sizes: dict[Split, int | None], shares: Shares, test: Reading | None
 ) -> dict[Split, list[Entry]]:
     """The first entries of each split, up to its size."""
     members: dict[Split, list[Entry]] = {split: [] for split in _SPLITS}
     for entry in candidates:
-        split = split_of(entry.text)
+        split = split_of(entry.text, shares)
         members["train" if test and split == "test" else split].append(entry)
     if test:
         members["test"] = sorted(test.entries, key=_rank)
     return {split: list(islice(members[split], sizes[split])) for split in _SPLITS}
-
-
-def _require_enough(chosen: dict[Split, list[Entry]], config: DataConfig, main: Reading, test: Reading | None) -> None:
-    short = []
-    for split, size in _sizes(config).items():
-        found = len(chosen[split])
-        wanted = 1 if size is None or (test and split == "test" and size) else size
-        if found < wanted:
-            short.append(f"{split} {found} of {size or 'at least 1'} (data.{split}_size)")
-    if short:
-        advice = "; train_size: null takes all there are" if config.train_size is not None else ""
-        raise DataError(
-            f"{main.name}: too few problems: {', '.join(short)}. It has {len(main.entries)} usable problems, and a "
-            f"hash of the text splits them; lower these sizes{advice}"
-        )
 
 
 def _problem(entry: Entry, segmenter: str) -> Problem:

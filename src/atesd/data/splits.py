@@ -6,14 +6,17 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from atesd.config import SharesConfig
 from atesd.records import Problem, Split
 
-SHARES: tuple[tuple[Split, float], ...] = (("train", 0.80), ("validation", 0.07), ("probe", 0.03), ("test", 0.10))
+Shares = tuple[tuple[Split, float], ...]
+SHARES: Shares = (("train", 0.80), ("validation", 0.07), ("probe", 0.03), ("test", 0.10))
+"""The default shares, in the order in which they divide the interval [0, 1)."""
 
 
 @dataclass(frozen=True)
 class ProblemSets:
-    """The problems of a run, split. `skipped` lists refused rows, each with its reason.
+    """The problems of a run, split. `skipped` lists refused rows, each with its reason; `notes` say what was chosen.
 
     `fingerprint` is the SHA-256 of every problem of every split, so that a resumed run can tell that its data changed.
     """
@@ -24,20 +27,26 @@ class ProblemSets:
     test: tuple[Problem, ...]
     skipped: tuple[str, ...] = ()
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def split_of(text: str) -> Split:
-    """The split of a problem: 80 % train, 7 % validation, 3 % probe, 10 % test, by a hash of its text.
+def split_of(text: str, shares: Shares = SHARES) -> Split:
+    """The split of a problem by a hash of its text: that into whose share of [0, 1) the hash falls.
 
     Runs of white space count as one blank, so that two copies of a problem never fall into different splits.
     """
     digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "little") / 2**64
-    for split, share in SHARES:
+    for split, share in shares:
         if place < share:
             return split
         place -= share
-    return "test"
+    return next(split for split, share in reversed(shares) if share)  # what rounding leaves of the interval
+
+
+def shares_of(config: SharesConfig) -> Shares:
+    """The shares as `split_of` reads them."""
+    return ("train", config.train), ("validation", config.validation), ("probe", config.probe), ("test", config.test)
 
 
 def fingerprint(*splits: Iterable[Problem]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +15,7 @@ from atesd.records import Problem
 
 _TEXTS_KEPT = 512  # probes and answers are read again every few updates, between the contexts of the batches
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_WINDOW = 16  # tokens
 
 
 class PromptEncoder:
@@ -91,21 +92,34 @@ class PromptEncoder:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds. Joined they are the text of all tokens, the end token included.
 
-        A character whose bytes are spread over several tokens belongs to the last of them; the others are empty.
+        A character whose bytes are spread over several tokens belongs to the last of them; the others are empty. Takes
+        time linear in the number of tokens.
         """
         pieces: list[str] = []
         known, done = 0, 0  # ids[known:done] is context whose text has been given out
         for i in range(len(ids)):
-            before, now = self._text(ids[known:done]), self._text(ids[known : i + 1])
-            if now.endswith(_UNFINISHED) and i + 1 < len(ids):
+            if i + 1 < len(ids) and self._is_unfinished(ids, known, done, i + 1):
                 pieces.append("")
             else:
-                pieces.append(now[len(before) :])
+                pieces.append(self._text(ids[known : i + 1])[len(self._text(ids[known:done])) :])
                 known, done = done, i + 1
         return pieces
 
     def _text_of(self, reader: Conversation, message: str) -> str:
         return self._apart(reader, message)[0] if self._is_spelled(message) else self._render(reader, message)
+
+    def _is_unfinished(self, ids: Sequence[int], known: int, done: int, end: int) -> bool:
+        """Whether the text of ids[known:end] ends within a character.
+
+        Of a long stretch without an end, `_WINDOW` tokens tell: a character has four bytes at most. Only where one
+        wrong byte spoils all bytes around it do more count, and then nothing but another token ends that stretch.
+        """
+        if end - done <= _WINDOW:
+            return self._text(ids[known:end]).endswith(_UNFINISHED)
+        window = ids[end - _WINDOW : end]
+        if self._byte_ids.issuperset(window):
+            return True
+        return self._text(window).endswith(_UNFINISHED)
 
     def _render(self, reader: Conversation, message: str) -> str:
         return reader.render(message, self._config.system_prompt)
@@ -168,6 +182,16 @@ class PromptEncoder:
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _byte_ids(self) -> frozenset[int]:
+        """Tokens `<0x00>` to `<0xFF>` if they stand for bytes, and one that is wrong spoils those next to it."""
+        vocabulary = self._tokenizer.get_vocab()
+        ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
+        known = frozenset(token for token in ids if token is not None)
+        wrong, letter = ids[0xFF], ids[ord("a")]
+        spoils = wrong is not None and letter is not None and self._text([wrong, letter]) == 2 * _UNFINISHED
+        return known if spoils else frozenset()
 
 
 def _ends_line(student: str, teacher: str) -> str:
