@@ -24,8 +24,9 @@ ROUNDED = 1e-6  # relative difference of a decimal and an irrational or periodic
 WRITTEN = 1e-9  # of two decimals
 PROVEN = 1e-40  # of two exact numbers whose difference is not evaluated to more digits
 LEAST_DIGITS = 4  # of a decimal gold that may be rounded or cut off
-_TIMES_I = re.compile(r"(?<![A-Za-z\\])i\s*\(")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\(?:imath|text\s*\{i\}|mathrm\s*\{i\})")
+
+_INDEX = re.compile(r"_\s*\{?\s*i(?![A-Za-z])|\\(?:sum|prod)(?![A-Za-z])")
 
 
 def main(seconds: float, memory_mb: int) -> None:
@@ -72,7 +73,12 @@ def _best(compare: Callable[[str, str], str], pairs: list[list[str]]) -> str:
 
 def _load() -> Callable[[str, str], str]:
     """Import math-verify and run it once, so that no import is left for the first pair."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import (
+        ConversionConfig,
+        NormalizationConfig,
+        latex2sympy,
+        normalize_latex,
+    )
     from math_verify import grader
 
     logging.disable(logging.CRITICAL)  # math-verify warns that its own time-outs are off
@@ -80,16 +86,21 @@ def _load() -> Callable[[str, str], str]:
     grader.sympy_numeric_eq = _numerically_equal
     # Units are taken off before: its own list of units holds single letters.
     spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    letters = ConversionConfig(lowercase_symbols=False)
 
     def read(answer: str, real: bool) -> Any:
         try:
-            text = normalize_latex(answer if real else _TIMES_I.sub(r"i \\cdot (", answer), spelling)
-            return _parsed(text, lambda part: latex2sympy(part, is_real=real, normalization_config=None))
+            text = normalize_latex(answer, spelling)
+            parsed = _parsed(
+                text,
+                lambda part: latex2sympy(part, is_real=real, normalization_config=None, conversion_config=letters),
+            )
+            return parsed if real else _with_imaginary_unit(parsed)
         except Exception:
             return None
 
     def compare(gold: str, answer: str) -> str:
-        real = not (_IMAGINARY.search(gold) or _IMAGINARY.search(answer))
+        real = _INDEX.search(gold + answer) is not None or _IMAGINARY.search(f"{gold} {answer}") is None
         expected = read(gold, real)
         if expected is None:
             return "wrong"  # the strings differ, and there is nothing else to go by
@@ -106,6 +117,12 @@ def _load() -> Callable[[str, str], str]:
     for gold, answer in (("x^2+2x+1", "(x+1)^2"), ("(1,2)", "[1,2]"), (r"\sqrt{2}", "1.5"), ("x=5", "5")):
         compare(gold, answer)
     return compare
+
+
+def _with_imaginary_unit(parsed: Any) -> Any:
+    from sympy import I
+
+    return parsed.xreplace({symbol: I for symbol in parsed.free_symbols if symbol.name == "i"})
 
 
 def _parsed(text: str, parse: Callable[[str], Any]) -> Any:
@@ -190,9 +207,8 @@ def _terminates(denominator: int) -> bool:
 
 def _near(one: Any, two: Any, tolerance: float) -> bool:
     """Whether two numbers, real or complex, differ by at most `tolerance` of the larger."""
-    difference = abs((one - two).evalf(15))
-    largest = max(abs(one.evalf(15)), abs(two.evalf(15)))
-    return bool(difference <= tolerance * largest)
+    difference, *sizes = (abs(number.evalf(15)) for number in (one - two, one, two))
+    return all(size.is_finite for size in sizes) and bool(difference <= tolerance * max(sizes))
 
 
 def _limit_memory(memory_mb: int) -> None:

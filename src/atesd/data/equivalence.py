@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from atesd.data.quantities import read_quantity, same_quantity, split_unit
+from atesd.data.quantities import UNITS, read_quantity, same_quantity, split_unit
 from atesd.data.spelling import normalise, tidy, unwrapped
 
 LONGEST = 4000
 """Characters of an answer; a longer one is not read."""
+DEEPEST = 15
+"""Brackets in brackets; a parser's time is exponential in them."""
 
 Pairs = tuple[tuple[str, str], ...]
 Judgement = Literal["correct", "wrong", "unparseable"]
 
 _CHOICE = re.compile(
-    r"(?:\\text\{\s*)?(?:\(\s*(?:\\text\{\s*)?(?P<a>[A-J])(?:\s*\})?\s*\)|(?P<b>[A-J])(?:\s*\})?\s*[.):](?!\s*[\d:])|"
+    r"(?:\\text\{\s*)?(?:\(\s*(?:\\text\{\s*)?(?P<a>[A-J])(?:\s*\})?\s*\)|(?P<b>[A-J])(?:\s*\})?\s*(?:\)|[.:](?=\s|$))|"
     r"(?P<c>[A-J])$)(?:\s*\})?[.:]?\s*(?P<rest>.*)",
     re.DOTALL,
 )
@@ -31,9 +33,13 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.,^_}])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 _MIXED = re.compile(r"(?<![\d.^_}\\/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", re.ASCII)
 _ROOT = re.compile(r"\\?sqrt\s*\(([^()]*)\)")
+_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _CIRCLE = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\s*\\degree(?![A-Za-z])")
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_OF_X = re.compile(r"[A-Za-z]\s*\(\s*[A-Za-z]\s*\)\s*=(?=[^=])")
+_OF_Y = re.compile(r"y\s*=(?=[^=])")
+_BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
+_UNIT_IN_LIST = re.compile(rf"(?<=[\d}}])\s*\\text\{{\s*(?:{'|'.join(sorted(UNITS))})s?\s*\}}(?=\s*(?:[,;)\]]|\\text|\\\}}|$))")
+_OF_X = re.compile(r"\s*[A-Za-z]\s*\(\s*[A-Za-z]\s*\)\s*=(?=[^=])")
 
 
 def judge(gold: str, answer: str) -> Judgement | Pairs:
@@ -45,11 +51,21 @@ def judge(gold: str, answer: str) -> Judgement | Pairs:
     if (verdict := _plain_verdict(gold, answer)) is not None:
         return verdict
     expected, found = tidy(gold), tidy(answer)
-    if not found or not expected:
-        return "unparseable" if not found else "wrong"
+    if not found or _depth(found) > DEEPEST:
+        return "unparseable"
+    if not expected or _depth(expected) > DEEPEST:
+        return "wrong"
     if (parts := _without_choices(expected, found)) is not None:
         return parts if isinstance(parts, str) else judge(*parts)
     return _pairs(expected, found)
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def plainly_equal(gold: str, answer: str) -> bool:
@@ -94,7 +110,10 @@ def _same_words(gold: str, answer: str) -> bool | None:
 
 
 def _words(answer: str) -> str | None:
-    text = re.sub(r"\\text\{|\}", " ", tidy(answer))
+    text = tidy(answer)
+    if r"\text{" in text and re.search(r"[A-Za-z]", re.sub(r"\\text\{[^{}]*\}", "", text)):
+        return None  # mathematics with a remark
+    text = re.sub(r"\\text\{|\}", " ", text)
     text = " ".join(text.split()).strip(" .")
     return text.casefold() if _WORDS.fullmatch(text) else None
 
@@ -117,20 +136,23 @@ def _letter(choice: re.Match[str]) -> str:
 
 def _pairs(gold: str, answer: str) -> Pairs:
     """What sympy compares: without units; a per cent also as its hundredth."""
-    (expected, unit), (found, other) = split_unit(gold), split_unit(answer)
+    (expected, unit), (found, other) = _without_unit(gold), _without_unit(answer)
     expected, found = expected.strip() or gold, found.strip() or answer
     if unit and other and unit != other and "%" not in (unit, other):
         return ()
-    if unit.startswith("degree") != other.startswith("degree"):
-        radians = [(gold, answer)] if r"\pi" in (answer if unit.startswith("degree") else gold) else []
-    else:
-        radians = []
-    pairs = [(_expression(expected, found), _expression(found, expected))]
-    pairs += [(_in_radians(one), _in_radians(two)) for one, two in radians]
+    if _OF_Y.match(expected if _OF_X.match(found) else found):
+        expected, found = _OF_X.sub("y=", expected, count=1), _OF_X.sub("y=", found, count=1)
+    pairs = [(_expression(expected, ""), _expression(found, expected))]
+    if (unit == "degree") != (other == "degree") and r"\pi" in (answer if unit == "degree" else gold):
+        pairs.append((_in_radians(gold), _in_radians(answer)))
     if (unit == "%") != (other == "%"):
         hundredth = [rf"\frac{{{text}}}{{100}}" for text in pairs[0]]
         pairs.append((hundredth[0], pairs[0][1]) if unit == "%" else (pairs[0][0], hundredth[1]))
     return tuple(pairs)
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    return (text, "") if _ANGLE_FUNCTION.search(text) and _CIRCLE.search(text) else split_unit(text)
 
 
 def _in_radians(text: str) -> str:
@@ -138,20 +160,19 @@ def _in_radians(text: str) -> str:
 
 
 def _expression(text: str, other: str) -> str:
-    """A text as sympy's reader takes it: one way to write numbers, roots and angles."""
+    """A text as sympy's reader takes it: one way to write numbers, roots and angles. `other` is the gold of an answer."""
     text = _in_radians(text) if _ANGLE_FUNCTION.search(text) else _CIRCLE.sub("", text)
     text = _EXPONENT.sub(r"\1 \\cdot 10^{\2}", text)
     text = _BRACED_COMMA.sub("", text)
     text = _SPACED_THOUSANDS.sub(lambda number: number[0].replace(" ", ""), text)
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
-    text = _ROOT.sub(r"\\sqrt{\1}", text).replace("**", "^")
-    if other.lstrip().startswith("y") and _OF_X.match(text):
-        text = _OF_X.sub("y=", text, count=1)
+    text = _PI.sub(r"\\pi ", _ROOT.sub(r"\\sqrt{\1}", text)).replace("**", "^")
+    text = _UNIT_IN_LIST.sub("", _BLACKBOARD.sub(r"\\mathbb{\1}", text))
     return _commas(text, other)
 
 
 def _commas(text: str, other: str) -> str:
-    """Commas between thousands go where the other side is no list; the others get a blank behind them."""
+    """Commas between thousands go, in an answer only if its gold is no list; the others get a blank behind them."""
     if not re.search(r"[(\[{]", text) and "," not in other:
         text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     return re.sub(r",(?=\S)", ", ", text)

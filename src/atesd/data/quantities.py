@@ -36,6 +36,7 @@ _TEN = re.compile(
 )
 _EXPONENT = re.compile(r"(?P<mantissa>\d+\.?\d*|\.\d+)\s*[eE]\s*(?P<power>[-+]?\d+)", re.ASCII)
 _NAME = re.compile(r"(?:\\text\s*\{[^{}]*\}|[A-Za-z])(?:_\s*(?:\w|\{\w+\}))?\s*(?:=|\\approx)\s*(?=[^=])")
+_ORDINAL = re.compile(r"(?<=\d)\s*(?:st|nd|rd|th|\^\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\})$")
 _ABOUT = re.compile(r"(?:\\approx|\\sim|\\simeq|=)\s*")
 
 _PERCENT = re.compile(
@@ -57,7 +58,7 @@ _NO_UNITS = frozenset(
 )
 _OPEN_END = re.compile(r"[-+*/^_=<>,;:({\[\\]$")
 
-_UNITS: dict[str, str] = {}
+UNITS: dict[str, str] = {}
 for _names in (
     "mm millimeter millimetre",
     "cm centimeter centimetre",
@@ -90,7 +91,7 @@ for _names in (
     "radian rad",
     "mph",
 ):
-    _UNITS |= dict.fromkeys(_names.split(), _names.split()[0])
+    UNITS |= dict.fromkeys(_names.split(), _names.split()[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def _quantity(text: str) -> Quantity | None:
     if about := _ABOUT.match(rest):
         rest = rest[about.end() :]
     rest = _PRICE.sub(r"\1", rest, count=1) if _PRICE.match(rest) else rest
-    bare, unit = split_unit(rest)
+    bare, unit = split_unit(_ORDINAL.sub("", rest))
     number = _number(unwrapped(bare))
     if number is None:
         return None
@@ -170,8 +171,8 @@ def _without_bare_unit(text: str) -> tuple[str, str]:
     touches = not (before[-1:].isspace() or match[0][0].isspace())
     if len(first) < (3 if touches else 2) or not re.search(r"[\d}]\s*$", before):
         return text, ""
-    if unit := _known(word):
-        return before, unit
+    if _known(first):
+        return before, _known(word)
     counted = len(first) > (3 if touches else 2) and first.lower() not in _NO_UNITS
     return (before, "") if counted and _number(unwrapped(before)) is not None else (text, "")
 
@@ -182,7 +183,7 @@ def _known(unit: str) -> str:
     square = 2 if re.match(r"sq(uared?)?", plain) else 3 if re.match(r"cu(bic)?(?!p)", plain) else 1
     plain = re.sub(r"^(sq(uared?)?|cu(bic)?(?!p))", "", plain)
     word, _, power = plain.partition("^")
-    name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or ""
+    name = UNITS.get(word) or UNITS.get(word.removesuffix("s")) or ""
     return f"{name}^{power or square}" if name else ""
 
 
@@ -194,9 +195,13 @@ def _number(text: str) -> Number | None:
 
 
 def _without_parentheses(text: str) -> str:
-    while len(text) > 2 and text[0] == "(" and text[-1] == ")" and not re.search(r"[(),]", text[1:-1]):
-        text = text[1:-1].strip()
-    return text
+    """`text` without the pairs of parentheses around all of it, as far as no comma makes them a tuple."""
+    inner = text.lstrip("( ")
+    pairs = text[: len(text) - len(inner)].count("(")
+    closed = len(text) - len(inner.rstrip(") ")) if pairs else 0
+    if not pairs or "," in text or "(" in inner or text[len(text) - closed :].count(")") != pairs:
+        return text
+    return inner.rstrip(") ")
 
 
 def _unsigned(text: str) -> Number | None:

@@ -144,7 +144,7 @@ def tidy(answer: str) -> str:
 
 
 def unwrapped(text: str) -> str:
-    r"""`text` without outer spaces, `**`, braces, `\text{...}` around all of it, and without a trailing period."""
+    r"""`text` without outer spaces, `**`, backticks, braces, `\text{...}` around all of it, and without a trailing period."""
     closing = _closings(text)
     start, end = 0, len(text)
     while True:
@@ -157,6 +157,8 @@ def unwrapped(text: str) -> str:
             end -= 1
         if end - start > 4 and text.startswith("**", start) and text.endswith("**", start, end):
             start, end = start + 2, end - 2
+        if end - start > 2 and text[start] == text[end - 1] == "`":
+            start, end = start + 1, end - 1
         for opening in (r"\text{", "{"):
             brace = start + len(opening) - 1
             if text.startswith(opening, start) and closing.get(brace) == end - 1:
