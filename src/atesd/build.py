@@ -191,7 +191,7 @@ def build(config: Config, problems: ProblemSets | None = None, *, ranks: Ranks =
     renderer = make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     scorer, teacher = Scorer(loaded), Teacher(loaded.model, config.teacher)
-    checker = make_checker(config.checker)
+    checker = make_checker(config.checker, config.data.checker_workers)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
 

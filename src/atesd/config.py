@@ -96,7 +96,7 @@ class DataConfig(Component):
     source: str = Field(
         "world", description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.parquet, or a `datasets` id"
     )
-    preset: Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None = Field(
+    preset: Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "gsm8k", "math", "openr1"] | None = Field(
         None, description="column map and row filter of a known data set"
     )
     columns: ColumnsConfig = ColumnsConfig()
@@ -109,6 +109,7 @@ class DataConfig(Component):
     checker: Literal["auto", "exact", "math", "none"] = Field(
         "auto", description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified"
     )
+    checker_workers: int = Field(2, ge=1, le=64, description="processes of the checker math")
     leap_share: Fraction = Field(0.0, description="world only: share q of problems whose reference leaps")
     leap_probability: Fraction | None = Field(
         None, description="world only: leaps anywhere with this probability instead of late leaps"

@@ -109,7 +109,9 @@ def _load() -> Callable[[str, str], str]:
             return "unparseable"
         try:
             # Its time-outs raise inside whatever sympy is doing and are swallowed there: off.
-            equal = grader.verify([expected], [found], allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+            equal = grader.verify(
+                [expected], [found], allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+            )
         except Exception:
             equal = False  # incomparable kinds: not shown to be equal
         return "correct" if equal else "wrong"
@@ -143,8 +145,12 @@ def _numerically_equal(one: Any, two: Any, *_: object) -> bool:
     one, two = _done(one), _done(two)
     if isinstance(one, (MatrixBase, MatrixExpr)) or isinstance(two, (MatrixBase, MatrixExpr)):
         shapes = getattr(one, "shape", None), getattr(two, "shape", None)
-        return shapes[0] is not None and shapes[0] == shapes[1] and all(
-            _numerically_equal(a, b) or (a - b).simplify() == 0 for a, b in zip(one.flat(), two.flat(), strict=True)
+        return (
+            shapes[0] is not None
+            and shapes[0] == shapes[1]
+            and all(
+                _numerically_equal(a, b) or (a - b).simplify() == 0 for a, b in zip(one.flat(), two.flat(), strict=True)
+            )
         )
     try:
         return _close(one, two)

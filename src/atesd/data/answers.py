@@ -31,6 +31,8 @@ from atesd.records import Verdict
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[-+]?\d+(?:\.\d+)?|[A-Za-z]")
 _BARE_STYLE = re.compile(r"\\(?:text|math)[a-z]*\s*(?=\{)")
+_MARK = "####"
+
 _WORKER = Path(__file__).with_name("answer_worker.py")
 _START_SECONDS = 120.0  # for importing sympy on a crowded machine
 _STARTS = 3  # of processes in a row that die before they are ready
@@ -41,9 +43,9 @@ _FAILED = "failed"
 def last_boxed(text: str) -> str | None:
     r"""The content of the box that opens last in `text`: `\boxed{...}` or `\fbox{...}`, stripped of outer spaces.
 
-    Braces are matched; escaped ones (`\{`, `\}`) do not count. Without braces a number or one letter is taken
-    (`\boxed 7`), or a style (`\boxed\textbf{C}`). None if there is no box, if the last one is empty, or if it never closes: a truncated answer is not
-    replaced by an earlier one.
+    Braces are matched; escaped ones (`\{`, `\}`) do not count. Without braces a number, one letter (`\boxed 7`) or a
+    style (`\boxed\textbf{C}`) is taken. None if there is no box, if the last one is empty, or if it never closes: a
+    truncated answer is not replaced by an earlier one.
     """
     span = last_box(text)
     return None if span is None else text[span[0] : span[1]].strip() or None
@@ -62,6 +64,18 @@ def last_box(text: str) -> tuple[int, int] | None:
         return None if end is None else (start, end + 1)
     bare = _BARE.match(text, start)
     return None if bare is None else bare.span()
+
+
+def marked_answer(text: str) -> str | None:
+    """What stands behind `####` on the last line that is not blank, as in GSM8K; None if that line has no such mark."""
+    _, _, line = text.rstrip().rpartition("\n")
+    mark, answer = line.strip()[:4], line.strip()[4:].strip()
+    return answer or None if mark == _MARK and not answer.startswith("#") else None
+
+
+def without_mark(text: str) -> str:
+    """The text without its line of the marked answer (see `marked_answer`), if it has one."""
+    return text if marked_answer(text) is None else text.rstrip().rpartition("\n")[0].rstrip()
 
 
 def _closing_brace(text: str, opening: int) -> int | None:
@@ -109,9 +123,9 @@ class MathChecker:
     """Compares the last boxed answer with the gold as mathematics: math-verify in processes of its own.
 
     What `equivalence.judge` can decide is decided without asking a process. `seconds` is the processor time of one
-    pair, `memory_mb` the address space of a process, `workers` the number of processes. One that outgrows its memory, or
-    that dies or stands still for other reasons, is replaced and its pair tried again in a process of its own; failing
-    there, or using up its processor time, is a timeout. A gold that math-verify cannot read is compared as a string.
+    pair, `memory_mb` the address space of a process, `workers` the number of processes. One that outgrows its memory,
+    dies or stands still is replaced, and its pair tried again in a process of its own. Failing there, or using up its
+    processor time, is a timeout. A gold that math-verify cannot read is compared as a string.
     Raises `DataError` if the processes cannot start.
     """
 
@@ -171,7 +185,8 @@ class MathChecker:
 
     def _staff(self, open_jobs: int, alone: bool) -> None:
         """Replace processes that died while idle, and start new ones as many as are of use."""
-        for worker in [worker for worker in self._workers if worker.idle and (not worker.alive or (alone and worker.used))]:
+        idle = [worker for worker in self._workers if worker.idle]
+        for worker in [worker for worker in idle if not worker.alive or (alone and worker.used)]:
             self._dismiss(worker)
         while len(self._workers) < min(self._count, open_jobs):
             self._workers.append(_Worker(self._seconds, self._memory_mb))

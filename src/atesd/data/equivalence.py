@@ -38,7 +38,8 @@ _CIRCLE = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\s*\\degr
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _OF_Y = re.compile(r"y\s*=(?=[^=])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
-_UNIT_IN_LIST = re.compile(rf"(?<=[\d}}])\s*\\text\{{\s*(?:{'|'.join(sorted(UNITS))})s?\s*\}}(?=\s*(?:[,;)\]]|\\text|\\\}}|$))")
+_LISTED_UNIT = rf"\\text\{{\s*(?:{'|'.join(sorted(UNITS))})s?\s*\}}"
+_UNIT_IN_LIST = re.compile(rf"(?<=[\d}}])\s*{_LISTED_UNIT}(?=\s*(?:[,;)\]]|\\text|\\\}}|$))")
 _OF_X = re.compile(r"\s*[A-Za-z]\s*\(\s*[A-Za-z]\s*\)\s*=(?=[^=])")
 
 
@@ -66,6 +67,19 @@ def _depth(text: str) -> int:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return deepest
+
+
+def unreadable(gold: str) -> str | None:
+    """Why no checker can compare anything with this gold; None if one can."""
+    if len(gold) > LONGEST:
+        return f"has {len(gold)} characters, of {LONGEST} that are read"
+    if "####" in gold:
+        return "holds the mark ####, with more than an answer behind it"
+    if "\n" in gold.strip() and r"\begin" not in gold:
+        return f"has {len(gold.strip().splitlines())} lines; name the column that holds the final answer alone"
+    if _depth(gold) > DEEPEST:
+        return f"nests more than {DEEPEST} brackets"
+    return None if re.search(r"[^\W_]|\\[A-Za-z]", tidy(gold)) else "holds neither a number nor a word"
 
 
 def plainly_equal(gold: str, answer: str) -> bool:
@@ -100,7 +114,7 @@ def _seconds(clock: re.Match[str]) -> int:
 
 
 def _same_words(gold: str, answer: str) -> bool | None:
-    """Words, in any case; letters alone are words if one side says so by `\\text`, or if they are four or more."""
+    r"""Words, in any case; letters alone are words if one side says so by `\text`, or if they are four or more."""
     expected, found = _words(gold), _words(answer)
     if expected is None or found is None or max(len(expected), len(found)) < 2:
         return None
@@ -160,7 +174,7 @@ def _in_radians(text: str) -> str:
 
 
 def _expression(text: str, other: str) -> str:
-    """A text as sympy's reader takes it: one way to write numbers, roots and angles. `other` is the gold of an answer."""
+    """A text as sympy's reader takes it: one way to write numbers, roots, angles. `other` is the gold of an answer."""
     text = _in_radians(text) if _ANGLE_FUNCTION.search(text) else _CIRCLE.sub("", text)
     text = _EXPONENT.sub(r"\1 \\cdot 10^{\2}", text)
     text = _BRACED_COMMA.sub("", text)

@@ -1,7 +1,7 @@
 r"""Answers that are one number: exact value, per cent, unit. They are compared here, without sympy.
 
-Read are digits with separators, fractions, mixed numbers, powers of ten, per cents, degrees, money, and a unit behind the
-number. docs/answers.md lists what is equal.
+Read are digits with separators, fractions, mixed numbers, powers of ten, per cents, degrees, money, and a unit behind
+the number. docs/answers.md lists what is equal.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ _POWER = r"(?:\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))?"
 _TEXT_UNIT = re.compile(rf"\s*(?:/|\\cdot|\\times)?\s*\\text\{{\s*((?:[^{{}}]|\{{[^{{}}]*\}})*?)\s*\}}{_POWER}\s*$")
 _BARE_UNIT = re.compile(rf"(?<![A-Za-z\\])\s*[A-Za-zµ]+(?:[ /.-]+[A-Za-z]+)*\.?{_POWER}\s*$")
 _LETTER_UNITS = frozenset("mgshlLAVWJNKCFT")
-_NO_UNITS = frozenset(
-    "and mod log exp sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan sqrt inf infinity alpha beta gamma delta "
-    "theta lambda sigma omega times cdot over choose plus minus nan".split()
-)
+_MATHS_WORDS = """
+and mod log exp sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan sqrt inf infinity nan
+alpha beta gamma delta theta lambda sigma omega times cdot over choose plus minus
+"""
+_NO_UNITS = frozenset(_MATHS_WORDS.split())
 _OPEN_END = re.compile(r"[-+*/^_=<>,;:({\[\\]$")
 
 UNITS: dict[str, str] = {}
@@ -115,7 +116,7 @@ class Quantity:
 
 
 def read_quantity(answer: str) -> Quantity | None:
-    r"""The one number that the answer is, such as `-1\frac12`, `50.0\%`, `\$1{,}234`, `1.4 \times 10^9`, `5\text{ cm}`."""
+    r"""The one number that the answer is, such as `-1\frac12`, `50.0\%`, `\$1{,}234`, `1.4 \times 10^9`, `5 cm`."""
     return None if len(answer) > _LONGEST else _quantity(tidy(answer))
 
 
@@ -154,7 +155,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _is_unit(before: str, name: str) -> bool:
-    """Whether a `\\text` behind `before` is a unit or a remark, and not a part of the mathematics."""
+    r"""Whether a `\text` behind `before` is a unit or a remark, and not a part of the mathematics."""
     before = before.rstrip()
     outside = re.sub(r"\\text\{[^{}]*\}", "", before[-200:])
     letter = len(name) == 1 and name not in _LETTER_UNITS
@@ -162,7 +163,7 @@ def _is_unit(before: str, name: str) -> bool:
 
 
 def _without_bare_unit(text: str) -> tuple[str, str]:
-    """A unit without `\\text`: words behind a number."""
+    r"""A unit without `\text`: words behind a number."""
     match = _BARE_UNIT.search(text[-80:])
     if match is None or len(match[0]) == len(text):
         return text, ""

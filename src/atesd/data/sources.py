@@ -116,6 +116,7 @@ def _read_main(config: DataConfig) -> Reading:
 def _read_test(source: str, config: DataConfig) -> Reading:
     """Read `data.test_source` by `data.columns`. It may lack the solution column, and a column `answer` is found.
 
+    A test problem is scored by its answer, so that its solution need not come to the same.
     Ids of a column get the prefix `test:`, as two files often count their rows alike.
     """
     table = open_table(source, "test", config.split_name)
@@ -124,7 +125,7 @@ def _read_test(source: str, config: DataConfig) -> Reading:
         columns = columns.model_copy(update={"answer": "answer"})
     if columns.solution not in table.columns and columns.answer is not None:
         columns = columns.model_copy(update={"solution": None})
-    reading = checked(table.name, read_columns(table, _settings(columns)), columns, config.checker)
+    reading = checked(table.name, read_columns(table, _settings(columns)), columns, config.checker, solutions=False)
     _refuse_bad_rows(reading, config)
     prefix = "" if columns.id is None else "test:"
     return replace(reading, entries=tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries))

@@ -39,17 +39,18 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _PARTS = {"½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5),
           "⅘": (4, 5), "⅙": (1, 6), "⅚": (5, 6), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8)}  # fmt: skip
+_COMMAND_TABLE = r"""
+× \times ⋅ \cdot · \cdot ∙ \cdot ÷ / ∕ / ⁄ / ≤ \le ≥ \ge ⩽ \le ⩾ \ge ≠ \ne ≈ \approx ± \pm ∞ \infty π \pi θ \theta
+α \alpha β \beta λ \lambda ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ° ^\circ º ^\circ ′ ' ’ ' ‘ ' ％ \% 、 , ， , 。 .
+"""
+_COMMANDS = _COMMAND_TABLE.split()
 _SYMBOLS = {
     **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94)},  # fullwidth forms of the printable ASCII characters
-    **{minus: "-" for minus in "−‐‑‒–—﹣"},
-    **{blank: " " for blank in "\u00a0\u2002\u2003\u2007\u2008\u2009\u200a\u202f\u3000"},
-    **{nothing: "" for nothing in "\u200b\u200c\u200d\u2060\ufeff\u00ad"},
+    **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014\ufe63", "-"),
+    **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2008\u2009\u200a\u202f\u3000", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
     **{sign: f"\\frac{{{above}}}{{{below}}}" for sign, (above, below) in _PARTS.items()},
-    **{"×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/"},
-    **{"≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "},
-    **{"∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda "},
-    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ "},
-    **{"′": "'", "’": "'", "‘": "'", "％": r"\%", "、": ",", "，": ",", "。": "."},
+    **{sign: text + " " * text[-1].isalpha() for sign, text in zip(_COMMANDS[::2], _COMMANDS[1::2], strict=True)},
 }
 _TRANSLATION = str.maketrans(_SYMBOLS)
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
@@ -144,7 +145,7 @@ def tidy(answer: str) -> str:
 
 
 def unwrapped(text: str) -> str:
-    r"""`text` without outer spaces, `**`, backticks, braces, `\text{...}` around all of it, and without a trailing period."""
+    r"""`text` without outer spaces, `**`, backticks, braces or `\text{...}` around all of it, and a trailing period."""
     closing = _closings(text)
     start, end = 0, len(text)
     while True:
