@@ -43,8 +43,11 @@ _UNIT_IN_LIST = re.compile(rf"(?<=[\d}}])\s*{_LISTED_UNIT}(?=\s*(?:[,;)\]]|\\tex
 _OF_X = re.compile(r"\s*[A-Za-z]\s*\(\s*[A-Za-z]\s*\)\s*=(?=[^=])")
 
 
-def judge(gold: str, answer: str) -> Judgement | Pairs:
-    """The verdict, or the pairs (gold, answer) for sympy, of which one equal pair makes the answer correct."""
+def judge(gold: str, answer: str, choices: bool = True) -> Judgement | Pairs:
+    """The verdict, or the pairs (gold, answer) for sympy, of which one equal pair makes the answer correct.
+
+    `choices` False: a letter in front is not taken for that of a choice.
+    """
     if normalise(gold) == normalise(answer):
         return "correct"
     if len(answer) > LONGEST or len(gold) > LONGEST:
@@ -56,8 +59,8 @@ def judge(gold: str, answer: str) -> Judgement | Pairs:
         return "unparseable"
     if not expected or _depth(expected) > DEEPEST:
         return "wrong"
-    if (parts := _without_choices(expected, found)) is not None:
-        return parts if isinstance(parts, str) else judge(*parts)
+    if choices and (parts := _without_choices(expected, found)) is not None:
+        return parts if isinstance(parts, str) else judge(*parts, choices=False)
     return _pairs(expected, found)
 
 
