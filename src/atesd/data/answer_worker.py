@@ -49,7 +49,10 @@ def main(seconds: float, memory_mb: int) -> None:
     _reply(replies, READY)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        verdict = _best(compare, json.loads(line))
+        try:
+            verdict = _best(compare, json.loads(line))
+        except MemoryError:
+            return
         signal.setitimer(signal.ITIMER_PROF, 0)
         after = _memory_mb("VmHWM:")
         # sympy swallows failed allocations and goes on to "not equal": the parent sees a death instead.
@@ -96,6 +99,8 @@ def _load() -> Callable[[str, str], str]:
                 lambda part: latex2sympy(part, is_real=real, normalization_config=None, conversion_config=letters),
             )
             return parsed if real else _with_imaginary_unit(parsed)
+        except MemoryError:
+            raise
         except Exception:
             return None
 
@@ -112,6 +117,8 @@ def _load() -> Callable[[str, str], str]:
             equal = grader.verify(
                 [expected], [found], allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
             )
+        except MemoryError:
+            raise
         except Exception:
             equal = False  # incomparable kinds: not shown to be equal
         return "correct" if equal else "wrong"
@@ -154,6 +161,8 @@ def _numerically_equal(one: Any, two: Any, *_: object) -> bool:
         )
     try:
         return _close(one, two)
+    except MemoryError:
+        raise
     except Exception:
         return False
 

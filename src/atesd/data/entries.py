@@ -105,10 +105,10 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
     if answer is None:
         stated_nowhere = "data.columns.answer is not set" if columns.answer is None else f"'{columns.answer}' is empty"
         raise _BadValueError(f"{NO_ANSWER}: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
-    if (fault := unreadable(answer)) is not None:
-        raise _BadValueError(f"the answer '{_brief(answer)}' {fault}")
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise _BadValueError(f"the answer '{_brief(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
+    if (fault := unreadable(answer)) is not None:
+        raise _BadValueError(f"the answer '{_brief(' '.join(answer.split()))}' {fault}")
     return Entry(
         row.number,
         text_hash(text) if columns.id is None else _id(values, columns.id),
