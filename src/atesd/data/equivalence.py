@@ -117,10 +117,12 @@ def _seconds(clock: re.Match[str]) -> int:
 
 
 def _same_words(gold: str, answer: str) -> bool | None:
-    r"""Words, in any case; letters alone are words if one side says so by `\text`, or if they are four or more."""
+    r"""Words, in any case; letters alone are words if one side says so by `\text`, or if four or more."""
     expected, found = _words(gold), _words(answer)
     if expected is None or found is None or max(len(expected), len(found)) < 2:
         return None
+    if expected == found and len(expected) > 2:
+        return True
     styled = _STYLE.search(gold) or _STYLE.search(answer)
     longest = max(map(len, re.split(r"\W+", f"{expected} {found}")))
     return expected == found if styled or longest > 3 else None
@@ -184,7 +186,7 @@ def _expression(text: str, other: str) -> str:
     text = _SPACED_THOUSANDS.sub(lambda number: number[0].replace(" ", ""), text)
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
     text = _PI.sub(r"\\pi ", _ROOT.sub(r"\\sqrt{\1}", text)).replace("**", "^")
-    text = _UNIT_IN_LIST.sub("", _BLACKBOARD.sub(r"\\mathbb{\1}", text))
+    text = _UNIT_IN_LIST.sub("", _BLACKBOARD.sub(r"\\mathbb{\1}", text)).replace(r"\varnothing", r"\emptyset")
     return _commas(text, other)
 
 

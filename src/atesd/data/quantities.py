@@ -29,6 +29,7 @@ _COMMA = re.compile(r"\d+(?:,|\{,\})\d+", re.ASCII)
 _FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", re.ASCII)
 _OVER = re.compile(r"\{?([^{}/\\]*)\\over([^{}/\\]*)\}?", re.ASCII)
 _MIXED = re.compile(r"(\d+)(?:\s*(?=\\frac)|\s+(?=\d+\s*/)|\s*(?:\+|and)\s*(?=\\frac|\d+\s*/))", re.ASCII)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar)\s*\{\s*(\d+)\s*\}", re.ASCII)
 _TEN = re.compile(
     r"(?:(?P<mantissa>.*\d\.?)\s*(?:\\times|\\cdot|\\ast|\*|x|X)\s*)?10\s*(?:\^|\*\*)\s*(?:\{\s*\(?|\()?\s*"
     r"(?P<power>[-+]?\s*\d+)\s*(?:\)?\s*\}|\))?",
@@ -51,6 +52,7 @@ _PRICE = re.compile(rf"([-+]?)\s*{_MONEY}(?=[-+.\d\\])")
 _POWER = r"(?:\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))?"
 _TEXT_UNIT = re.compile(rf"\s*(?:/|\\cdot|\\times)?\s*\\text\{{\s*((?:[^{{}}]|\{{[^{{}}]*\}})*?)\s*\}}{_POWER}\s*$")
 _BARE_UNIT = re.compile(rf"(?<![A-Za-z\\])\s*[A-Za-zµ]+(?:[ /.-]+[A-Za-z]+)*\.?{_POWER}\s*$")
+_SPEED = re.compile(r"[A-Za-z]+/[A-Za-z]+")
 _LETTER_UNITS = frozenset("mgshlLAVWJNKCFT")
 _MATHS_WORDS = """
 and mod log exp sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan sqrt inf infinity nan
@@ -170,9 +172,11 @@ def _without_bare_unit(text: str) -> tuple[str, str]:
     before, word = text[: len(text) - len(match[0])], match[0].strip()
     first = re.split(r"[ /.^-]", word, maxsplit=1)[0]
     touches = not (before[-1:].isspace() or match[0][0].isspace())
-    if len(first) < (3 if touches else 2) or not re.search(r"[\d}]\s*$", before):
+    if not touches and _SPEED.fullmatch(word) and all(name in UNITS for name in word.split("/")):
+        return before, ""
+    if len(first) < (3 if touches else 2) or not re.search(r"(?:[\d}]|\\pi)\s*$", before):
         return text, ""
-    if _known(first):
+    if _known(first) or first.lower() in ("sq", "cu"):
         return before, _known(word)
     counted = len(first) > (3 if touches else 2) and first.lower() not in _NO_UNITS
     return (before, "") if counted and _number(unwrapped(before)) is not None else (text, "")
@@ -208,7 +212,7 @@ def _without_parentheses(text: str) -> str:
 def _unsigned(text: str) -> Number | None:
     if (number := _digits(text)) is not None:
         return number
-    for read in (_ratio, _mixed, _scientific):
+    for read in (_ratio, _mixed, _scientific, _repeating):
         if (number := read(text)) is not None:
             return number
     if text[:1] == "-" and len(text) > 1 and text[1] != "-":  # inside parentheses
@@ -268,6 +272,16 @@ def _mixed(text: str) -> Number | None:
     if whole is None or part is None or part.digits or not 0 < part.value < 1:
         return None
     return Number(int(whole[1]) + part.value)
+
+
+def _repeating(text: str) -> Number | None:
+    r"""A decimal whose last digits repeat for ever: `0.1\overline{6}`."""
+    match = _REPEATING.fullmatch(text)
+    if match is None:
+        return None
+    whole, fixed, repeated = match.groups()
+    period = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
+    return Number(Fraction(int(whole + fixed or "0"), 10 ** len(fixed)) + period)
 
 
 def _scientific(text: str) -> Number | None:

@@ -145,14 +145,14 @@ def tidy(answer: str) -> str:
 
 
 def unwrapped(text: str) -> str:
-    r"""`text` without outer spaces, `**`, backticks, braces or `\text{...}` around all of it, and a trailing period."""
+    r"""`text` without outer spaces, `**`, backticks, braces or `\text{...}` around all of it, and a trailing mark."""
     closing = _closings(text)
     start, end = 0, len(text)
     while True:
         begin, stop = start, end
         while start < end and text[start].isspace():
             start += 1
-        while end > start and text[end - 1].isspace():
+        while end > start and (text[end - 1].isspace() or text[end - 1] in ",;\\"):
             end -= 1
         if end - start > 1 and text[end - 1] == "." and text[end - 2] not in "\\.":
             end -= 1
