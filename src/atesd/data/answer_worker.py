@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 READY = "ready"
 SUSPECT_SHARE = 0.25  # of the memory that a comparison may take; an unequal one that took more gives no verdict
-WORN_SHARE = 0.5  # of the memory that a process may keep before it makes room for a new one
+WORN_SHARE = 0.25  # of that memory, which a process may keep before it makes room for a new one
 ROUNDED = 1e-6  # relative difference of a decimal and an irrational or periodic number
 WRITTEN = 1e-9  # of two decimals
 PROVEN = 1e-40  # of two exact numbers whose difference is not evaluated to more digits
@@ -46,6 +46,7 @@ def main(seconds: float, memory_mb: int) -> None:
         _reply(replies, f"{type(error).__name__}: {error}", leaves=True)
         return
     usual = before = _memory_mb("VmHWM:")
+    start = _memory_mb("VmSize:")
     _reply(replies, READY)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -59,8 +60,7 @@ def main(seconds: float, memory_mb: int) -> None:
         if verdict != "correct" and after - before > SUSPECT_SHARE * (memory_mb - usual):
             return
         before = after
-        worn = _memory_mb("VmSize:") > WORN_SHARE * memory_mb or after - usual > SUSPECT_SHARE * (memory_mb - usual)
-        _reply(replies, verdict, worn)
+        _reply(replies, verdict, leaves=_memory_mb("VmSize:") - start > WORN_SHARE * (memory_mb - start))
 
 
 def _best(compare: Callable[[str, str], str], pairs: list[list[str]]) -> str:

@@ -7,7 +7,6 @@ the number. docs/answers.md lists what is equal.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -342,15 +341,3 @@ def _terminates(value: Fraction) -> bool:
         while rest % prime == 0:
             rest //= prime
     return rest == 1
-
-
-def list_items(text: str) -> Sequence[str]:
-    """The parts of a text between the commas that no bracket holds."""
-    depth, start = 0, 0
-    items = []
-    for match in re.finditer(r"\\.|[(){}\[\],]", text, re.DOTALL):
-        if match[0] == "," and depth == 0:
-            items.append(text[start : match.start()])
-            start = match.end()
-        depth += (match[0] in ("(", "[", "{", r"\{")) - (match[0] in (")", "]", "}", r"\}"))
-    return (*items, text[start:])
