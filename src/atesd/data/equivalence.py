@@ -33,6 +33,8 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.,^_}])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 _MIXED = re.compile(r"(?<![\d.^_}\\/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", re.ASCII)
 _ROOT = re.compile(r"\\?sqrt\s*\(([^()]*)\)")
+_SIGN = re.compile(r"\\pm(?![A-Za-z])")
+_INNER_SIGN = re.compile(r"\{[^{}]*\\pm(?![A-Za-z])")
 _PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _CIRCLE = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\s*\\degree(?![A-Za-z])")
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -187,7 +189,14 @@ def _expression(text: str, other: str) -> str:
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
     text = _PI.sub(r"\\pi ", _ROOT.sub(r"\\sqrt{\1}", text)).replace("**", "^")
     text = _UNIT_IN_LIST.sub("", _BLACKBOARD.sub(r"\\mathbb{\1}", text)).replace(r"\varnothing", r"\emptyset")
-    return _commas(text, other)
+    return _both_signs(_commas(text, other))
+
+
+def _both_signs(text: str) -> str:
+    r"""An expression with `\pm` inside a group as the list of its two values, which sympy's reader does not know."""
+    if not _INNER_SIGN.search(text) or "," in text or r"\{" in text:
+        return text
+    return ", ".join(_SIGN.sub(f" {plus} ", text).replace(r"\mp", minus) for plus, minus in ("+-", "-+"))
 
 
 def _commas(text: str, other: str) -> str:

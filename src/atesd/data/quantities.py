@@ -89,6 +89,7 @@ for _names in (
     "cent",
     "dollar usd",
     "euro eur",
+    "rupee rs",
     "degree deg",
     "radian rad",
     "mph",
@@ -131,7 +132,7 @@ def _quantity(text: str) -> Quantity | None:
     number = _number(unwrapped(bare))
     if number is None:
         return None
-    written = "".join(name[0][:-1].replace("\\approx", "").split()).rstrip("=") if name else ""
+    written = re.sub(r"[\s{}=]|\\approx", "", name[0]) if name and "\\text" not in name[0] else ""
     return Quantity(number, unit == "%", "" if unit == "%" else unit, written)
 
 
