@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atesd.config import ViewsConfig
-from atesd.data.answers import last_boxed, normalise
+from atesd.data.answers import last_boxed
 from atesd.data.controls import controlled
 from atesd.data.numbers import another_number, plain_value
+from atesd.data.spelling import normalise
 from atesd.data.views import TextRenderer
 from atesd.errors import DataError
 from atesd.maths.keyed import generator

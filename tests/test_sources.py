@@ -382,6 +382,90 @@ def test_the_preset_of_openr1_takes_the_first_verified_and_complete_generation(t
     assert "3 rows left out" in sets.skipped[0]
 
 
+def grade_school(n: int) -> dict[str, str]:
+    """A problem in the layout of GSM8K."""
+    two = 2 * n
+    steps = f"Twice {n} is 2*{n}=<<2*{n}={two}>>{two} pens.\nOne more is {two}+1=<<{two}+1={two + 1}>>{two + 1}."
+    return {"question": f"q{n}", "answer": f"{steps}\n#### {two + 1:,}"}
+
+
+def test_the_preset_of_gsm8k_reads_the_marked_answer_and_shows_neither_mark_nor_calculator(tmp_path):
+    problem = loaded(jsonl(tmp_path / "p.jsonl", map(grade_school, range(600, 800))), preset="gsm8k")["q700"]
+    assert problem.answer == "1,401"
+    assert problem.reference == (
+        "Twice 700 is 2*700=1400 pens.\nOne more is 1400+1=1401.\n\nFinal answer: \\boxed{1,401}"
+    )
+
+
+def test_the_preset_of_gsm8k_refuses_a_row_without_a_marked_answer(tmp_path):
+    rows = [*map(grade_school, range(20)), {"question": "q", "answer": "Then 7."}]
+    assert "row 21: no answer can be found" in refusal(jsonl(tmp_path / "p.jsonl", rows), preset="gsm8k")
+
+
+def test_the_preset_of_math_takes_what_the_solution_boxes_last(tmp_path):
+    rows = [
+        row(i, level="Level ?", type="Algebra", solution=f"\\boxed{{0}}\n\nSo \\boxed{{{2 * i}}}.") for i in range(200)
+    ]
+    assert loaded(jsonl(tmp_path / "p.jsonl", rows), preset="math")[EIGHT].answer == "16"
+
+
+@pytest.mark.parametrize("answer", ["answer", None])
+def test_a_column_that_holds_a_whole_solution_states_what_it_marks(tmp_path, answer):
+    columns = ColumnsConfig(problem="question", solution="answer", answer=answer)
+    problem = loaded(jsonl(tmp_path / "p.jsonl", map(grade_school, range(200))), columns=columns)["q20"]
+    assert problem.answer == "41"
+    assert "####" not in problem.reference
+    assert problem.closing == "\n\nFinal answer: \\boxed{41}"
+
+
+def test_a_marked_answer_that_contradicts_the_column_is_refused(tmp_path):
+    rows = [dict(grade_school(i), gold=str(2 * i + 1 + (i == 5))) for i in range(20)]
+    columns = ColumnsConfig(problem="question", solution="answer", answer="gold")
+    message = refusal(jsonl(tmp_path / "p.jsonl", rows), columns=columns)
+    assert "row 6: its solution boxes '11' but its answer is '12'" in message
+
+
+@pytest.mark.parametrize(
+    ("gold", "expected"),
+    [
+        ("Add.\nSo 4.", "the answer 'Add. So 4.' has 2 lines"),
+        ("???", "the answer '???' holds neither a number nor a word"),
+        ("4" * 5000, "has 5000 characters"),
+    ],
+)
+def test_a_gold_that_no_checker_can_read_is_refused_by_its_row(tmp_path, gold, expected):
+    assert expected in reason(tmp_path, row(2, solution="Add.", gold=gold), columns=ColumnsConfig(answer="gold"))
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [(3e-7, "0.0000003"), (1.4e9, "1400000000"), (0.1, "0.1"), (3e-30, "3e-30"), (1e22, "1" + "0" * 22)],
+)
+def test_a_number_in_a_column_becomes_a_gold_that_a_person_would_write(tmp_path, value, gold):
+    rows = [row(i, solution="", answer=value) for i in range(200)]
+    assert loaded_one(tmp_path, rows) == {gold}
+
+
+def loaded_one(tmp_path: Path, rows: list[dict[str, Any]]) -> set[str]:
+    sets = load_problems(settings(jsonl(tmp_path / "p.jsonl", rows), columns=ColumnsConfig(answer="answer")))
+    return {problem.answer for problem in every(sets)}
+
+
+@pytest.mark.parametrize("boxed", ["\\textbf{(0%d)}", "\\mathbf{%d}", "\\text{(%d)}", "\\fbox{%d}", "(%d)"])
+def test_a_styled_box_is_the_number_in_it(tmp_path, boxed):
+    rows = [row(i, solution=f"So \\boxed{{{boxed % (2 * i)}}}.", answer=f"{2 * i:03}") for i in range(200)]
+    source = jsonl(tmp_path / "p.jsonl", rows)
+    assert load_problems(settings(source, columns=ColumnsConfig(answer="answer"), checker="exact")).skipped == ()
+
+
+def test_the_solutions_of_a_test_file_are_not_compared_with_its_answers(tmp_path):
+    tests = [dict(row(i), problem=f"t{i}", answer=str(2 * i + 1)) for i in range(30)]
+    sets = load_problems(
+        settings(jsonl(tmp_path / "p.jsonl", ROWS), test_source=jsonl(tmp_path / "t.jsonl", tests), test_size=30)
+    )
+    assert sorted(int(problem.answer) for problem in sets.test) == [2 * i + 1 for i in range(30)]
+
+
 def test_a_preset_names_the_column_that_a_file_lacks(tmp_path):
     message = refusal(jsonl(tmp_path / "p.jsonl", ROWS), preset="deepmath")
     assert "no column 'question', which data.preset: deepmath (question) names; it has: problem, solution" in message

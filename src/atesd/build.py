@@ -75,7 +75,7 @@ def build(
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
     scorer, teacher = Scorer(loaded, weights), Teacher(weights, config.teacher)
-    checker = make_checker(config.checker)
+    checker = make_checker(config.checker, config.data.checker_workers)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
     optimiser = Optimiser(weights.trained, config.train)

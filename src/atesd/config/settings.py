@@ -126,9 +126,9 @@ class DataConfig(Component):
         "world",
         description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads",
     )
-    preset: Annotated[Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "openr1"] | None, _READS] = Field(
-        None, description="column map and row filter of a known data set"
-    )
+    preset: Annotated[
+        Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "gsm8k", "math", "openr1"] | None, _READS
+    ] = Field(None, description="column map and row filter of a known data set")
     columns: Annotated[
         ColumnsConfig,
         ActsWhen(
@@ -156,6 +156,9 @@ class DataConfig(Component):
     )
     checker: Literal["auto", "exact", "math", "none"] = Field(
         "auto", description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified"
+    )
+    checker_workers: Annotated[int, ActsWhen(lambda c: c.checker == "math", "data.checker: math")] = Field(
+        2, ge=1, le=64, description="processes of the checker math"
     )
     leap_share: Annotated[
         Fraction, _WORLD, ActsWhen(lambda c: c.data.leap_probability is None, "data.leap_probability: null")

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from atesd.data.answers import last_box, normalise
+from atesd.data.answers import last_box
 from atesd.data.numbers import another_number, plain_value
+from atesd.data.spelling import normalise
 from atesd.errors import DataError
 from atesd.maths.keyed import generator
 from atesd.records import Problem

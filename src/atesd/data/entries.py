@@ -1,7 +1,8 @@
 """Rows checked one by one: each becomes an entry, or a bad row with its reason.
 
 A row is bad without a problem or an answer that can be found, with an id or a text seen before, with text that is not
-valid Unicode, or with a solution whose boxed answer is not that of the answer column.
+valid Unicode, with an answer that no checker can read, or with a solution that comes to another answer than the column
+says. A solution that ends in a line `#### N`, as GSM8K has it, states the answer N there; the line is not shown.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from decimal import Decimal
 from typing import Any
 
 from atesd.config import ColumnsConfig
-from atesd.data.answers import ExactChecker, MathChecker, last_boxed, normalise
-from atesd.data.numbers import plain_value
+from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_answer, without_mark
+from atesd.data.equivalence import plainly_equal, unreadable
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, row_place, shown
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _FARTHEST = 2**53  # from here on a floating-point number may stand for a neighbour of the one that was written
 _MOST_DIGITS = 4000  # Python writes out integers of up to 4300
+_MOST_ZEROS = 12
 _WRAPPED = re.compile(r"\$([^$]+)\$|\\\((.+)\\\)", re.DOTALL)
 
 
@@ -73,8 +75,13 @@ def checked(
     columns: ColumnsConfig,
     checker: str,
     place: Callable[[int], str] = row_place,
+    *,
+    solutions: bool = True,
 ) -> Reading:
-    """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only."""
+    """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only.
+
+    `solutions` False: the answers alone count, whatever the solutions come to.
+    """
     entries: list[Entry] = []
     bad: list[BadRow] = []
     seen: dict[str, int] = {}
@@ -93,7 +100,7 @@ def checked(
         else:
             same = "the same problem as" if columns.id is None else f"its id '{shown(entry.id)}' is that of"
             bad.append(BadRow(row.number, f"{same} {place(first)}"))
-    contradicted = _contradicted(entries, checker)
+    contradicted = _contradicted(entries, checker) if solutions else {}
     bad += [
         BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
@@ -109,7 +116,8 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
         raise _BadValueError(f"no problem: column '{columns.problem}' is empty")
     solution = _text(values, columns.solution) if columns.solution is not None else ""
     solution = solution if solution.strip() else ""
-    boxed = last_boxed(solution)
+    boxed = last_boxed(solution) or marked_answer(solution)
+    solution = without_mark(solution)
     stated = _stated_answer(values, columns.answer) if columns.answer is not None else None
     answer = stated or boxed
     if answer is None:
@@ -117,6 +125,8 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
         raise _BadValueError(f"{NO_ANSWER}: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise _BadValueError(f"the answer '{shown(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
+    if (fault := unreadable(answer)) is not None:
+        raise _BadValueError(f"the answer '{shown(' '.join(answer.split()))}' {fault}")
     return Entry(
         row.number,
         text_hash(text) if columns.id is None else _id(values, columns.id),
@@ -166,11 +176,20 @@ def _stated_answer(values: Mapping[str, Any], column: str) -> str | None:
             )
         if isinstance(value, float) and abs(value) >= _FARTHEST:
             raise _BadValueError(f"column '{column}' holds {value}, a number that is not exact; write it as text")
-        return str(int(value) if value == int(value) else value)
+        return _written(value)
     answer = _text(values, column).strip()
+    answer = marked_answer(answer) or answer
     if wrapped := _WRAPPED.fullmatch(answer):
         answer = (wrapped[1] or wrapped[2]).strip()
     return last_boxed(answer) or answer or None
+
+
+def _written(value: int | float | Decimal) -> str:
+    """A number without an exponent, as a person would write it, where that takes few digits."""
+    if value == int(value):
+        return str(int(value))
+    number = Decimal(str(value))
+    return f"{number:f}" if number.adjusted() > -_MOST_ZEROS else str(value)
 
 
 def _id(values: Mapping[str, Any], column: str) -> str:
@@ -197,10 +216,10 @@ def _difficulty(values: Mapping[str, Any], column: str) -> int:
 def _contradicted(entries: Iterable[Entry], kind: str) -> dict[int, Entry]:
     """Entries, by row, whose solution boxes another answer than the stated one.
 
-    Equal as normalised strings or as plain numbers is agreement; the rest is for math-verify, unless `kind` is exact.
+    Equal without algebra is agreement; the rest is for math-verify, unless `kind` is exact.
     """
     doubtful = [(entry, entry.boxed) for entry in entries if entry.boxed is not None]
-    doubtful = [(entry, boxed) for entry, boxed in doubtful if not plainly_equal(boxed, entry.answer)]
+    doubtful = [(entry, boxed) for entry, boxed in doubtful if not plainly_equal(entry.answer, boxed)]
     if not doubtful:
         return {}
     checker = ExactChecker() if kind == "exact" else MathChecker()
@@ -210,12 +229,6 @@ def _contradicted(entries: Iterable[Entry], kind: str) -> dict[int, Entry]:
         checker.close()
     pairs = zip(doubtful, verdicts, strict=True)
     return {entry.row: entry for (entry, _), verdict in pairs if verdict != "correct"}
-
-
-def plainly_equal(boxed: str, answer: str) -> bool:
-    """Whether two answers are the same normalised string or the same plain number: cheap, and never wrongly true."""
-    value = plain_value(boxed)
-    return normalise(boxed) == normalise(answer) or (value is not None and value == plain_value(answer))
 
 
 def text_hash(text: str) -> str:

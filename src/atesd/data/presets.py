@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from atesd.config import ColumnsConfig
-from atesd.data.answers import last_boxed
-from atesd.data.entries import plainly_equal
+from atesd.data.answers import last_boxed, marked_answer, without_mark
+from atesd.data.equivalence import plainly_equal
+
+_CALCULATION = re.compile(r"<<[^<>\n]*>>")
 
 Values = Mapping[str, Any]
 
@@ -36,7 +39,7 @@ def _solution_that_boxes_the_answer(values: Values) -> Values:
     solutions = [text for n in (1, 2, 3) if isinstance(text := values.get(f"r1_solution_{n}"), str)]
     boxes = [last_boxed(solution) for solution in solutions]
     answer = str(values.get("final_answer"))
-    same = (i for i, box in enumerate(boxes) if box is not None and plainly_equal(box, answer))
+    same = (i for i, box in enumerate(boxes) if box is not None and plainly_equal(answer, box))
     boxed = (i for i, box in enumerate(boxes) if box is not None)
     chosen = next(same, next(boxed, None))
     return {**values, "solution": None if chosen is None else solutions[chosen]}
@@ -49,6 +52,17 @@ def _verified_complete_generation(values: Values) -> Values | None:
         if verified is True and complete is True:
             return {**values, "solution": text}
     return None
+
+
+def _marked_solution(values: Values) -> Values:
+    """The solution without the calculator's notes `<<48/2=24>>` and the line `#### N`; N is the answer.
+
+    The notes are for a program that computes them. They are not what a person writes, and they state results twice.
+    """
+    solution = values.get("answer")
+    if not isinstance(solution, str):
+        return {**values, "solution": solution, "answer": None}
+    return {**values, "solution": _CALCULATION.sub("", without_mark(solution)), "answer": marked_answer(solution)}
 
 
 PRESETS: dict[str, Preset] = {
@@ -64,6 +78,10 @@ PRESETS: dict[str, Preset] = {
         ("question", "final_answer", "difficulty", "r1_solution_1", "r1_solution_2", "r1_solution_3"),
         _solution_that_boxes_the_answer,
     ),
+    # openai/gsm8k
+    "gsm8k": Preset(ColumnsConfig(problem="question", answer="answer"), ("question", "answer"), _marked_solution),
+    # EleutherAI/hendrycks_math, DigitalLearningGmbH/MATH-lighteval: the answer is what the solution boxes last
+    "math": Preset(ColumnsConfig(), ("problem", "solution")),
     # open-r1/OpenR1-Math-220k
     "openr1": Preset(
         ColumnsConfig(answer="answer"),

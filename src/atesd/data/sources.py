@@ -120,15 +120,14 @@ def _read_main(config: DataConfig) -> Reading:
     return replace(reading, left_out=(line,) if filtered else ())
 
 
-def _read_mapped(table: Table, columns: ColumnsConfig, checker: str) -> Reading:
-    """Read a table by its column map."""
+def _read_mapped(table: Table, columns: ColumnsConfig, checker: str, *, solutions: bool = True) -> Reading:
+    """Read a table by its column map; `solutions`: whether they must come to the stated answers."""
     rows = read_columns(table, _settings(columns))
     if columns.messages is None:
-        return checked(table.name, rows, columns, checker, table.place)
+        return checked(table.name, rows, columns, checker, table.place, solutions=solutions)
     chats = Chats(columns.messages)
-    reading = checked(
-        table.name, chats.unfolded(rows), columns.model_copy(update=MESSAGE_COLUMNS), checker, table.place
-    )
+    columns = columns.model_copy(update=MESSAGE_COLUMNS)
+    reading = checked(table.name, chats.unfolded(rows), columns, checker, table.place, solutions=solutions)
     return replace(reading, notes=chats.notes(table.name))
 
 
@@ -158,6 +157,7 @@ def _with_references(reading: Reading, config: DataConfig) -> Reading:
 def _read_test(source: str, config: DataConfig) -> Reading:
     """Read `data.test_source` by `data.columns`. It may lack the solution column, and a column `answer` is found.
 
+    A test problem is scored by its answer, so that its solution need not come to the same.
     Ids of a column get the prefix `test:`, as two files often count their rows alike.
     """
     table = open_table(source, "test", config.split_name)
@@ -166,7 +166,7 @@ def _read_test(source: str, config: DataConfig) -> Reading:
         columns = columns.model_copy(update={"answer": "answer"})
     if columns.solution not in table.columns and columns.answer is not None:
         columns = columns.model_copy(update={"solution": None})
-    reading = _read_mapped(table, columns, config.checker)
+    reading = _read_mapped(table, columns, config.checker, solutions=False)
     _refuse_bad_rows(reading, config)
     prefix = "" if columns.id is None else "test:"
     return replace(reading, entries=tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries))
