@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.same.cases import CUT, Case, all_cases, with_needs
 from benchmarks.same.child import run_job
 from benchmarks.same.compare import compare_runs, fingerprint
-from benchmarks.same.tables import compare_tables
+from benchmarks.same.tables import copied_runs, page_differences, pages, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = Path(__file__).with_name("same") / "material.py"
@@ -96,24 +96,50 @@ def main(words: Sequence[str] | None = None) -> int:
         material = made_material(folder)
         before = Side(asked.before.resolve(), folder / f"before-{digest_of(asked.before)}", material, False)
         after = Side(asked.after.resolve(), folder / "after", material, True)
-        failed = compare_tables(before, after) if asked.tables else compare_cases(cases, before, after, asked)
-    return failed
+        return compare_tables(before, after) if asked.tables else compare_cases(cases, before, after, asked)
 
 
 def compare_cases(cases: Sequence[Case], before: Side, after: Side, asked: argparse.Namespace) -> int:
     """Every case on both sides. Returns the exit code."""
     print(f"{len(cases)} cases; before: {before.checkout}, after: {after.checkout}", flush=True)
     ends = [train_side(side, cases, asked.jobs, asked.one_process_per_case) for side in (before, after)]
-    for name, old, new in zip(("before", "after"), ends, ends[::-1], strict=True):
-        del new
-        trained = [end.seconds for end in old.values() if not end.kept]
-        print(f"{name}: {len(trained)} cases trained in {sum(trained):.0f} s, {len(old) - len(trained)} kept")
+    for name, side in zip(("before", "after"), ends, strict=True):
+        trained = [end.seconds for end in side.values() if not end.kept]
+        print(f"{name}: {len(trained)} cases trained in {sum(trained):.0f} s, {len(side) - len(trained)} kept")
     print(f"\n{'case':34} {'rows':>5} {'numbers':>9} {'tensors':>7}  verdict")
     verdicts = [report(case, before, after, *(end[case.name] for end in ends)) for case in cases]
     tell_twins(cases, after, verdicts)
     print(f"{verdicts.count('equal')} of {len(verdicts)} cases are equal")
     broken = [case.name for case in cases if ends[0][case.name].error is not None]
     return 2 if broken else int(any(verdict != "equal" for verdict in verdicts))
+
+
+def compare_tables(before: Side, after: Side) -> int:
+    """What `atesd reproduce` writes on both sides, and after the change from the runs before it. The exit code."""
+    old, new = before.runs / "tables", after.runs / "tables"
+    if not old.with_suffix(".done").exists():
+        write_tables(before, old)
+        old.with_suffix(".done").touch()
+    shutil.rmtree(new, ignore_errors=True)
+    failed = 0
+    for what, folder in (("runs of its own", new), ("the runs before", after.runs / "tables-of-runs-before")):
+        if folder != new:
+            copied_runs(old, folder)
+        try:
+            write_tables(after, folder)
+            differences = page_differences(pages(old), pages(folder))
+        except RuntimeError as problem:
+            differences = [str(problem)]
+        verdict = "\n  ".join(differences) or "equal, byte for byte"
+        print(f"{len(pages(old))} pages and figures, after the change from {what}: {verdict}", flush=True)
+        failed |= bool(differences)
+    return failed
+
+
+def write_tables(side: Side, folder: Path) -> None:
+    """Train a toy reproduction in `folder`, or go on with what is there, and write its pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reproduce(folder, side.environment())
 
 
 def report(case: Case, before: Side, after: Side, old: Ended, new: Ended) -> str:
@@ -128,14 +154,14 @@ def report(case: Case, before: Side, after: Side, old: Ended, new: Ended) -> str
 
 
 def tell_twins(cases: Sequence[Case], side: Side, verdicts: Sequence[str]) -> None:
-    """Name the cases that came out as another did: their settings did not act, so that they show nothing."""
+    """Name the cases that came out as another did: what they set changes no number on either side."""
     first: dict[str, str] = {}
     for case, verdict in zip(cases, verdicts, strict=True):
         if case.resumed or verdict != "equal":
             continue
         other = first.setdefault(fingerprint(side.run(case)), case.name)
         if other != case.name:
-            print(f"note: {case.name} came out as {other} did; its settings did not act")
+            print(f"note: {case.name} came out as {other} did: no number depends on what it sets")
 
 
 def train_side(side: Side, cases: Sequence[Case], jobs: int, apart: bool) -> dict[str, Ended]:
@@ -162,9 +188,18 @@ def child_ends(side: Side, cases: Sequence[Case]) -> Iterator[tuple[str, Ended]]
     """Train cases in one child, one after the other. Raises `RuntimeError` if the child ends before they do."""
     log = (side.runs / "stderr.txt").open("a", encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.same.child", str(side.source)]
-    with log, subprocess.Popen(
-        command, cwd=ROOT, env=side.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-    ) as child:
+    with (
+        log,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=side.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as child,
+    ):
         assert child.stdin is not None
         assert child.stdout is not None
         for case in cases:
@@ -172,7 +207,9 @@ def child_ends(side: Side, cases: Sequence[Case]) -> Iterator[tuple[str, Ended]]
             child.stdin.flush()
             line = child.stdout.readline()
             if not line:
-                raise RuntimeError(f"the child of {side.checkout} ended at {case.name}; its last words are in {log.name}")
+                raise RuntimeError(
+                    f"the child of {side.checkout} ended at {case.name}; its last words are in {log.name}"
+                )
             told = json.loads(line)
             yield case.name, noted(side.run(case), told["seconds"], told["error"])
         child.stdin.close()
@@ -184,9 +221,7 @@ def apart_ends(side: Side, cases: Sequence[Case]) -> Iterator[tuple[str, Ended]]
     def train(recipe: str, settings: list[str], out: Path) -> None:
         words = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-W", "ignore", "-m", "atesd.cli", "train", recipe, *words, "--out", str(out)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=side.environment(), capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=side.environment(), capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
@@ -267,7 +302,9 @@ def files_of(folder: Path) -> Iterable[Path]:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.same_numbers", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.same_numbers", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--before", type=Path, required="--list" not in sys.argv, help="checkout before the change")
     parser.add_argument("--after", type=Path, default=Path(), help="checkout after the change; default: here")
     parser.add_argument("--only", metavar="NAME,...", help="these cases, and those whose runs they read")
@@ -276,7 +313,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs here, and use those before again")
     parser.add_argument("--real", action="store_true", help="also the cases of SmolLM2, fetched first")
     parser.add_argument("--one-process-per-case", action="store_true", help="by `atesd train`, a process each")
-    parser.add_argument("--tables", action="store_true", help="compare what `atesd reproduce` writes, in place of cases")
+    parser.add_argument(
+        "--tables", action="store_true", help="compare what `atesd reproduce` writes, in place of cases"
+    )
     return parser
 
 

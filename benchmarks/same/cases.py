@@ -76,7 +76,9 @@ FULL = "exposure.kind=full"
 HALF = ("exposure.kind=fixed", "exposure.reveal_ratio=0.5")
 
 
-def _group(prefix: str, shared: Iterable[str], variants: Mapping[str, Sequence[str]], base: Sequence[str]) -> list[Case]:
+def _group(
+    prefix: str, shared: Iterable[str], variants: Mapping[str, Sequence[str]], base: Sequence[str]
+) -> list[Case]:
     """A case `prefix-name` for each variant; an empty name is the prefix alone."""
     return [
         Case(f"{prefix}-{name}" if name else prefix, (*base, *shared, *settings)) for name, settings in variants.items()
@@ -133,7 +135,12 @@ def _exposures() -> list[Case]:
             "setpoint.gain=0.3",
             "setpoint.start=0.8",
         ],
-        "setpoint-bounds": ["exposure.kind=setpoint", "exposure.ratio_min=0.3", "exposure.ratio_max=0.55"],
+        "setpoint-bounds": [
+            "exposure.kind=setpoint",
+            "setpoint.gain=2.0",
+            "exposure.ratio_min=0.48",
+            "exposure.ratio_max=0.52",
+        ],
         "search": ["exposure.kind=per_problem"],
         "search-settings": [
             "exposure.kind=per_problem",
@@ -163,7 +170,7 @@ def _learned() -> list[Case]:
         "paper-signed": ["credit.preset=paper", "credit.drop=signed"],
         **{f"{signal}": [f"credit.progress_signal={signal}"] for signal in signals},
         "probe_ratio": ["credit.progress_signal=probe_kl", "credit.probe_ratio=0.5"],
-        "positive": ["credit.drop=positive"],
+        "positive": ["credit.progress_signal=probe_nll", "credit.drop=positive"],
         "grounding": ["credit.grounding_weight=0.2"],
         "withheld": ["credit.grounding_weight=0.2", "credit.grounding=withheld"],
         "standardised": ["credit.mixing=standardised", "credit.grounding_weight=0.2"],
@@ -269,7 +276,6 @@ def _controls_and_views() -> list[Case]:
     views = {
         "withhold": ["views.answer=withhold"],
         "only": ["views.answer=only"],
-        "constant": ["views.wording=constant"],
     }
     learned = {name: controls[name] for name in ("shuffled", "wrong_answer")}
     return [
@@ -328,7 +334,7 @@ def _models() -> list[Case]:
         "checkpointing": [*HALF, "model.gradient_checkpointing=true"],
         "eager": [*HALF, "model.attention=eager"],
         "system": [*HALF, "model.system_prompt=a"],
-        "short_context": [FULL, "model.max_context_tokens=150"],
+        "short_context": [FULL, "model.max_context_tokens=110"],
         **{f"world-{name}": [*HALF, f"model.path=world:{name}"] for name in ("b", "c", "bad")},
     }
     return _group("model", [], variants, SMALL)
@@ -376,6 +382,7 @@ def _texts() -> list[Case]:
         "model.path={material}/qwen3",
         "data.source={material}/problems.jsonl",
         "data.train_size=null",
+        "data.probe_size=8",
         "sampling.completion_tokens=24",
         "train.batch_size=8",
         "train.micro_batch_size=4",
@@ -404,7 +411,7 @@ def _texts() -> list[Case]:
         "test_source": [*HALF, "data.test_source={material}/test.jsonl"],
         "views": [
             *HALF,
-            "views.problem_text={problem} ;",
+            "views.problem_text='{problem} ;'",
             "views.instruction=a",
             "views.reference_begin=b",
             "views.reference_end=c",
@@ -412,6 +419,11 @@ def _texts() -> list[Case]:
             "views.answer_text=e {answer}",
             "views.transition=f",
         ],
+        "constant": [*HALF, "views.wording=constant"],
+        **{
+            f"control-{name}": [*HALF, f"exposure.control={name}"]
+            for name in ("none", "shuffled", "wrong_answer", "filler")
+        },
         "sft": ["train.method=sft"],
         "gate-aligned": [*HALF, *HOLD, "aligned.min_correct=1", "loss.token_gate=aligned"],
     }

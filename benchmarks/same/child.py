@@ -7,6 +7,7 @@ Each line of stdin is a job: {"name", "recipe", "settings", "out", "cut"}. Each 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -16,16 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+HOMES = ("atesd.session", "atesd.build")
+"""The module that `train` is in: the first of these that there is."""
+
 Train = Callable[[str, list[str], Path], None]
 
 
 def train_here(recipe: str, settings: list[str], out: Path) -> None:
     """Train in this process by the functions that a notebook calls."""
     from atesd import load_config
-    from atesd.build import train
 
+    home = next(name for name in HOMES if importlib.util.find_spec(name))
     with contextlib.redirect_stdout(sys.stderr):
-        train(load_config(recipe, settings), out)
+        importlib.import_module(home).train(load_config(recipe, settings), out)
 
 
 def run_job(job: dict[str, Any], train: Train) -> None:

@@ -104,9 +104,7 @@ def checkpoint_tensors(checkpoint: Path) -> tuple[Any, dict[str, Stored]]:
 def final_tensors(run: Path) -> dict[str, Stored]:
     """Every tensor of the trained model or adapter, under file and name."""
     files = [path for path in sorted(run.rglob("*.safetensors")) if "checkpoints" not in path.relative_to(run).parts]
-    return {
-        f"{path.relative_to(run)} {name}": tensor for path in files for name, tensor in read_tensors(path).items()
-    }
+    return {f"{path.relative_to(run)} {name}": tensor for path in files for name, tensor in read_tensors(path).items()}
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
@@ -218,10 +216,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _replaced(value: Any, move: Callable[[str], str]) -> Any:
     """A value with the path in each of its {"#tensor": path} moved."""
     if isinstance(value, dict):
-        return {
-            key: move(item) if key == "#tensor" else _replaced(item, move)
-            for key, item in value.items()
-        }
+        return {key: move(item) if key == "#tensor" else _replaced(item, move) for key, item in value.items()}
     return [_replaced(item, move) for item in value] if isinstance(value, list) else value
 
 

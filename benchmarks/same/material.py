@@ -38,9 +38,9 @@ def write(folder: Path) -> None:
     """Everything, into a new folder."""
     folder.mkdir(parents=True)
     write_models(folder)
-    rows = [problem(number) for number in range(160)]
+    rows = [problem(number) for number in range(800)]
     write_rows(folder / "problems.jsonl", rows)
-    write_rows(folder / "test.jsonl", [problem(number) for number in range(200, 212)])
+    write_rows(folder / "test.jsonl", [problem(number) for number in range(1000, 1012)])
     names = {"problem": "question", "solution": "rationale", "answer": "final", "id": "name", "difficulty": "level"}
     renamed: list[dict[str, Any]] = [{names[key]: value for key, value in row.items()} for row in rows]
     del renamed[5]["question"]
@@ -76,7 +76,8 @@ def write_models(folder: Path) -> None:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    named = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **named)  # type: ignore[no-untyped-call]
     tokenizer.chat_template = TEMPLATE
     sizes = {**SIZES, "vocab_size": len(vocabulary)}
     torch.manual_seed(0)
