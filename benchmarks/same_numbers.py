@@ -42,7 +42,8 @@ class Side:
     checkout: Path
     runs: Path
     material: Path
-    is_after: bool
+    recorded: Path | None = None
+    is_after: bool = False
 
     @property
     def source(self) -> Path:
@@ -60,6 +61,7 @@ class Side:
             "name": case.name,
             "recipe": self._filled(case.recipe, case),
             "settings": [self._filled(setting, case) for setting in settings],
+            "recorded": str(self.recorded / self.run(case).name) if self.recorded else None,
             "out": str(self.run(case)),
             "cut": CUT if case.resumed and self.is_after else None,
         }
@@ -94,8 +96,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     with kept_in(asked.keep) as folder:
         material = made_material(folder)
-        before = Side(asked.before.resolve(), folder / f"before-{digest_of(asked.before)}", material, False)
-        after = Side(asked.after.resolve(), folder / "after", material, True)
+        before = Side(asked.before.resolve(), folder / f"before-{digest_of(asked.before)}", material)
+        recorded = before.runs if asked.recorded else None
+        after = Side(asked.after.resolve(), folder / "after", material, recorded, is_after=True)
         return compare_tables(before, after) if asked.tables else compare_cases(cases, before, after, asked)
 
 
@@ -218,7 +221,8 @@ def child_ends(side: Side, cases: Sequence[Case]) -> Iterator[tuple[str, Ended]]
 def apart_ends(side: Side, cases: Sequence[Case]) -> Iterator[tuple[str, Ended]]:
     """Train each case by the command line, in a process of its own."""
 
-    def train(recipe: str, settings: list[str], out: Path) -> None:
+    def train(job: dict[str, Any]) -> None:
+        recipe, settings, out = job["recipe"], job["settings"], Path(job["out"])
         words = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-W", "ignore", "-m", "atesd.cli", "train", recipe, *words, "--out", str(out)]
         done = subprocess.run(command, cwd=ROOT, env=side.environment(), capture_output=True, text=True, check=False)
@@ -311,6 +315,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="name the cases, and stop")
     parser.add_argument("--jobs", type=int, default=1, help="children at a time, one thread each")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs here, and use those before again")
+    parser.add_argument(
+        "--recorded", action="store_true", help="after: train what the runs before recorded, not the cases' settings"
+    )
     parser.add_argument("--real", action="store_true", help="also the cases of SmolLM2, fetched first")
     parser.add_argument("--one-process-per-case", action="store_true", help="by `atesd train`, a process each")
     parser.add_argument(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from atesd.report.tables import Table, render_text
 
+from atesd.table import Table, render_text
 from printed_tables import differences, read_cells
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()

@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 from atesd.build import build, close
-from atesd.cli.commands import app
 from atesd.config import DataConfig, FixedSettings, FullSettings, ViewsConfig, dump_config, load_config
 from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
@@ -20,6 +19,8 @@ from atesd.errors import ConfigError
 from atesd.maths.keyed import uniforms
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
+from atesd.train.views import TeacherPrompts
+from atesd_lab.cli.commands import laboratory as app
 from atesd_lab.cli.profile import print_profile
 from atesd_lab.profile.measure import Scores, align, first_shares, score, show, teacher_verdicts
 from atesd_lab.profile.profile import (
@@ -121,7 +122,7 @@ def test_each_half_is_scored_along_the_success_of_the_other_half(parts: Componen
     assert profile.groups["all"].values == pytest.approx(np.mean(rows.rows, axis=0).tolist())
     units = []
     for half in (0, 1):
-        right = [one for one in shown[half::2] if one.verdict == "correct"]
+        right = [one for one in shown[half::2] if one.graded.verdict == "correct"]
         assert len(right) == profile.correct[half]
         total = torch.zeros((), dtype=torch.float64)
         for one in right:
@@ -320,7 +321,9 @@ def test_views_that_have_to_lose_segments_are_counted(parts: Components) -> None
     room = lengths[0]
     longest = room + CONFIG.sampling.completion_tokens
     model = CONFIG.model.model_copy(update={"max_context_tokens": longest})
-    tight = replace(written, config=CONFIG.model_copy(update={"model": model}))
+    config = CONFIG.model_copy(update={"model": model})
+    prompts = TeacherPrompts(config, written.encoder, written.renderer, parts.problems.train)
+    tight = replace(written, config=config, prompts=prompts)
     assert 0 < data_profile(tight).too_long == sum(length > room for length in lengths)
     shown = show(tight, 24, RATIOS)
     assert sum(one.shortened[2] for one in shown) == data_profile(tight).too_long

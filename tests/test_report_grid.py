@@ -17,9 +17,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from typer.testing import CliRunner
 
-from atesd.cli.commands import app
 from atesd.errors import ConfigError, RunError
 from atesd.runs import RunFolder
+from atesd_lab.cli.commands import laboratory as app
 from atesd_lab.report.grid import GridCell, GridTable, absent, score_table
 from atesd_lab.report.grid_figures import BESIDE, accuracies, ratios
 from atesd_lab.report.grid_page import LEVELS, Scale

@@ -1,7 +1,7 @@
 """Trains cases with the atesd on its PYTHONPATH, one after the other in one process.
 
-Each line of stdin is a job: {"name", "recipe", "settings", "out", "cut"}. Each line of stdout is its end: {"name",
-"seconds", "error"}. What training prints goes to stderr.
+Each line of stdin is a job: {"name", "recipe", "settings", "recorded", "out", "cut"}. Each line of stdout is its end:
+{"name", "seconds", "error"}. What training prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ from typing import Any
 HOMES = ("atesd.session", "atesd.build")
 """The module that `train` is in: the first of these that there is."""
 
-Train = Callable[[str, list[str], Path], None]
+Train = Callable[[dict[str, Any]], None]
 
 
-def train_here(recipe: str, settings: list[str], out: Path) -> None:
-    """Train in this process by the functions that a notebook calls."""
-    from atesd import load_config
+def train_here(job: dict[str, Any]) -> None:
+    """Train in this process by the functions that a notebook calls.
+
+    Where the job names a `recorded` run, with the config that it recorded, in whatever layout that is.
+    """
+    from atesd import RunFolder, load_config
 
     home = next(name for name in HOMES if importlib.util.find_spec(name))
+    recorded = job["recorded"]
+    config = RunFolder.open(Path(recorded)).config if recorded else load_config(job["recipe"], job["settings"])
     with contextlib.redirect_stdout(sys.stderr):
-        importlib.import_module(home).train(load_config(recipe, settings), out)
+        importlib.import_module(home).train(config, Path(job["out"]))
 
 
 def run_job(job: dict[str, Any], train: Train) -> None:
     """Train a case in a new folder; where `cut` is a number, cut it back to so many updates and train on."""
     out = Path(job["out"])
     shutil.rmtree(out, ignore_errors=True)
-    train(job["recipe"], job["settings"], out)
+    train(job)
     if job["cut"] is not None:
         cut_back(out, job["cut"])
-        train(job["recipe"], job["settings"], out)
+        train(job)
 
 
 def cut_back(run: Path, updates: int) -> None:
