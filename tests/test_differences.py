@@ -148,11 +148,23 @@ def test_the_seeds_said_to_be_needed_find_the_effect_four_times_in_five():
 
 
 def test_problems_needed_are_those_of_a_paired_t_test():
-    # One seed: n = (t_0.975 + t_0.8)^2 sd^2 / effect^2, with the t of the 29 degrees of freedom at hand.
+    # One seed: the least n with (t_0.975 + t_0.8) sd / sqrt(n) <= effect, both t of n - 1 degrees of freedom.
     a, b = table(1, key="a"), table(1, key="b")
-    quantiles = stats.t.ppf(0.975, 29) + stats.t.ppf(0.8, 29)
-    expected = np.ceil((quantiles * np.std(b - a, ddof=1) / 0.02) ** 2)
-    assert needed(paired_difference(a, b), 1, 30, 0.02, paired=True) == Needed(seeds=None, problems=int(expected))
+    n = np.arange(2, 100_000)
+    enough = (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * np.std(b - a, ddof=1) / np.sqrt(n) <= 0.02
+    expected = int(n[enough][0])
+    assert needed(paired_difference(a, b), 1, 30, 0.02, paired=True) == Needed(seeds=None, problems=expected)
+
+
+def test_the_problems_said_to_be_needed_find_the_effect_four_times_in_five_also_with_few_seeds():
+    # Three seeds that differ: the more problems, the more of the variance is the seeds', with two degrees of freedom.
+    regime = Regime(seeds=(3, 3), problems=100, samples=4, difference=0.08, seed_deviation=(0.008, 0.008), taste=0.0)
+    pilot = paired_difference(*draw_groups(regime, 400, generator(0, "few")))
+    parts = {name: np.mean(getattr(pilot, name)) for name in ("seed_variance", "problem_variance", "rest_variance")}
+    more = needed(replace(pilot, freedom=np.mean(pilot.freedom), **parts), 3, 100, 0.08, paired=True).problems
+    assert more is not None
+    found = paired_difference(*draw_groups(replace(regime, problems=more), 400, generator(1, "few")))
+    assert np.mean(found.low > 0) >= 0.77
 
 
 def test_what_is_needed_grows_as_the_effect_shrinks_and_may_not_exist():

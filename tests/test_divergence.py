@@ -127,16 +127,56 @@ def test_the_per_token_clip_bounds_the_value_and_keeps_the_direction_of_the_grad
     torch.testing.assert_close(gradient(d.clip_per_token(d.forward_kl(teacher, student), 0.5).sum(), student), scaled)
 
 
-def test_the_reversed_gradient_mass_equals_autograds() -> None:
+def test_the_reversed_mass_of_the_forward_kl_is_that_of_its_formula() -> None:
+    # With C the clipped entries and P the teacher's mass outside C: clipped q P - p [not in C], unclipped q - p.
     teacher, student = logits(n=20)
-    student.requires_grad_()
-    threshold = 0.05
-    plain = gradient(d.forward_kl(teacher, student).sum(), student)
-    clipped = gradient(d.clip_per_entry(d.forward_kl_entries(teacher, student), threshold).sum(), student)
+    p, q, threshold = teacher.softmax(-1), student.softmax(-1), 0.05
+    outside = p.masked_fill(p * (p / q).log() > threshold, 0.0)
+    clipped, plain = q * outside.sum(-1, keepdim=True) - outside, q - p
     expected = (clipped.abs() * (clipped * plain < 0)).sum(-1) / clipped.abs().sum(-1)
     _, meters = d.Objective(clip="per_entry", threshold=threshold)(teacher, student, torch.zeros(20, dtype=torch.long))
     torch.testing.assert_close(meters["reversed_mass"], expected)
     assert (expected > 0.1).any(), "the case must really have reversed gradients"
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
+def test_what_the_entry_clip_reverses_is_measured_for_every_divergence_with_entries(name: str) -> None:
+    teacher, student = logits(n=30)
+    objective = d.Objective(name, clip="per_entry", threshold=0.02)
+    _, meters = objective(teacher, student, torch.zeros(30, dtype=torch.long))
+    step = 1e-6  # the gradients by differences, entry by entry
+    share = []
+    for row in range(30):
+        slopes = []
+        for most in (torch.inf, 0.02):
+            moved = student[row] + step * torch.cat([torch.eye(11), -torch.eye(11)]).double()
+            entries = objective.kind.entries(teacher[row].expand(22, -1), moved, 0.5).clamp(max=most).sum(-1)
+            slopes.append((entries[:11] - entries[11:]) / (2 * step))
+        plain, clipped = slopes
+        share.append(float(clipped.abs()[clipped * plain < 0].sum() / clipped.abs().sum()))
+    assert meters["reversed_mass"].tolist() == pytest.approx(share, abs=1e-4)
+    assert max(share) > 0.1
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "top_k"])
+def test_a_token_that_both_rule_out_counts_nothing(name: str) -> None:
+    # The same as without that token: 0 log 0 = 0.
+    teacher, student = logits(n=4, v=6)
+    masked = [torch.cat([side, torch.full((4, 2), -torch.inf)], dim=-1).float() for side in (teacher, student)]
+    tokens = torch.zeros(4, dtype=torch.long)
+    for objective in (d.Objective(name), d.Objective(name, clip="per_token", threshold=0.3)):
+        expected, _ = objective(teacher.float(), student.float(), tokens)
+        found, meters = objective(*masked, tokens)
+        torch.testing.assert_close(found, expected)
+        assert all(bool(meter.isfinite().all()) for meter in meters.values())
+        student_side = masked[1].clone().requires_grad_()
+        loss, measured = fused_divergence(
+            objective, student_side, Head(None), masked[0], Head(None), tokens, torch.ones(4)
+        )
+        loss.backward()
+        torch.testing.assert_close(measured["loss"], expected, rtol=1e-4, atol=1e-5)
+        assert student_side.grad is not None
+        assert bool(student_side.grad.isfinite().all())
 
 
 def test_without_clipped_entries_nothing_is_reversed() -> None:

@@ -27,6 +27,8 @@ from atesd.maths.head import Head
 
 Meters = dict[str, Tensor]
 
+_LEAST = torch.finfo(torch.float32).min / 4
+
 
 def divergence_rows(
     objective: Objective,
@@ -51,7 +53,7 @@ def divergence_rows(
         u_p = _logits(student + teacher, student_head, objective.temperature)
         gap = _logits(teacher, Head(None, scale=teacher_head.scale), objective.temperature)
     else:
-        u_p = _logits(teacher, teacher_head, objective.temperature)
+        u_p, u_q = _masked_alike(_logits(teacher, teacher_head, objective.temperature), u_q)
         gap = u_p - u_q
     top_p, top_q = u_p.amax(-1, keepdim=True), u_q.amax(-1, keepdim=True)
     agree = ((u_p == top_p) & (u_q == top_q)).any(-1)
@@ -85,8 +87,7 @@ def divergence_rows(
         cut = terms.pull * over
         clipped_slope = slope - torch.addcmul(cut, q, cut.sum(-1, keepdim=True), value=-1)
         loss = raw - (entries - objective.threshold).clamp_(min=0).sum(-1)
-        if objective.divergence == "forward_kl":
-            reversed_mass = _reversed_share(clipped_slope, slope).masked_fill(~over.any(-1), 0.0)
+        reversed_mass = _reversed_share(clipped_slope, slope).masked_fill(~over.any(-1), 0.0)
         slope = clipped_slope
     meters |= {"kl": kl, "clipped_mass": raw - loss, "reversed_mass": reversed_mass, "loss": loss}
     if factor is not None:
@@ -94,8 +95,17 @@ def divergence_rows(
     return meters
 
 
+def _masked_alike(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits with -inf made finite and very small, where the teacher has it: 0 times infinity is no number.
+
+    What only the student rules out stays -inf, since the divergence from a teacher who does not is infinite.
+    """
+    teacher = teacher.clamp(min=_LEAST)
+    return teacher, student.maximum(torch.where(teacher == _LEAST, _LEAST, -torch.inf))
+
+
 def _reversed_share(clipped: Tensor, unclipped: Tensor) -> Tensor:
-    """Share of |clipped gradient| whose sign is not that of the unclipped one; `divergence.reversed_gradient_mass`."""
+    """Share of |clipped gradient| whose sign is not that of the unclipped one; `divergence.reversed_share`."""
     size = clipped.abs()
     against = clipped * unclipped < 0
     return (size * against).sum(-1) / size.sum(-1).clamp(min=torch.finfo(size.dtype).tiny)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from atesd.maths.divergences import (
@@ -23,6 +23,7 @@ from atesd.maths.divergences import (
     jensen_shannon_entries,
     log_softmax,
     reverse_kl_entries,
+    weighted_gap,
 )
 
 ClipName = Literal["none", "per_token", "per_entry"]
@@ -49,7 +50,7 @@ def clip_per_entry(entries: Float[Tensor, "N V"], threshold: float) -> Float[Ten
     """Sum over the vocabulary of min(entry, threshold), in nats: the clip of OPSD, third version.
 
     A clamped entry stops pulling, but the normaliser of the softmax still pushes it: its gradient is reversed. See
-    `reversed_gradient_mass`.
+    `reversed_share`.
     """
     return entries.clamp(max=threshold).sum(-1)
 
@@ -63,22 +64,30 @@ def clip_per_token(divergence: Float[Tensor, " N"], threshold: float) -> Float[T
     return divergence * (threshold / divergence.detach().clamp(min=threshold))
 
 
-def reversed_gradient_mass(
-    entries_are_clipped: Bool[Tensor, "N V"], teacher_logits: Float[Tensor, "N V"], student_logits: Float[Tensor, "N V"]
+@torch.enable_grad()
+def reversed_share(
+    kind: Divergence,
+    teacher_logits: Float[Tensor, "N V"],
+    student_logits: Float[Tensor, "N V"],
+    number: float,
+    threshold: float,
 ) -> Float[Tensor, " N"]:
-    """Share, per token, of the clipped forward KL's logit gradient that points against the unclipped one, in [0, 1].
+    """Share, per token, of the logit gradient clipped per entry that points against the unclipped one, in [0, 1].
 
-    With C the clipped entries and P the teacher's mass outside C, d/dz_j sum_v min(entry_v, tau) = q_j P - p_j [j not
-    in C], where the unclipped gradient is q_j - p_j. The share is |gradient| summed over the entries whose sign
-    differs, over |gradient| summed over all. 0 where nothing is clipped.
+    |d/dz_v sum_u min(entry_u, threshold)| summed over the v at which its sign is not that of d/dz_v sum_u entry_u, over
+    its sum over all v; both by autograd. 0 where nothing is clipped. For the forward KL, with C the clipped entries and
+    P the teacher's mass outside C, the clipped gradient is q_v P - p_v [v not in C], the unclipped one q_v - p_v.
     """
-    p, q = log_softmax(teacher_logits.detach()).exp(), log_softmax(student_logits.detach()).exp()
-    outside = p.masked_fill(entries_are_clipped, 0.0)
-    clipped = q * outside.sum(-1, keepdim=True) - outside
-    against = clipped * (q - p) < 0
-    total = clipped.abs().sum(-1)
-    share = clipped.abs().masked_fill(~against, 0.0).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return share.masked_fill(~entries_are_clipped.any(-1), 0.0)
+    assert kind.entries is not None
+    student = student_logits.detach().requires_grad_()
+    entries = kind.entries(teacher_logits.detach(), student, number)
+    (unclipped,) = torch.autograd.grad(entries.sum(), student, retain_graph=True)
+    (clipped,) = torch.autograd.grad(entries.clamp(max=threshold).sum(), student)
+    size = clipped.abs()
+    share = size.masked_fill(clipped * unclipped >= 0, 0.0).sum(-1) / size.sum(-1).clamp(
+        min=torch.finfo(size.dtype).tiny
+    )
+    return share.masked_fill(~(entries > threshold).any(-1), 0.0).detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +151,15 @@ class Objective:
         self, teacher: Tensor, student: Tensor, tokens: Tensor, entries: Tensor | None, raw: Tensor, clipped: Tensor
     ) -> dict[str, Tensor]:
         log_p, log_q = log_softmax(teacher), log_softmax(student)
-        p, q = log_p.exp(), log_q.exp()
         reversed_mass = torch.zeros_like(raw)
-        if self.clip == "per_entry" and self.divergence == "forward_kl" and entries is not None:
-            reversed_mass = reversed_gradient_mass(entries.detach() > self.threshold, teacher, student)
+        if self.clip == "per_entry" and entries is not None:
+            reversed_mass = reversed_share(self.kind, teacher, student, self.number, self.threshold)
         return {
-            "kl": (p * (log_p - log_q)).sum(-1),
+            "kl": weighted_gap(log_p, log_q).sum(-1),
             "logprob": log_q.gather(-1, tokens[:, None]).squeeze(-1),
             "top1_disagreement": (log_p.argmax(-1) != log_q.argmax(-1)).to(raw.dtype),
-            "teacher_entropy": -(p * log_p).sum(-1),
-            "student_entropy": -(q * log_q).sum(-1),
+            "teacher_entropy": -weighted_gap(log_p, torch.zeros_like(log_p)).sum(-1),
+            "student_entropy": -weighted_gap(log_q, torch.zeros_like(log_q)).sum(-1),
             "clipped_mass": raw - clipped,
             "reversed_mass": reversed_mass,
         }

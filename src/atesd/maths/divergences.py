@@ -89,7 +89,7 @@ def forward_kl_entries(
 ) -> Float[Tensor, "N V"]:
     """Vocabulary terms of KL(teacher || student): p (log p - log q), in nats; single terms may be negative."""
     log_p, log_q = log_softmax(teacher_logits.detach()), log_softmax(student_logits)
-    return log_p.exp() * (log_p - log_q)
+    return weighted_gap(log_p, log_q)
 
 
 def forward_kl_terms(compared: Compared, _: float, by_entry: bool) -> Terms:
@@ -104,7 +104,7 @@ def reverse_kl_entries(
 ) -> Float[Tensor, "N V"]:
     """Vocabulary terms of KL(student || teacher): q (log q - log p), in nats."""
     log_p, log_q = log_softmax(teacher_logits.detach()), log_softmax(student_logits)
-    return log_q.exp() * (log_q - log_p)
+    return weighted_gap(log_q, log_p)
 
 
 def reverse_kl_terms(compared: Compared, _: float, by_entry: bool) -> Terms:
@@ -124,7 +124,7 @@ def jensen_shannon_entries(
     """
     log_p, log_q = log_softmax(teacher_logits.detach()), log_softmax(student_logits)
     log_m = (math.log(weight) + log_p).logaddexp(math.log1p(-weight) + log_q)
-    return weight * log_p.exp() * (log_p - log_m) + (1 - weight) * log_q.exp() * (log_q - log_m)
+    return weight * weighted_gap(log_p, log_m) + (1 - weight) * weighted_gap(log_q, log_m)
 
 
 def jensen_shannon_terms(compared: Compared, w: float, by_entry: bool) -> Terms:
@@ -149,13 +149,13 @@ def top_k_kl(
     """
     log_p, log_q = log_softmax(teacher_logits.detach()), log_softmax(student_logits)
     if k >= log_p.shape[-1]:
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return weighted_gap(log_p, log_q).sum(-1)
     top_p, index = log_p.topk(int(k), dim=-1)
     top_q = log_q.gather(-1, index)
     kept = (log_p > math.inf).scatter(-1, index, True)  # nothing is above infinity: a mask of False, then the k
     tail_p = log_p.masked_fill(kept, -math.inf).logsumexp(-1)
     tail_q = log_q.masked_fill(kept, -math.inf).logsumexp(-1)
-    return (top_p.exp() * (top_p - top_q)).sum(-1) + tail_p.exp() * (tail_p - tail_q)
+    return weighted_gap(top_p, top_q).sum(-1) + weighted_gap(tail_p, tail_q)
 
 
 def sampled_token(
@@ -172,6 +172,13 @@ def sampled_token(
     own_q = log_q.gather(-1, tokens[:, None]).squeeze(-1)
     value = (own_q - own_p).detach()
     return value + value * (own_q - own_q.detach())
+
+
+def weighted_gap(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Every a (log a - log b), in nats; 0 where a is 0, whatever b is: a token that `a` rules out counts nothing."""
+    ruled_out = log_a == -math.inf
+    log_a, log_b = log_a.masked_fill(ruled_out, 0.0), log_b.masked_fill(ruled_out, 0.0)
+    return log_a.exp() * (log_a - log_b)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 Reduced = Floats | np.float64  # an array over the leading axes; a number where there are none
 
 LUCKY = 0.05
 """A mean square of seeds is not believed below this quantile of what problems and sampling alone would make it."""
 MOST_SEEDS = 10_000
+MOST_PROBLEMS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ def needed(
     """Seeds per group, or problems, from which a true difference of `effect` (a share) is found with that power.
 
     (t_0.975 + t_power) sqrt(V) <= |effect|, V from the estimated variances. `seeds` and `problems` are those at hand:
-    one is held while the other grows. With one seed at hand nothing is known of seeds, and only problems are told.
+    one is held while the other grows. With one seed at hand nothing is known of seeds, and only problems are told. The
+    degrees of freedom are those at the number that is told, not those at hand (Satterthwaite).
     """
     size = abs(effect)
     if size == 0:
@@ -169,19 +172,43 @@ def needed(
     between, column, rest = (
         float(part) for part in (difference.seed_variance, difference.problem_variance, difference.rest_variance)
     )
+    groups = 1 if paired else 2
     enough = None
     if difference.covers_seeds:
         counts = np.arange(2, MOST_SEEDS + 1)
-        by_seed, by_problem = between / counts + rest / (counts * problems), column / problems
-        total = by_seed + by_problem
-        groups = 1 if paired else 2
-        freedom = total**2 / (by_seed**2 / (groups * (counts - 1)) + by_problem**2 / (problems - 1) + 1e-300)
-        found = counts[_quantiles(power, freedom) * np.sqrt(total) <= size]
-        enough = int(found[0]) if found.size else None
-    seeds_part = between / seeds if difference.covers_seeds else 0.0
-    room = (size / float(_quantiles(power, difference.freedom))) ** 2 - seeds_part
-    more = int(np.ceil((column + rest / seeds) / room)) if room > 0 else None
-    return Needed(enough, more)
+        parts = between / counts + rest / (counts * problems), column / problems
+        enough = _first(counts, _detectable(parts, (groups * (counts - 1), problems - 1), power) <= size)
+    few = np.unique(np.geomspace(2, MOST_PROBLEMS, 2000).astype(np.int64))
+    ends = _first(few, _with_problems(few, difference, seeds, groups, power) <= size)
+    if ends is None:
+        return Needed(enough, None)
+    counts = np.arange(max(2, int(few[max(0, np.searchsorted(few, ends) - 1)])), ends + 1)
+    return Needed(enough, _first(counts, _with_problems(counts, difference, seeds, groups, power) <= size))
+
+
+def _with_problems(counts: Integers, difference: Difference, seeds: int, groups: int, power: float) -> Floats:
+    """The smallest effect that so many problems find with that power, the seeds being those at hand."""
+    between, column, rest = (
+        float(part) for part in (difference.seed_variance, difference.problem_variance, difference.rest_variance)
+    )
+    if not difference.covers_seeds:
+        return _detectable((np.zeros(len(counts)), (column + rest / seeds) / counts), (1, counts - 1), power)
+    parts = between / seeds + rest / (seeds * counts), column / counts
+    return _detectable(parts, (groups * max(seeds - 1, 1), counts - 1), power)
+
+
+def _detectable(parts: tuple[ArrayLike, ArrayLike], freedoms: tuple[ArrayLike, ArrayLike], power: float) -> Floats:
+    """(t_0.975 + t_power) sqrt(V), V the sum of two variances, each with its degrees of freedom (Satterthwaite)."""
+    first, second = (np.asarray(part, dtype=np.float64) for part in parts)
+    total = first + second
+    freedom = total**2 / (first**2 / np.asarray(freedoms[0]) + second**2 / np.asarray(freedoms[1]) + 1e-300)
+    return np.asarray(_quantiles(power, freedom) * np.sqrt(total), dtype=np.float64)
+
+
+def _first(counts: Integers, enough: NDArray[np.bool_]) -> int | None:
+    """The first count that is enough; None if none is."""
+    found = counts[enough]
+    return int(found[0]) if found.size else None
 
 
 def cross_fitted(scores: ArrayLike, halves: ArrayLike) -> tuple[Floats, tuple[int, int]]:
