@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -20,6 +20,7 @@ _BLOCK = 256  # tokens; room grows by whole blocks
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
+@runtime_checkable
 class Model(Protocol):
     """Whatever has a forward: a model, or what wraps one."""
 

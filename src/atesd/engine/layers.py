@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,12 @@ _COPY_LIMIT = 2**30  # bytes of weights that are copied; ours: a copy costs abou
 _PACKED_WORK = 2**21  # multiplications below which a blocked product is no faster; measured
 
 
+@runtime_checkable
 class _Norm(Protocol):
     weight: Tensor
 
 
+@runtime_checkable
 class _Attention(Protocol):
     q_proj: nn.Module
     k_proj: nn.Module
@@ -36,12 +38,14 @@ class _Attention(Protocol):
     o_proj: nn.Module
 
 
+@runtime_checkable
 class _FeedForward(Protocol):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
 
+@runtime_checkable
 class _Block(Protocol):
     """One layer of the families, as transformers names its parts."""
 
@@ -51,12 +55,14 @@ class _Block(Protocol):
     post_attention_layernorm: _Norm
 
 
+@runtime_checkable
 class _Decoder(Protocol):
     embed_tokens: nn.Module
     norm: _Norm
     layers: Sequence[_Block]
 
 
+@runtime_checkable
 class _CausalLM(Protocol):
     model: _Decoder
     lm_head: nn.Module

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,6 +111,7 @@ def _varying_rotary(
             yield from _varying_rotary(inner, f"{path}{name}.", length)
 
 
+@runtime_checkable
 class Embedding(Protocol):
     """A model with a module on either side of its layers, adapted by PEFT or not."""
 

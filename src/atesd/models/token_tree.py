@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
+@runtime_checkable
 class States(Protocol):
     """What a backbone gives."""
 
@@ -34,6 +35,7 @@ class States(Protocol):
         """After the last norm, as the head reads it."""
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A causal model of transformers without its head."""
 
