@@ -206,7 +206,7 @@ def test_the_misleading_direction_reads_the_references() -> None:
 def exposure(**options: object) -> AlignedExposure:
     """With a fallback of .9."""
     given: dict[str, object] = {"hold_updates": 4, "granularity": "update", "fallback": FixedExposure(0.9)} | options
-    return AlignedExposure(0.5, **given)  # type: ignore[arg-type]
+    return AlignedExposure(0.5, **given)
 
 
 def found(*values: float) -> Alignment:
@@ -373,7 +373,7 @@ def test_neither_the_gate_nor_its_draws_depend_on_the_micro_batch() -> None:
             with torch.no_grad():
                 meters = distill(
                     parts.scorer, parts.teacher, rows, objective(parts.config), selector=selector_of(parts), **cut
-                )  # type: ignore[arg-type]
+                )
             kept.append(meters.tokens["kept"])
         assert kept[0] == kept[1]
         close(parts)

@@ -166,7 +166,7 @@ def test_a_checkpoint_counts_once_in_the_stricter_interval(swept: Path, leaps: W
     differences = raw(swept, "gate", "test", UPDATES) - raw(swept, "grpo", "test", UPDATES)
     by_start = np.stack([differences[:2].mean(axis=0), differences[2:].mean(axis=0)])
     found = paired_difference(np.zeros_like(by_start), by_start)
-    gap = leaps.arm("gate").gaps["grpo"]  # type: ignore[union-attr]
+    gap = leaps.arm("gate").gaps["grpo"]
     assert gap.by_block == pytest.approx({"a": differences[:2].mean(), "b": differences[2:].mean()})
     assert gap.over_blocks == pytest.approx((float(found.low), float(found.high)))
 
@@ -212,7 +212,7 @@ def test_at_equal_time_the_slower_arm_is_stopped_between_two_evaluations(swept: 
     ours = (raw(swept, "gate", "validation", 10) + raw(swept, "gate", "validation", 20)) / 2
     found = paired_difference(raw(swept, "grpo", "validation", 20), ours)
     assert (timed.gap.value, timed.gap.low) == pytest.approx((float(found.value), float(found.low)))
-    back = leaps.arm("full").timed["grpo"]  # type: ignore[union-attr]
+    back = leaps.arm("full").timed["grpo"]
     assert (back.baseline_updates, back.candidate_updates) == pytest.approx((20 * 2 / 3, 20))
 
 
@@ -264,7 +264,7 @@ def test_an_arm_without_any_run_is_a_row_and_its_questions_are_not_answered(copy
     assert ("grpo", "0") in [row[:2] for row in accuracy_table(found, "full").rows]
     answers = {one.question: (one.answer, one.detail) for one in found.verdicts}
     assert answers["gate, against GRPO at equal rollouts"] == ("not answered", "grpo has no finished run")
-    assert "grpo" not in found.arm("gate").gaps  # type: ignore[union-attr]
+    assert "grpo" not in found.arm("gate").gaps
 
 
 def test_arms_without_a_common_seed_are_not_compared(copy: Path):
@@ -392,7 +392,7 @@ def test_a_sweep_without_a_world_axis_is_one_world_named_like_its_folder(tmp_pat
         run.end_session("finished")
     found = result_of(out, "aligned-bad-teacher")
     assert [one.seeds for one in found.arms] == [(0, 1)] * 3
-    assert found.arm("gate").gaps["full"].over_blocks is None  # type: ignore[union-attr]
+    assert found.arm("gate").gaps["full"].over_blocks is None
     assert overview([found]).columns == ("arm", "bad teacher")
 
 

@@ -65,7 +65,7 @@ def test_the_peak_of_a_call_is_what_it_allocates() -> None:
     ],
 )
 def test_a_verdict_says_by_how_much(bound: str, limit: float, value: float, verdict: str) -> None:
-    goal = Goal("work", bound, limit, single(value))  # type: ignore[arg-type]
+    goal = Goal("work", bound, limit, single(value))
     assert goal.verdict == verdict
     assert goal.is_met == (verdict == "met")
 
@@ -142,7 +142,7 @@ def test_a_variant_that_computes_something_else_is_not_timed() -> None:
     x = loss.make_inputs(loss.Shape(8, 8, 32))
     half = {"half": lambda x, divergence: tuple(value / 2 for value in loss.dense(x, divergence))}
     with pytest.raises(ValueError, match="half: forward_kl is off"):
-        loss.require_same(half, x, "forward_kl")  # type: ignore[arg-type]
+        loss.require_same(half, x, "forward_kl")
 
 
 def test_a_child_imports_the_source_it_is_given(tmp_path: Path) -> None:

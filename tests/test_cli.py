@@ -424,7 +424,7 @@ def test_messages_are_never_markup_and_hide_nothing(run: RunFolder):
     plain = io.StringIO()
     for listener in (LiveBar(progress, console), PlainLines(progress, plain)):
         listener.message("[bold]row 3[/bold] :smile: \x1b[2J \u202eabc")
-    for text in (console.file.getvalue(), plain.getvalue()):  # type: ignore[attr-defined]
+    for text in (console.file.getvalue(), plain.getvalue()):
         assert text == "[bold]row 3[/bold] :smile: ⟦U+001B⟧[2J ⟦U+202E⟧abc\n"
 
 

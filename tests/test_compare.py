@@ -45,7 +45,7 @@ def write_run(
         average = {"value": value, "low": value, "high": value}
         run.append("evaluations", row | {"correct_counts": counts, "average": average, "problems": len(counts)})
     if status != "running":
-        run.end_session(status)  # type: ignore[arg-type]
+        run.end_session(status)
     return path
 
 

@@ -216,7 +216,7 @@ def test_without_a_checker_the_sound_preset_falls_back_to_the_probe_nll():
 
 def test_a_config_cannot_be_changed_after_loading():
     with pytest.raises(ValueError, match="frozen"):
-        load_config("micro").train.seed = 3  # type: ignore[misc]
+        load_config("micro").train.seed = 3
 
 
 @settings(deadline=None, max_examples=50)

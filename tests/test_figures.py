@@ -46,7 +46,7 @@ def rows_of(path: Path, **changes: object) -> RunRows:
     begin_run(path, fake_config(100))
     run = read_run(path)
     fields = {name: getattr(run, name) for name in RunRows.__slots__}
-    return RunRows(**fields | changes)  # type: ignore[arg-type]
+    return RunRows(**fields | changes)
 
 
 def drawn(chart: Chart | None) -> ElementTree.Element:
@@ -273,7 +273,7 @@ def test_a_paired_interval_has_no_width_where_every_problem_gains_the_same():
 
 def test_pairs_are_matched_by_problem_and_not_by_place():
     before, after = counted(0, [0, 2, 0, 2]), counted(9, [0, 2, 0, 2])
-    after["correct_counts"] = dict(reversed(list(after["correct_counts"].items())))  # type: ignore[attr-defined]
+    after["correct_counts"] = dict(reversed(list(after["correct_counts"].items())))
     assert paired_points(before, after) == "+0.0 [+0.0, +0.0]"
 
 

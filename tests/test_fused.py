@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 def head_of(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Head:
     how = dict(HEADS[kind])
     bias = normal(V, seed=seed + 50, dtype=dtype) if how.pop("bias", False) else None
-    return Head(normal(V, F, seed=seed, dtype=dtype), bias, **how)  # type: ignore[arg-type]
+    return Head(normal(V, F, seed=seed, dtype=dtype), bias, **how)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,10 +155,10 @@ def test_a_scaled_loss_scales_the_gradient_and_a_second_backward_is_refused() ->
     for factor in (1.0, -3.0):
         student, _, _ = leaves(hidden, head, False)
         loss, _ = fused_divergence(Objective(), student, head, teacher, head, tokens, weights)
-        (factor * loss).backward()  # type: ignore[no-untyped-call]
+        (factor * loss).backward()
         grads.append(student.grad)
         with pytest.raises(RuntimeError, match="second time"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     torch.testing.assert_close(-3.0 * grads[0], grads[1])
 
 
@@ -176,7 +176,7 @@ def test_identical_teacher_and_student_give_exactly_nothing(divergence: str) -> 
     hidden, _, tokens, weights = inputs(torch.float32)
     student, head, _ = leaves(hidden, head_of("bias", dtype=torch.float32), False)
     loss, meters = fused_divergence(Objective(divergence), student, head, hidden, head, tokens, weights)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert float(meters["loss"].abs().max()) == 0
     assert student.grad is not None
     assert float(student.grad.abs().max()) == 0

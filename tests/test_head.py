@@ -42,7 +42,7 @@ IDS = (12, 13, 14, 15, 2, 29)
 
 def loaded_model(model: torch.nn.Module) -> LoadedModel:
     tiny = tiny_model()
-    return LoadedModel(model.eval(), tiny.tokenizer, torch.device("cpu"), frozenset({1}), 0)  # type: ignore[arg-type]
+    return LoadedModel(model.eval(), tiny.tokenizer, torch.device("cpu"), frozenset({1}), 0)
 
 
 def random_model(name: str) -> torch.nn.Module:

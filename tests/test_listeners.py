@@ -50,8 +50,8 @@ def test_a_listener_is_told_every_row_of_the_run_folder_between_begin_and_end(tm
     assert (config, info.path, info.run_id, info.resumed) == (run.config, run.path, run.run_id, False)
     assert info.manifest["data_fingerprint"] == run.manifest["data_fingerprint"]
     for kind in ("metrics", "decisions", "evaluations", "samples"):
-        assert rows_told(ears, kind) == run.rows(kind)  # type: ignore[arg-type]
-        assert run.rows(kind)  # type: ignore[arg-type]
+        assert rows_told(ears, kind) == run.rows(kind)
+        assert run.rows(kind)
 
 
 def test_a_resumed_session_begins_anew_and_tells_only_what_it_does(tmp_path: Path):

@@ -295,7 +295,7 @@ def test_rows_without_gold_and_rows_that_contradict_their_reference_are_counted(
     file.write_text("".join(json.dumps(row) + "\n" for row in good + bad))
     data = {"source": str(file), "columns": {"answer": "answer"}, "on_bad_row": "skip", "train_size": 100}
     sizes = {"validation_size": 1, "probe_size": 1, "test_size": 1}
-    problems = load_problems(DataConfig(**data, **sizes))  # type: ignore[arg-type]
+    problems = load_problems(DataConfig(**data, **sizes))
     found = data_profile(replace(parts, problems=replace(parts.problems, skipped=problems.skipped)))
     assert (found.gold_missing, found.gold_disagrees, found.other_faults) == (1, 1, 1)
     config = quick("data.on_bad_row=refuse")

@@ -40,7 +40,7 @@ def start_ranks(arguments: list[str], folders: list[Path]) -> list[subprocess.Po
         added = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, *arguments]
-        processes.append(subprocess.Popen(command, cwd=folder, env={**os.environ, **added}, **pipes))  # type: ignore[call-overload]
+        processes.append(subprocess.Popen(command, cwd=folder, env={**os.environ, **added}, **pipes))
     return processes
 
 

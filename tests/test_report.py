@@ -61,7 +61,7 @@ def rows_of(path: Path, **changes: object) -> RunRows:
     begin_run(path, fake_config(100))
     run = read_run(path)
     fields = {name: getattr(run, name) for name in RunRows.__slots__}
-    return RunRows(**fields | changes)  # type: ignore[arg-type]
+    return RunRows(**fields | changes)
 
 
 def test_every_element_of_the_page_nests_and_closes(outline: Outline):

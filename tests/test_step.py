@@ -72,7 +72,7 @@ def test_loss_and_gradient_are_those_of_the_equation(reduction: Literal["sequenc
     found = gradients(loaded)
     loaded.model.zero_grad()
     expected = loss_by_hand(loaded, reduction)
-    expected.backward()  # type: ignore[no-untyped-call]
+    expected.backward()
     assert meters.loss == pytest.approx(expected.item(), rel=1e-5)
     assert meters.means["kl"] == pytest.approx(meters.loss, rel=1e-5)
     for mine, other in zip(found, gradients(loaded), strict=True):
@@ -155,7 +155,7 @@ def test_grpo_and_sft_follow_the_scaled_log_likelihood() -> None:
         log_q = loaded.model(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1)
         own = log_q.gather(-1, torch.tensor(row.completion)[:, None])
         expected = expected - row.advantage * own.mean() / len(rows)
-    expected.backward()  # type: ignore[no-untyped-call]
+    expected.backward()
     assert meters.loss == pytest.approx(expected.item(), rel=1e-4)
     for mine, other in zip(found, gradients(loaded), strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)

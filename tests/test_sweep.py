@@ -518,7 +518,7 @@ def test_a_running_cell_shows_its_update_ratio_and_accuracy(tmp_path: Path):
     assert progress.cell_figures(entry) == ["a-seed-0: update 3/8", "ratio 0.25", "accuracy 50.0 %"]
     console = Console(file=io.StringIO(), width=60, color_system=None, force_terminal=True, legacy_windows=False)
     console.print(LiveSweep(progress, console))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = console.file.getvalue()
     assert "a-seed-0: update 3/8" in shown
     assert max(map(len, shown.splitlines())) <= 60
 

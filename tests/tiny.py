@@ -92,5 +92,5 @@ def tiny_tokenizer(words: Sequence[str] = WORDS, chat_template: bool = True) -> 
 
 def tiny_folder(path: Path, **arguments: object) -> Path:
     """Save `tiny_model(**arguments)` as an ordinary transformers folder and return `path`."""
-    save_model(tiny_model(**arguments), path)  # type: ignore[arg-type]
+    save_model(tiny_model(**arguments), path)
     return path

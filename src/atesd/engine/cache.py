@@ -6,7 +6,8 @@ Also the one place that knows by which name a model takes its cache.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -19,6 +20,15 @@ _BLOCK = 256  # tokens; room grows by whole blocks
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
+@runtime_checkable
+class Model(Protocol):
+    """Whatever has a forward: a model, or what wraps one."""
+
+    @property
+    def forward(self) -> Callable[..., object]:
+        """Its pass."""
+
+
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of full attention whose `keys` and `values`, [B, heads, length, dim], are views of larger buffers."""
 
@@ -26,7 +36,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._room: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Append [B, heads, new, dim]; return all keys and values so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
@@ -52,7 +62,7 @@ def preallocated_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument(model: Model) -> str:
     """The name under which the model's forward takes a KV cache: `cache`, or `past_key_values` where it knows no other.
 
     Looks at the signature of the model itself, inside torch.compile and PEFT, whose forwards hand on any name. Raises
@@ -69,7 +79,7 @@ def cache_argument(model: Any) -> str:
     )
 
 
-def _plain(model: Any) -> Any:
+def _plain(model: Model) -> Model:
     """The model inside `torch.compile` and PEFT, in whichever order they wrap it."""
     if hasattr(model, "_orig_mod"):
         return _plain(model._orig_mod)

@@ -48,7 +48,7 @@ class ShardedEngine:
     def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Engine`. What fails on one rank is raised on all."""
 
-        def work(own: Sequence[Request]) -> list[dict[str, Any]]:
+        def work(own: Sequence[Request]) -> list[dict[str, object]]:
             return [asdict(rollout) for rollout in self._engine.complete(own, params)]
 
         with self._whole():
@@ -64,6 +64,6 @@ class ShardedEngine:
         self._engine.close()
 
 
-def _from_json(rollout: dict[str, Any]) -> Rollout:
+def _from_json(rollout: dict[str, object]) -> Rollout:
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in rollout.items()}
     return Rollout(**values)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,49 @@ _ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _COPY_LIMIT = 2**30  # bytes of weights that are copied; ours: a copy costs about as much as three steps of decoding
 _PACKED_WORK = 2**21  # multiplications below which a blocked product is no faster; measured
+
+
+@runtime_checkable
+class _Norm(Protocol):
+    weight: Tensor
+
+
+@runtime_checkable
+class _Attention(Protocol):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
+
+@runtime_checkable
+class _FeedForward(Protocol):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+
+@runtime_checkable
+class _Block(Protocol):
+    """One layer of the families, as transformers names its parts."""
+
+    self_attn: _Attention
+    mlp: _FeedForward
+    input_layernorm: _Norm
+    post_attention_layernorm: _Norm
+
+
+@runtime_checkable
+class _Decoder(Protocol):
+    embed_tokens: nn.Module
+    norm: _Norm
+    layers: Sequence[_Block]
+
+
+@runtime_checkable
+class _CausalLM(Protocol):
+    model: _Decoder
+    lm_head: nn.Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +178,16 @@ def read_network(model: nn.Module, rows: int) -> Network:
     )
 
 
-def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+def _causal_lm(model: nn.Module) -> nn.Module:
+    wrapped: Any = model
+    inner: nn.Module = wrapped.get_base_model() if hasattr(model, "peft_config") else model
+    return inner
 
 
-def _layer(block: Any, heads: int, kv_heads: int, layout: _Layout) -> Layer:
+def _layer(block: _Block, heads: int, kv_heads: int, layout: _Layout) -> Layer:
     attention, forward = block.self_attn, block.mlp
     qk_norm = None
-    if hasattr(attention, "q_norm"):
+    if hasattr(attention, "q_norm") and hasattr(attention, "k_norm"):
         norms = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
         qk_norm = torch.cat(norms)
     return Layer(
@@ -184,7 +229,7 @@ class _Layout:
     rows: int
     copy: bool
 
-    def projection(self, modules: Sequence[Any]) -> Projection:
+    def projection(self, modules: Sequence[nn.Module]) -> Projection:
         """One or several linear layers of the same input."""
         linears = [_linear(module) for module in modules]
         if not self.copy:
@@ -225,21 +270,22 @@ def _joined(linears: Sequence[_Linear]) -> _Linear:
     return _Linear(weight, bias, beside.down, beside.up)
 
 
-def _linear(module: Any) -> _Linear:
+def _linear(module: nn.Module) -> _Linear:
     """The layer with its active adapters side by side, as PEFT adds them."""
     if type(module) is nn.Linear:
         return _Linear(module.weight, module.bias)
-    base, names = module.base_layer, [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or module.merged or not names:
+    adapted: Any = module
+    base, names = adapted.base_layer, [name for name in adapted.active_adapters if name in adapted.lora_A]
+    if adapted.disable_adapters or adapted.merged or not names:
         return _Linear(base.weight, base.bias)
-    down = torch.cat([module.lora_A[name].weight for name in names])
-    up = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in names], 1)
+    down = torch.cat([adapted.lora_A[name].weight for name in names])
+    up = torch.cat([adapted.lora_B[name].weight * adapted.scaling[name] for name in names], 1)
     return _Linear(base.weight, base.bias, down, up)
 
 
-def _read_by_us(causal: Any) -> list[Any]:
+def _read_by_us(causal: _CausalLM) -> list[object]:
     """Every module whose tensors the builtin engine reads without calling it."""
-    found = [causal.model.embed_tokens, causal.lm_head, causal.model.norm]
+    found: list[object] = [causal.model.embed_tokens, causal.lm_head, causal.model.norm]
     for block in causal.model.layers:
         attention, forward = block.self_attn, block.mlp
         found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
@@ -249,16 +295,17 @@ def _read_by_us(causal: Any) -> list[Any]:
     return found
 
 
-def _foreign(module: Any) -> str | None:
+def _foreign(module: object) -> str | None:
     """What is unusual about a module; None: a plain linear layer, embedding or norm, or one with a plain adapter."""
     kind = type(module)
     norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
     if kind in (nn.Linear, nn.Embedding) or norm:
         return None
+    adapted: Any = module
     if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear") or type(
-        module.base_layer
+        adapted.base_layer
     ) is not nn.Linear:
         return f"a {kind.__name__} of {kind.__module__}"
-    variants = bool(module.lora_variant) or module.fan_in_fan_out or module.training or module.merged
-    biased = any(layer.bias is not None for layer in module.lora_B.values())
+    variants = bool(adapted.lora_variant) or adapted.fan_in_fan_out or adapted.training or adapted.merged
+    biased = any(layer.bias is not None for layer in adapted.lora_B.values())
     return "an adapter that is not plain LoRA" if variants or biased else None

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, final
+from typing import Any, TypedDict, final
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -175,9 +175,20 @@ def _name(place: int) -> str:
     return "".join(_NAME_DIGITS[place >> 4 * digit & 15] for digit in range(_NAME_LENGTH))
 
 
+_Tree = dict[str, "_Tree"]
+"""Letters, and below each the letters that may follow it; an empty one ends a word."""
+
+
+class _Serialised(TypedDict):
+    """What we read of a tokenizer.json."""
+
+    model: dict[str, Any]
+    added_tokens: list[dict[str, Any]]
+
+
 def _any_of(words: Iterable[str]) -> str:
     """A pattern for the longest of some words at a place, which looks at no word that begins otherwise."""
-    tree: dict[str, Any] = {}
+    tree: _Tree = {}
     for word in words:
         node = tree
         for letter in word:
@@ -186,7 +197,7 @@ def _any_of(words: Iterable[str]) -> str:
     return _pattern(tree)
 
 
-def _pattern(tree: Mapping[str, Any]) -> str:
+def _pattern(tree: _Tree) -> str:
     branches = []
     for letter, below in tree.items():
         path = letter
@@ -200,7 +211,7 @@ def _pattern(tree: Mapping[str, Any]) -> str:
     return f"(?:{'|'.join(branches)})" + "?" * ("" in tree)
 
 
-def _renamed(parts: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(parts: _Serialised, names: Mapping[str, str]) -> _Serialised:
     """A serialised tokenizer with other names for some tokens, and no way to spell them by their old ones."""
     model = dict(parts["model"])
     if isinstance(model["vocab"], dict):

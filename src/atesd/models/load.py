@@ -7,6 +7,7 @@ import importlib.resources
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -310,7 +311,7 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTra
     return wrapped
 
 
-def _peft() -> Any:
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError:

@@ -6,8 +6,8 @@ Whatever would show only in the first update, at the end of a run, or in nothing
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -97,9 +97,11 @@ def require_fixed_rotary(config: ModelConfig, described: PreTrainedConfig) -> No
             )
 
 
-def _varying_rotary(values: Mapping[str, Any], path: str, length: int | None) -> Iterator[tuple[str, str, int | None]]:
+def _varying_rotary(
+    values: Mapping[str, object], path: str, length: int | None
+) -> Iterator[tuple[str, str, int | None]]:
     """Field, kind and length of the switch of each rotary table that depends on the rows, however deep it is kept."""
-    stated = [values.get(name) for name in ("original_max_position_embeddings", "max_position_embeddings")]
+    stated: list[Any] = [values.get(name) for name in ("original_max_position_embeddings", "max_position_embeddings")]
     length = min([int(one) for one in (*stated, length) if one], default=None)
     kind = values.get("rope_type", values.get("type"))
     if "rope" in path and isinstance(kind, str) and (kind in ("longrope", "su") or "dynamic" in kind):
@@ -109,7 +111,21 @@ def _varying_rotary(values: Mapping[str, Any], path: str, length: int | None) ->
             yield from _varying_rotary(inner, f"{path}{name}.", length)
 
 
-def require_untied(adapted: Any, setting: str) -> None:
+@runtime_checkable
+class Embedding(Protocol):
+    """A model with a module on either side of its layers, adapted by PEFT or not."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """From tokens to states."""
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """From states to logits."""
+
+    def named_modules(self) -> Iterable[tuple[str, torch.nn.Module]]:
+        """All modules."""
+
+
+def require_untied(adapted: Embedding, setting: str) -> None:
     """No adapter on one side of a weight that is both embedding and output head: merged, it would change both."""
     tied = [adapted.get_input_embeddings(), adapted.get_output_embeddings()]
     base = [getattr(module, "get_base_layer", lambda module=module: module)() for module in tied]

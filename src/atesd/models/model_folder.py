@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from atesd.errors import ModelError
 
@@ -25,40 +25,40 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _ITEM_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
 
-Allowed = tuple[Callable[[Any], bool], str]
+Allowed = tuple[Callable[[object], bool], str]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     each = value if isinstance(value, list) else [value]  # a few architectures have one for every layer
     return bool(each) and all(_is_int(one) and 1 <= one <= _MOST for one in each)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return value is None or (_is_int(value) and 0 <= value <= _MOST)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_text_list(value: Any) -> bool:
+def _is_text_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: object) -> bool:
     return all(_is_int(one) and one >= 0 for one in (value if isinstance(value, list) else [value]))
 
 
-def _is_token(value: Any) -> bool:
+def _is_token(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
 
 
-def _is_template(value: Any) -> bool:
+def _is_template(value: object) -> bool:
     named = isinstance(value, list) and all(
         isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
         for one in value
@@ -66,7 +66,7 @@ def _is_template(value: Any) -> bool:
     return isinstance(value, str) or named
 
 
-def _are_added_tokens(value: Any) -> bool:
+def _are_added_tokens(value: object) -> bool:
     return isinstance(value, dict) and all(
         key.isdecimal() and int(key) <= _MOST and isinstance(one, dict) and isinstance(one.get("content"), str)
         for key, one in value.items()
@@ -159,7 +159,7 @@ def require_sound(folder: Path) -> None:
         )
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, object]:
     """The JSON object in a file. Raises `ModelError` if it is none."""
     text = _text(path)
     try:
@@ -225,7 +225,7 @@ def _text(path: Path) -> str:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _require_fields(path: Path, values: Mapping[str, Any], fields: Mapping[str, Allowed]) -> None:
+def _require_fields(path: Path, values: Mapping[str, object], fields: Mapping[str, Allowed]) -> None:
     for name, value in values.items():
         fits, expected = fields.get(name, (None, ""))
         if fits is None and path.name == CONFIG and name.startswith("num_"):
@@ -236,8 +236,9 @@ def _require_fields(path: Path, values: Mapping[str, Any], fields: Mapping[str, 
         raise ModelError(
             f"{path}: split_special_tokens: true would read the control tokens of the chat template as text; set false"
         )
-    if path.name == CONFIG and isinstance(values.get("text_config"), dict):
-        _require_fields(path, values["text_config"], fields)
+    inner = values.get("text_config")
+    if path.name == CONFIG and isinstance(inner, dict):
+        _require_fields(path, inner, fields)
 
 
 def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -266,11 +267,11 @@ def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         raise ModelError(f"{path}: cannot be loaded: its header is damaged ({reason}); fetch the file again") from None
 
 
-def _lacks(dtype: Any, shape: tuple[int, ...], size: int) -> bool:
+def _lacks(dtype: object, shape: tuple[int, ...], size: int) -> bool:
     """Whether so many bytes are not what a tensor takes; types of less than a byte are left to safetensors."""
     return isinstance(dtype, str) and dtype in _ITEM_BYTES and _ITEM_BYTES[dtype] * math.prod(shape) != size
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, TypeVar, cast, final
+from typing import Generic, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -65,14 +65,16 @@ class Ranks:
 
     def gather(self, work: Callable[[], R]) -> list[R]:
         """The result of every rank's own work, by rank, on all ranks."""
-        with self.gathering() as gathered:
+        with self.gathering(Gathered[R]()) as gathered:
             gathered.own = work()
         return gathered.all
 
     @contextmanager
-    def gathering(self) -> Iterator[Gathered[Any]]:
-        """Inside, set `own`; afterwards `all` has it of every rank. What is raised inside reaches the others too."""
-        gathered: Gathered[Any] = Gathered()
+    def gathering(self, gathered: Gathered[R]) -> Iterator[Gathered[R]]:
+        """Inside, set `own` of `gathered`; afterwards `all` has it of every rank.
+
+        What is raised inside reaches the others too.
+        """
         if self.size == 1:
             yield gathered
             gathered.all = [gathered.own]
@@ -104,7 +106,7 @@ class Ranks:
         """Whether the flag is up on any rank."""
         return any(self.gather(lambda: flag))
 
-    def require_equal(self, work: Callable[[], Any], what: str) -> None:
+    def require_equal(self, work: Callable[[], object], what: str) -> None:
         """Raise `TrainingError` that names the ranks whose result is not that of rank 0. Alone: no work is done."""
         if self.size == 1:
             return

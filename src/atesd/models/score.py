@@ -22,7 +22,7 @@ from atesd.maths.fused import fused_likelihood
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
-from atesd.models.token_tree import follows_trees
+from atesd.models.token_tree import Backbone, follows_trees
 from atesd.models.weights import ReplicatedWeights, Weights
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Scorer:
         self._weights = weights or ReplicatedWeights(loaded.model, loaded.ranks)
         model: Any = loaded.model
         self._causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._backbone = self._causal_lm.get_decoder()
+        self._backbone: Backbone = self._causal_lm.get_decoder()
         self._reading = self._reading_that_gives_the_models_logits()
 
     @property
@@ -82,7 +82,7 @@ class Scorer:
             return self._loaded.ranks.map_sharded(items, work)
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> Backbone:
         """The model without its head."""
         return self._backbone
 
@@ -157,7 +157,7 @@ DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
-def readings(config: Any) -> Iterator[Head]:
+def readings(config: object) -> Iterator[Head]:
     """What the fields of a transformers config may say of the scale and soft cap of the logits, likeliest first.
 
     The same word means different things: Granite divides by its `logits_scaling`, HyperCLOVA X multiplies; and a field
@@ -171,7 +171,7 @@ def readings(config: Any) -> Iterator[Head]:
             yield Head(None, scale=scale, soft_cap=cap)
 
 
-def _numbers(config: Any, names: Sequence[str]) -> list[float]:
+def _numbers(config: object, names: Sequence[str]) -> list[float]:
     """The values of those fields that the config has, other than 0."""
     return [float(value) for value in (getattr(config, name, None) for name in names) if value]
 

@@ -19,11 +19,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 import jinja2
 from jinja2 import ext, nodes
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = Sequence[Mapping[str, str]]
@@ -43,7 +44,16 @@ class Rendering:
 
     messages: Messages
     prompt: bool
-    variables: Mapping[str, Any]
+    variables: Mapping[str, object]
+    date: str
+
+
+class _Wanted(TypedDict):
+    """A `Rendering` as it travels to the process that renders it."""
+
+    messages: Messages
+    prompt: bool
+    variables: Mapping[str, object]
     date: str
 
 
@@ -100,12 +110,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Start a rendering: no step is taken yet."""
         self._steps, self._day = 0, day
 
-    def call(self, *arguments: Any, **named: Any) -> Any:
+    def call(self, context: Context, called: object, /, *arguments: object, **named: object) -> object:
         """What the sandbox calls for every call in a template."""
         self._step()
-        return _measured(super().call(*arguments, **named))
+        return _measured(super().call(context, called, *arguments, **named))
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         """An operator, after a look at how large its result will be."""
         if _size_after(operator, left, right) > MOST_CHARACTERS:
             raise RenderingError(f"'{operator}' would make more than {MOST_CHARACTERS:,} characters, items or bits")
@@ -116,7 +126,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if self._steps > MOST_STEPS:
             raise RenderingError(f"it takes more than {MOST_STEPS:,} steps")
 
-    def _each(self, values: Iterable[Any]) -> Iterator[Any]:
+    def _each(self, values: Iterable[object]) -> Iterator[object]:
         for value in values:
             self._step()
             yield value
@@ -169,7 +179,7 @@ def _is_random(tree: nodes.Template) -> bool:
     return drawn or any(one.name == "lipsum" and one.ctx == "load" for one in tree.find_all(nodes.Name))
 
 
-def _size_after(operator: str, left: Any, right: Any) -> int:
+def _size_after(operator: str, left: object, right: object) -> int:
     """At most how large the result is, in characters, items or bits."""
     if operator == "%":
         return MOST_CHARACTERS + 1 if isinstance(left, str) and _LARGE_WIDTH.search(left) else 0
@@ -183,13 +193,13 @@ def _size_after(operator: str, left: Any, right: Any) -> int:
     return _size(whole) * times if isinstance(times, int) else 0
 
 
-def _size(value: Any) -> int:
+def _size(value: object) -> int:
     if isinstance(value, int):
         return value.bit_length()
     return len(value) if isinstance(value, str | list | tuple) else 0
 
 
-def _measured(value: Any) -> Any:
+def _measured(value: object) -> object:
     if isinstance(value, str) and len(value) > MOST_CHARACTERS:
         raise RenderingError(f"it makes a text of more than {MOST_CHARACTERS:,} characters")
     return value
@@ -200,7 +210,11 @@ def _raise(message: str) -> None:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -212,7 +226,7 @@ def _limit(seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES * 2**20, MEGABYTES * 2**20))
 
 
-def _replies(source: str, wanted: Sequence[Mapping[str, Any]]) -> Any:
+def _replies(source: str, wanted: Sequence[_Wanted]) -> str | list[tuple[str | None, str]]:
     try:
         template = ChatTemplate(source)
     except RenderingError as fault:

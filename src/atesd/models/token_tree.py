@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,10 +25,48 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+
+@runtime_checkable
+class States(Protocol):
+    """What a backbone gives."""
+
+    @property
+    def last_hidden_state(self) -> Float[Tensor, "B T F"]:
+        """After the last norm, as the head reads it."""
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A causal model of transformers without its head."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its sizes, and the attention that it uses."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool,
+    ) -> States:
+        """The states of tokens [B, T]."""
+
+
 Run = tuple[int, int]
 """First place and the place after the last."""
 
 _INTERFACE = "atesd_branches"
+_Ids = Sequence[int] | npt.NDArray[np.int64]
 _HARMLESS = {"is_causal", "use_cache", "position_ids", "cache_position", "output_attentions", "position_embeddings"}
 # Their frequencies depend on the longest position in the pass, which a tree changes for its shorter sequences.
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -74,14 +113,14 @@ def token_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
     return TokenTree(tuple(ids), tuple(positions), tuple(paths[i] for i in range(len(arrays))), tuple(branches))
 
 
-def common_prefix(one: Sequence[int] | np.ndarray[Any, Any], other: Sequence[int] | np.ndarray[Any, Any]) -> int:
+def common_prefix(one: _Ids, other: _Ids) -> int:
     """How many tokens two sequences begin with alike."""
     length = min(len(one), len(other))
     differ = np.asarray(one)[:length] != np.asarray(other)[:length]
     return int(differ.argmax()) if differ.any() else length
 
 
-def tree_states(backbone: Any, trees: Sequence[TokenTree]) -> list[Float[Tensor, "N F"]]:
+def tree_states(backbone: Backbone, trees: Sequence[TokenTree]) -> list[Float[Tensor, "N F"]]:
     """The last hidden state at every place of each tree, all trees in one row."""
     device = backbone.device
     starts = np.cumsum([0, *(len(tree.ids) for tree in trees)]).tolist()
@@ -101,7 +140,7 @@ def tree_states(backbone: Any, trees: Sequence[TokenTree]) -> list[Float[Tensor,
 
 
 @torch.no_grad()
-def follows_trees(backbone: Any) -> bool:
+def follows_trees(backbone: Backbone) -> bool:
     """Whether passes over a tree give this model's own hidden states, as a few tokens show.
 
     False without trying where a few tokens cannot show it: windows, recurrent layers, frequencies that depend on the
@@ -152,14 +191,14 @@ def _attention(config: PreTrainedConfig, branches: Sequence[_Branch]) -> Iterato
 
 
 def _attend(
-    _module: Any,
+    _module: object,
     query: Float[Tensor, "1 heads N D"],
     key: Float[Tensor, "1 groups N D"],
     value: Float[Tensor, "1 groups N D"],
     _mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """Attention of each branch to what it can see; `ValueError` for an option that would change it."""
     unknown = [name for name, option in options.items() if option is not None and name not in _HARMLESS]

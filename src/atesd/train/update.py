@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import fused_divergence, fused_likelihood
-from atesd.models.ranks import interleave
+from atesd.models.ranks import Gathered, interleave
 from atesd.models.score import Pair, Scored, Scorer, completion_tokens, hidden_logprobs, micro_batches, pair_length
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
@@ -291,11 +291,15 @@ class Likelihood:
         )
 
 
+_Part = tuple[float, dict[str, list[list[float]]]]
+"""One rank's part of the loss, and each meter per row and token."""
+
+
 def accumulate(method: Method, examples: Sequence[Example], plan: BatchPlan) -> StepMeters:
     """Accumulate the gradient of a method's loss on an update's examples; the meters are those of all ranks."""
     weights = plan.weights(examples)
     ranks = method.scorer.ranks
-    with ranks.gathering() as gathered:
+    with ranks.gathering(Gathered[_Part]()) as gathered:
         gathered.own = _backpropagate(method, ranks.shard(examples), ranks.shard(weights), plan)
     losses, shards = zip(*gathered.all, strict=True)
     tokens = {name: interleave([shard.get(name, []) for shard in shards]) for name in shards[0]}
@@ -311,9 +315,7 @@ def per_token(values: Sequence[float], examples: Sequence[Example], device: torc
     return torch.tensor(repeated, dtype=torch.float64, device=device)
 
 
-def _backpropagate(
-    method: Method, examples: Sequence[Example], weights: Sequence[float], plan: BatchPlan
-) -> tuple[float, dict[str, list[list[float]]]]:
+def _backpropagate(method: Method, examples: Sequence[Example], weights: Sequence[float], plan: BatchPlan) -> _Part:
     """Accumulate the gradient of these examples. Returns their part of the loss, and each meter per row and token.
 
     Among the meters are the log-probabilities of the answers, whose tokens are not those of the completions.
