@@ -101,7 +101,10 @@ class SuccessDirection:
             self._attempts.append(Attempt(one.problem.difficulty, *one.pair, reference, correct=correct))
 
     def renew(self, update: int) -> None:
-        """Make the direction of the coming hold from what is remembered, and forget it; `known` says whether it exists.
+        """Make the direction of the coming hold from what is remembered, and forget it; `known` says if there is one.
+
+        u = v / |v|, with v the gradient of sum_i A_i log q(y_i | x_i) / |y_i| over the rollouts of the last hold, and
+        A_i by `alignment.success` (see `weighted_rows`).
 
         The gradients of the parameters must be clear, and are clear again afterwards.
         """

@@ -79,7 +79,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How an update's examples are weighed and cut. The cut changes no gradient; `reduction` says what the loss is."""
+    """How an update's examples are weighed and divided. Micro-batches change no gradient; `reduction` defines the loss."""
 
     reduction: Literal["sequence", "token"] = "sequence"
     micro_batch_size: int = 8
