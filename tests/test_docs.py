@@ -15,6 +15,7 @@ from atesd.cli import app
 from atesd.component import choice_in, group_in
 from atesd.config import Config
 from atesd_lab.cli.commands import laboratory
+from test_layers import ROWS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -154,3 +155,11 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_rooms_stand_in_the_order_of_the_layers():
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    for package, rows in ROWS.items():
+        table = text.partition(f"| `src/{package}/` |")[2].partition("\n\n")[0]
+        rooms = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()[2:]]
+        assert rooms == rows
