@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def in_code(page: Path, pattern: str) -> set[str]:
 @every_page
 def test_a_file_that_is_named_exists(page: Path):
     named = in_code(page, r"(?<![\w./-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|yaml|txt|cff)\b")
-    named = {name for name in named - ELSEWHERE if not name.startswith("runs/")}
+    named = {name for name in named - ELSEWHERE if not name.startswith("runs/") and "NAME" not in name}
     assert {name for name in named if not any((home / name).exists() for home in HOMES)} == set()
 
 
@@ -163,3 +163,25 @@ def test_the_rooms_stand_in_the_order_of_the_layers():
         table = text.partition(f"| `src/{package}/` |")[2].partition("\n\n")[0]
         rooms = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()[2:]]
         assert rooms == rows
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (test_a_file_that_is_named_exists, "`train/gone.py`"),
+        (test_a_folder_of_the_tree_that_is_named_exists, "`src/gone/`"),
+        (test_a_dotted_name_can_be_imported, "`atesd.session.gone`"),
+        (test_a_module_that_is_run_exists, "```\npython -m atesd_lab.gone\n```"),
+        (test_a_setting_that_is_named_exists, "\n\n    atesd train micro --set credit.gone=1\n"),
+        (test_a_command_exists_with_its_options, "\n\n    atesd gone micro\n"),
+        (test_a_command_exists_with_its_options, "`atesd train micro --gone`"),
+        (test_a_target_of_make_exists, "`make gone`"),
+        (test_a_link_leads_to_a_file_and_to_a_heading, "[gone](gone.md)"),
+        (test_a_link_leads_to_a_file_and_to_a_heading, "# Here\n\n[gone](#there)"),
+    ],
+)
+def test_a_name_of_nothing_is_found(check: Callable[[Path], None], text: str, tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(text, "utf-8")
+    with pytest.raises(AssertionError):
+        check(page)
