@@ -22,7 +22,7 @@ IDEAS = {
     "maths.beta.entropy_penalty",
     "data.views.shown_segments",
     "control.state.TrainingState.features",
-    "control.ledger.DecisionLedger.held",
+    "control.credit.CreditConfig.hold",
     "control.credit.CreditConfig.window",
     "maths.divergence.clip_per_entry",
     "maths.advantages.group_advantages",

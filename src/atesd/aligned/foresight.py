@@ -28,7 +28,7 @@ class AlignedForesight:
 
     def before(self, update: int) -> None:
         """At the first update of a hold, make its direction from the rollouts of the last one."""
-        if update % self._config.credit.hold_updates == 0:
+        if self._config.credit.hold(update)[0] == update:
             self.scorer.direction.renew(update)
 
     def look(self, update: int, rollouts: Sequence[GradedRollout], exposure: Exposure) -> Alignment | None:

@@ -102,6 +102,14 @@ class CreditConfig(Component):
         start, close = self.window(settled)
         return sum(self.probe_is_due(update) for update in range(start, close + 1)) > 2
 
+    def hold(self, update: int) -> tuple[int, int]:
+        """First and last update (inclusive) of the hold in which `update` lies: one decision, one reveal ratio.
+
+        t .. t+H-1, with t a multiple of H = `hold_updates`; the decision is taken before update t.
+        """
+        start = update - update % self.hold_updates
+        return start, start + self.hold_updates - 1
+
     def window(self, decision_update: int) -> tuple[int, int]:
         """First and last update (inclusive) whose signals reward the decision taken before `decision_update`.
 

@@ -30,7 +30,7 @@ class _Row:
 class DecisionLedger:
     """Opens, feeds and closes decisions; knows nothing of policies, models or files.
 
-    A decision is held over H updates (`held`). Its window (`CreditConfig.window`) closes when the stats of the last
+    A decision is held over `CreditConfig.hold`. Its window (`CreditConfig.window`) closes when the stats of the last
     update in it arrive. Windows may overlap. A decision that cannot be credited is dropped, and `dropped` counts the
     reasons.
     """
@@ -56,12 +56,11 @@ class DecisionLedger:
         return frozenset(wanted)
 
     def held(self, update: int, decide: Callable[[int], Decision]) -> Decision:
-        """The decision that holds at this update: one is held over t .. t+H-1, t a multiple of `hold_updates`.
+        """The decision that holds at this update; if the update is the first of its hold, it is taken now and opened.
 
-        At the first update of the hold it is taken and opened; `decide` makes it. Raises `ValueError` for an update
-        before the current hold.
+        `decide` makes the decision before a given update. Raises `ValueError` for an update before the current hold.
         """
-        start = update - update % self._config.hold_updates
+        start, _ = self._config.hold(update)
         if self._held is not None and start < self._held.update:
             raise ValueError(f"update {update} is before the current decision, taken before {self._held.update}")
         if self._held is None or self._held.update != start:
@@ -181,7 +180,7 @@ class DecisionLedger:
     def _finish(self, decision: Decision) -> FinishedDecision:
         """The decision with what its window gave so far; sums over nothing are 0."""
         start, close = self._config.window(decision.update)
-        hold = self._seen(decision.update, decision.update + self._config.hold_updates - 1)
+        hold = self._seen(*self._config.hold(decision.update))
         progress_signal, grounding_signal = self._signals(decision)
         progress, grounding = (component or 0.0 for component in self._components(decision))
         return FinishedDecision(
