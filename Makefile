@@ -30,9 +30,6 @@ format: $(VENV)/installed
 test-slow: $(VENV)/installed  ## pretraining a world, 50 kills
 	$(BIN)/pytest -m slow
 
-test-fuzz: $(VENV)/installed  ## 10,000 generated data files, a few minutes on one core
-	$(BIN)/pytest -m fuzz -n 0 -s
-
 test-real: $(VENV)/installed  ## SmolLM2; fetched first
 	$(BIN)/atesd models fetch smollm2
 	$(BIN)/pytest -m real_model

@@ -79,15 +79,15 @@ def measured(recipe: str, updates: int, rounds: int, settings: Settings) -> Case
 def train_a_little(recipe: str, words: list[str], updates: int) -> dict[str, Any]:
     """Mean seconds of an update after the first hold, those under `control`, and the peak in bytes over the model."""
     config = load_config(recipe, words)
-    parts = build(config)
+    components = build(config)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parts, RunFolder(Path(folder) / "run", "benchmark"), Listeners(()))
+            trainer = Trainer(components, RunFolder(Path(folder) / "run", "benchmark"), Listeners(()))
             mark = Mark("cpu")
             seconds = [trainer.update(update).row["seconds"] for update in range(updates)]
             peak = mark.rise()
     finally:
-        close(parts)
+        close(components)
     late = seconds[config.credit.hold_updates :]
     total, control = (
         statistics.fmean(some) for some in zip(*((sum(r.values()), r["control"]) for r in late), strict=True)

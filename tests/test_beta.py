@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Beta
 
-from atesd.maths.beta import SAMPLE_MARGIN, concentrations, entropy, log_density, quantile
+from atesd.maths.beta import SAMPLE_MARGIN, concentrations, entropy, entropy_penalty, log_density, quantile
 
 above_one = st.floats(1.0, 50.0)
 open_ratio = st.floats(1e-6, 1 - 1e-6)
@@ -94,3 +94,9 @@ def test_draws_from_uniforms_follow_the_distribution():
     uniforms = [(i + 0.5) / 2000 for i in range(2000)]
     draws = [quantile(uniform, 2.0, 5.0) for uniform in uniforms]
     assert scipy.stats.kstest(draws, scipy.stats.beta(2.0, 5.0).cdf).statistic < 0.001
+
+
+def test_only_entropy_above_the_ceiling_is_penalised():
+    # The uniform Beta(1, 1) has entropy 0: 0.5 above a ceiling of -0.5, below one of 0.5
+    assert entropy_penalty(tensor(1.0), tensor(1.0), -0.5).item() == pytest.approx(0.25)
+    assert entropy_penalty(tensor(1.0), tensor(1.0), 0.5).item() == 0.0

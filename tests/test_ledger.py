@@ -216,3 +216,9 @@ def test_a_ledger_restored_from_json_goes_on_as_if_nothing_happened(cut):
         if update % 3 == 0:
             after.open(decision(update))
         assert after.record(update, series[update]) == whole[update]
+
+
+def test_a_hold_begins_at_a_multiple_of_its_length():
+    # H = 4: update 6 lies in 4 .. 7
+    assert CreditConfig(hold_updates=4).hold(6) == (4, 7)
+    assert CreditConfig(hold_updates=1).hold(6) == (6, 6)

@@ -1,4 +1,4 @@
-"""Pretraining of the world models, their gates, and the shipped checkpoints."""
+"""Pretraining of the world models, their acceptance, and the shipped checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from atesd.config import DataConfig, ViewsConfig
 from atesd.errors import TrainingError
 from atesd.world import acceptance
 from atesd.world import pretrain as module
-from atesd.world.acceptance import GateFigures, Gates, measure_gates, word_ids
+from atesd.world.acceptance import Acceptance, AcceptanceFigures, measure_acceptance, word_ids
 from atesd.world.model import save_world_model, world_tokenizer
-from atesd.world.pretrain import RECIPES, PretrainRecipe, pretrain, pretrain_command, pretrain_until_gated
+from atesd.world.pretrain import RECIPES, PretrainRecipe, pretrain, pretrain_command, pretrain_until_accepted
 from atesd.world.problems import COMPLETION_WORDS, END, MESSAGE_WORDS, VOCABULARY, Chain, WorldRenderer, world_problem
 from atesd.world.problems import world_problems as problems_of
 
@@ -121,29 +121,29 @@ def test_the_kl_of_a_message_with_itself_is_zero_and_is_measured_on_the_completi
 
 
 def test_a_gate_fails_on_the_worst_difficulty():
-    figures = GateFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.05)
-    assert figures.passed(Gates())
-    assert not GateFigures(0.94, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.05).passed(Gates())
-    assert not GateFigures(0.97, 0.4, {2: 0.7, 6: 0.1}, 0.2, 0.05).passed(Gates())
-    assert not GateFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.9).passed(Gates())
+    figures = AcceptanceFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.05)
+    assert figures.passed(Acceptance())
+    assert not AcceptanceFigures(0.94, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.05).passed(Acceptance())
+    assert not AcceptanceFigures(0.97, 0.4, {2: 0.7, 6: 0.1}, 0.2, 0.05).passed(Acceptance())
+    assert not AcceptanceFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.9).passed(Acceptance())
 
 
 def test_the_bad_recipe_asks_for_a_teacher_that_is_right_alone_and_lost_after_a_mistake():
-    lost = GateFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 1.8)
+    lost = AcceptanceFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 1.8)
     sound = replace(lost, kl_after_mistake=0.05)
-    assert [figures.passed(RECIPES["bad"].gates) for figures in (lost, sound)] == [True, False]
-    assert [figures.passed(RECIPES["good"].gates) for figures in (lost, sound)] == [False, True]
+    assert [figures.passed(RECIPES["bad"].acceptance) for figures in (lost, sound)] == [True, False]
+    assert [figures.passed(RECIPES["good"].acceptance) for figures in (lost, sound)] == [False, True]
 
 
 def test_attempts_are_counted_and_every_failure_is_told(few):
     with pytest.raises(TrainingError, match=r"2 attempts(.|\n)*seed 5(.|\n)*seed 6"):
-        pretrain_until_gated(5, 2, SHORT, problems=few[:10])
+        pretrain_until_accepted(5, 2, SHORT, problems=few[:10])
 
 
 def test_the_command_writes_a_folder_with_its_record(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "good", SHORT)
-    passing = GateFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.05)
-    monkeypatch.setattr(module, "measure_gates", lambda *_: passing)
+    passing = AcceptanceFigures(0.97, 0.4, {2: 0.7, 6: 0.2}, 0.2, 0.05)
+    monkeypatch.setattr(module, "measure_acceptance", lambda *_: passing)
     steps: list[tuple[int, int]] = []
     record = pretrain_command(3, 1, tmp_path, progress=lambda seed, step, _: steps.append((seed, step)))
     assert steps == [(3, 0), (3, 1), (3, 2)]
@@ -177,14 +177,14 @@ def test_shipped_checkpoints_load_by_the_ordinary_route(name):
 
 @pytest.mark.parametrize("name", [*GOOD, "bad"])
 def test_shipped_checkpoints_have_the_gate_figures_they_record(name, few):
-    figures = measure_gates(AutoModelForCausalLM.from_pretrained(SHIPPED / name).eval(), few)
+    figures = measure_acceptance(AutoModelForCausalLM.from_pretrained(SHIPPED / name).eval(), few)
     record = json.loads((SHIPPED / name / "gates.json").read_text())
-    recorded = GateFigures(**record["figures"])
-    assert recorded.passed(RECIPES[record["recipe"]].gates)
+    recorded = AcceptanceFigures(**record["figures"])
+    assert recorded.passed(RECIPES[record["recipe"]].acceptance)
     # 100 problems against the recorded 500: standard errors .02 and .05
     assert figures.teacher_accuracy == pytest.approx(recorded.teacher_accuracy, abs=0.06)
     assert figures.student_accuracy == pytest.approx(recorded.student_accuracy, abs=0.15)
-    low, high = RECIPES[record["recipe"]].gates.kl_after_mistake
+    low, high = RECIPES[record["recipe"]].acceptance.kl_after_mistake
     assert low <= figures.kl_after_mistake <= high
 
 
@@ -193,5 +193,5 @@ def test_shipped_checkpoints_have_the_gate_figures_they_record(name, few):
 def test_shipped_checkpoints_are_made_again_by_the_recorded_command(name, tmp_path):
     record = json.loads((SHIPPED / name / "gates.json").read_text())
     again = pretrain_command(record["seed"], 1, tmp_path, record["recipe"])
-    assert GateFigures(**again["figures"]).passed(RECIPES[record["recipe"]].gates)
+    assert AcceptanceFigures(**again["figures"]).passed(RECIPES[record["recipe"]].acceptance)
     assert json.loads((tmp_path / "gates.json").read_text())["settings"] == record["settings"]

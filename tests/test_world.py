@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from atesd.config import DataConfig, ViewsConfig
+from atesd.data.ablations import ablated
 from atesd.data.answers import last_boxed
-from atesd.data.controls import controlled
 from atesd.data.splits import fingerprint, split_of
 from atesd.errors import DataError
 from atesd.maths.keyed import generator
@@ -235,7 +235,7 @@ def test_the_segments_of_a_longer_problem_and_unknown_words_fit_the_same_slots()
 def test_the_filler_control_shows_neither_reasoning_nor_answer():
     problem = world_problem(Chain(4, (("+", 3), ("-", 9))))
     renderer = WorldRenderer(ViewsConfig())
-    shown = controlled(problem, "filler", (), seed=0)
+    shown = ablated(problem, "filler", (), seed=0)
     assert renderer.teacher(shown, 2, True) == renderer.student(problem)
 
 

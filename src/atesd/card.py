@@ -209,12 +209,17 @@ def _scores(config: Config, evaluations: Sequence[Row]) -> str:
     return "\n\n".join([said, table(head, rows), *gains])
 
 
+def _checkpoint(updates_done: int, config: Config) -> str:
+    """Which model a score is of."""
+    final = " (final)" if updates_done == config.train.num_updates else ""
+    return f"after {updates_done:,} updates{final}" if updates_done else "base"
+
+
 def _score(row: Row, config: Config) -> list[str]:
-    done = row["update"]
     unread = row["verdicts"]["unparseable"] + row["verdicts"]["timeout"]
     return [
         plain(row["split"]),
-        "base" if done == 0 else f"after {done:,} updates" + (" (final)" if done == config.train.num_updates else ""),
+        _checkpoint(row["update"], config),
         _interval(row["average"]),
         _interval(row["pass_at_k"]),
         str(row["samples"]),

@@ -95,13 +95,16 @@ class SuccessDirection:
     def remember(self, rollouts: Sequence[GradedRollout]) -> None:
         """Keep the graded rollouts of an update."""
         read = self._config.alignment.success == "references"
-        for one in rollouts:
-            reference = self._encoder.completion(one.problem.reference) if read else ()
-            correct = one.verdict == "correct"
-            self._attempts.append(Attempt(one.problem.difficulty, *one.pair, reference, correct=correct))
+        for graded in rollouts:
+            reference = self._encoder.completion(graded.problem.reference) if read else ()
+            correct = graded.verdict == "correct"
+            self._attempts.append(Attempt(graded.problem.difficulty, *graded.pair, reference, correct=correct))
 
     def renew(self, update: int) -> None:
-        """Make the direction of the coming hold from what is remembered, and forget it; `known` says whether it exists.
+        """Make the direction of the coming hold from what is remembered, and forget it; `known` says if there is one.
+
+        u = v / |v|, with v the gradient of sum_i A_i log q(y_i | x_i) / |y_i| over the rollouts of the last hold, and
+        A_i by `alignment.success` (see `weighted_rows`).
 
         The gradients of the parameters must be clear, and are clear again afterwards.
         """

@@ -28,7 +28,7 @@ class AlignedForesight:
 
     def before(self, update: int) -> None:
         """At the first update of a hold, make its direction from the rollouts of the last one."""
-        if update % self._config.credit.hold_updates == 0:
+        if self._config.credit.hold(update)[0] == update:
             self.scorer.direction.renew(update)
 
     def look(self, update: int, rollouts: Sequence[GradedRollout], exposure: Exposure) -> Alignment | None:
@@ -43,12 +43,14 @@ class AlignedForesight:
             exposure.look_ahead(update, {})
             return None
         ratios = self.scorer.ratios
-        contexts = [[self._prompts.view(one.problem, ratio).context for one in rollouts] for ratio in ratios]
-        rows = self.scorer.by_ratio([one.pair for one in rollouts], contexts)
-        for one, values in zip(rollouts, rows, strict=True):
+        contexts = [[self._prompts.view(graded.problem, ratio).context for graded in rollouts] for ratio in ratios]
+        rows = self.scorer.by_ratio([graded.pair for graded in rollouts], contexts)
+        for graded, values in zip(rollouts, rows, strict=True):
             if not all(map(math.isfinite, values)):
-                raise NonFiniteError(f"the look-ahead gives numbers that are not finite on {one.problem.id}")
-        exposure.look_ahead(update, grouped(ratios, rows, [group_of(one.problem, self._config) for one in rollouts]))
+                raise NonFiniteError(f"the look-ahead gives numbers that are not finite on {graded.problem.id}")
+        exposure.look_ahead(
+            update, grouped(ratios, rows, [group_of(graded.problem, self._config) for graded in rollouts])
+        )
         return grouped(ratios, rows, [""] * len(rows))[""]
 
     def candidates(self, problem: Problem) -> tuple[Candidate, ...]:

@@ -106,7 +106,7 @@ def grouped(ratios: Sequence[float], rows: Sequence[Sequence[float]], groups: Se
     members: dict[str, list[Sequence[float]]] = {}
     for row, group in zip(rows, groups, strict=True):
         members.setdefault(group, []).append(row)
-    return {group: _alignment(ratios, some) for group, some in members.items()}
+    return {group: _alignment(ratios, own) for group, own in members.items()}
 
 
 def _alignment(ratios: Sequence[float], rows: Sequence[Sequence[float]]) -> Alignment:

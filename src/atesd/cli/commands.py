@@ -188,10 +188,10 @@ def _models() -> None:
 def pretrain(
     name: Annotated[str, typer.Argument(help="How: a pretraining recipe, such as good.")] = "good",
     seed: Annotated[int, typer.Option(min=0, help="First seed to try.")] = 0,
-    attempts: Annotated[int, typer.Option(min=1, help="Seeds to try until one passes the gates.")] = 3,
+    attempts: Annotated[int, typer.Option(min=1, help="Seeds to try until one is accepted.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Model folder. Default: worlds/NAME.")] = None,
 ) -> None:
-    """Pretrain a world model from a seed, seed after seed until one passes the gates. Minutes on one core."""
+    """Pretrain a world model from a seed, seed after seed until one is accepted. Minutes on one core."""
     import json
 
     from atesd.errors import ConfigError

@@ -31,7 +31,7 @@ class Progress:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.num_updates = config.train.num_updates
-        self.done = 0
+        self.updates_done = 0
         self.row: MetricsRow | None = None
         self.reward: float | None = None
         self._decides = config.exposure.decides
@@ -42,7 +42,7 @@ class Progress:
 
     def update(self, row: MetricsRow) -> None:
         """Take in a row of metrics.jsonl."""
-        self.row, self.done = row, row["update"] + 1
+        self.row, self.updates_done = row, row["update"] + 1
         self._seconds += sum(row["seconds"].values())
         self._updates += 1
         if self._decides:
@@ -53,12 +53,12 @@ class Progress:
         """At the mean time of this session's updates, their evaluations included; None before the first."""
         if not self._updates:
             return None
-        return self._seconds / self._updates * (self.num_updates - self.done)
+        return self._seconds / self._updates * (self.num_updates - self.updates_done)
 
     def figures(self) -> list[str]:
         """The figures of the last update, the most important first."""
         row = self.row
-        found = [f"update {self.done}/{self.num_updates}"]
+        found = [f"update {self.updates_done}/{self.num_updates}"]
         if not row:
             return [*found, f"preparing, {duration(time.monotonic() - self._began)}"]
         if row["skipped"] is not None:
@@ -132,8 +132,8 @@ class LiveBar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The bar, and under it as many figures as the width holds."""
-        done, total = self._progress.done, self._progress.num_updates
-        yield ProgressBar(total=total, completed=done, width=min(options.max_width, 100))
+        updates_done, total = self._progress.updates_done, self._progress.num_updates
+        yield ProgressBar(total=total, completed=updates_done, width=min(options.max_width, 100))
         yield Segment.line()
         yield Text(fitting(self._progress.figures(), options.max_width), no_wrap=True, overflow="ellipsis")
 

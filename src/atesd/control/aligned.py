@@ -75,7 +75,7 @@ class LooksAhead(Protocol):
 class AlignedExposure:
     """Takes the ratio with the largest alignment: one for each hold, difficulty or problem.
 
-    Per token the step itself chooses (`atesd.train.token_gate.AlignedChoice`); all that is left here is the fallback.
+    Per token the step itself chooses (`atesd.aligned.selectors.AlignedChoice`); all that is left here is the fallback.
 
     Per update and per difficulty the alignments are averaged over holds with weight `smoothing` on the past, each hold
     counted at its own scale, since the length of the direction changes while the student learns. A problem is met too

@@ -102,8 +102,20 @@ class CreditConfig(Component):
         start, close = self.window(settled)
         return sum(self.probe_is_due(update) for update in range(start, close + 1)) > 2
 
+    def hold(self, update: int) -> tuple[int, int]:
+        """First and last update (inclusive) of the hold in which `update` lies: one decision, one reveal ratio.
+
+        t .. t+H-1, with t a multiple of H = `hold_updates`; the decision is taken before update t.
+        """
+        start = update - update % self.hold_updates
+        return start, start + self.hold_updates - 1
+
     def window(self, decision_update: int) -> tuple[int, int]:
-        """First and last update (inclusive) whose signals reward the decision taken before `decision_update`."""
+        """First and last update (inclusive) whose signals reward the decision taken before `decision_update`.
+
+        s .. s+L, with s = t (`window_start: decision`, the paper's formula) or s = t+H (`hold_end`, its prose). l_{s+L}
+        is measured before update s+L, so it shows what the updates s .. s+L-1 did.
+        """
         start = decision_update + (self.hold_updates if self.window_start == "hold_end" else 0)
         return start, start + self.lookahead_updates
 

@@ -76,8 +76,8 @@ def ramp(shape: Literal["linear", "cosine"], start: float, end: float, num_updat
     """
 
     def plan(update: int, _group: str) -> float:
-        done = min(update / max(num_updates - 1, 1), 1.0)
-        weight = done if shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
+        progress = min(update / max(num_updates - 1, 1), 1.0)
+        weight = progress if shape == "linear" else (1.0 - math.cos(math.pi * progress)) / 2.0
         return (1.0 - weight) * start + weight * end
 
     return plan

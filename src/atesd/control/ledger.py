@@ -30,10 +30,9 @@ class _Row:
 class DecisionLedger:
     """Opens, feeds and closes decisions; knows nothing of policies, models or files.
 
-    A decision is taken before update t and held over t .. t+H-1. Its window runs from update s to update s+L, with
-    s = t (`window_start: decision`, the paper's formula) or s = t+H (`hold_end`, its prose), and closes when the stats
-    of update s+L arrive: l_{s+L} is measured before that update, so it shows what the updates s .. s+L-1 did. Windows
-    may overlap. A decision that cannot be credited is dropped, and `dropped` counts the reasons.
+    A decision is held over `CreditConfig.hold`. Its window (`CreditConfig.window`) closes when the stats of the last
+    update in it arrive. Windows may overlap. A decision that cannot be credited is dropped, and `dropped` counts the
+    reasons.
     """
 
     def __init__(self, config: CreditConfig) -> None:
@@ -43,10 +42,6 @@ class DecisionLedger:
         self._rows: dict[int, _Row] = {}
         self._success = DifficultyAdjustment(SUCCESS_DECAY)
         self.dropped: dict[str, int] = {}
-
-    def window(self, decision_update: int) -> tuple[int, int]:
-        """First and last update (inclusive) whose signals reward the decision taken before `decision_update`."""
-        return self._config.window(decision_update)
 
     def measurements(self, update: int) -> frozenset[Measurement]:
         """What the reward needs before the step of this update."""
@@ -65,7 +60,7 @@ class DecisionLedger:
 
         `decide` makes the decision before a given update. Raises `ValueError` for an update before the current hold.
         """
-        start = update - update % self._config.hold_updates
+        start, _ = self._config.hold(update)
         if self._held is not None and start < self._held.update:
             raise ValueError(f"update {update} is before the current decision, taken before {self._held.update}")
         if self._held is None or self._held.update != start:
@@ -86,7 +81,7 @@ class DecisionLedger:
     def record(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
         """Take in one update. Returns the decisions whose window it closes, each once, with the raw reward."""
         self._rows[update] = self._row(update, stats)
-        closing = [decision for decision in self._open if self.window(decision.update)[1] <= update]
+        closing = [decision for decision in self._open if self._config.window(decision.update)[1] <= update]
         self._open = [decision for decision in self._open if decision not in closing]
         finished = [credited for decision in closing if (credited := self._credit(decision)) is not None]
         self._forget_rows()
@@ -116,15 +111,15 @@ class DecisionLedger:
 
     def _row(self, update: int, stats: UpdateStats) -> _Row:
         """The row of an update. A non-finite signal drops every decision whose window it lies in, and is not kept."""
-        signals = {"progress signal": self._progress_signal(stats), "grounding": stats.grounding}
+        signals = {"progress signal": self.progress_signal(stats), "grounding": stats.grounding}
         for name, value in signals.items():
             if value is not None and not math.isfinite(value):
                 signals[name] = None
                 self._drop_around(update, f"non-finite {name}")
         return _Row(signals["progress signal"], signals["grounding"], stats.reveal_ratio, stats.effective_ratio)
 
-    def _progress_signal(self, stats: UpdateStats) -> float | None:
-        """l, which should fall. `train_kl` is the student's loss; successes count negatively."""
+    def progress_signal(self, stats: UpdateStats) -> float | None:
+        """l, which should fall, in nats per token or minus a share: the student's loss, a probe, or minus a success."""
         match self._config.progress_signal:
             case "train_kl":
                 return stats.loss
@@ -143,7 +138,7 @@ class DecisionLedger:
     def _drop_around(self, update: int, reason: str) -> None:
         kept = []
         for decision in self._open:
-            start, close = self.window(decision.update)
+            start, close = self._config.window(decision.update)
             if start <= update <= close:
                 self._count_dropped(reason)
             else:
@@ -176,7 +171,7 @@ class DecisionLedger:
 
     def _signals(self, decision: Decision) -> tuple[list[float | None], list[float | None]]:
         """l_s .. l_{s+L} and g_{s+1} .. g_{s+L}."""
-        start, close = self.window(decision.update)
+        start, close = self._config.window(decision.update)
         rows = [self._rows.get(update) for update in range(start, close + 1)]
         progress_signal = [row.progress_signal if row else None for row in rows]
         grounding_signal = [row.grounding if row else None for row in rows[1:]]
@@ -184,8 +179,8 @@ class DecisionLedger:
 
     def _finish(self, decision: Decision) -> FinishedDecision:
         """The decision with what its window gave so far; sums over nothing are 0."""
-        start, close = self.window(decision.update)
-        hold = self._seen(decision.update, decision.update + self._config.hold_updates - 1)
+        start, close = self._config.window(decision.update)
+        hold = self._seen(*self._config.hold(decision.update))
         progress_signal, grounding_signal = self._signals(decision)
         progress, grounding = (component or 0.0 for component in self._components(decision))
         return FinishedDecision(

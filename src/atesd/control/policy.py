@@ -54,7 +54,7 @@ class BetaPolicy:
         advantages: Sequence[float],
         entropy_cost: float,
     ) -> Tensor:
-        """-mean(advantage * log pi(ratio | s)) + entropy_cost * mean(max(0, entropy(pi) - entropy_ceiling)^2).
+        """-mean(advantage * log pi(ratio | s)) + entropy_cost * mean(entropy_penalty): REINFORCE, to be minimised.
 
         `draws` holds the unclipped ratios of each decision. Under finer granularity a decision draws one per group from
         one Beta; its log-density is their mean (ours), so that a decision weighs the same however many groups it met.
@@ -67,8 +67,8 @@ class BetaPolicy:
             ]
         )
         reinforce = -(torch.tensor(advantages, dtype=torch.float64) * log_density).mean()
-        excess = torch.relu(beta.entropy(concentration1, concentration0) - self._config.entropy_ceiling)
-        return reinforce + entropy_cost * excess.square().mean()
+        penalty = beta.entropy_penalty(concentration1, concentration0, self._config.entropy_ceiling)
+        return reinforce + entropy_cost * penalty.mean()
 
     def update(
         self,
@@ -77,7 +77,7 @@ class BetaPolicy:
         advantages: Sequence[float],
         training_progress: float,
     ) -> None:
-        """One Adam step on `loss`; the entropy cost has risen linearly with the training progress in [0, 1]."""
+        """One Adam step on `loss`, at the entropy cost c_t = entropy_cost * training_progress, progress in [0, 1]."""
         self._optimiser.zero_grad()
         loss = self.loss(states, draws, advantages, self._config.entropy_cost * training_progress)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -48,6 +48,13 @@ def entropy(
     )
 
 
+def entropy_penalty(
+    concentration1: Float[Tensor, "*batch"], concentration0: Float[Tensor, "*batch"], ceiling: float
+) -> Float[Tensor, "*batch"]:
+    """max(0, entropy - ceiling)^2, in nats squared: the paper penalises too much entropy, never too little."""
+    return torch.relu(entropy(concentration1, concentration0) - ceiling).square()
+
+
 def quantile(uniform: float, concentration1: float, concentration0: float) -> float:
     """The draw that a uniform in [0, 1) gives: the inverse of the Beta's distribution function.
 

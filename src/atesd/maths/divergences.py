@@ -1,9 +1,9 @@
 """The registry of divergences: each in its readable form, its closed form where it has one, and what it can be asked.
 
-A divergence is added here and in the docs, nowhere else: the settings, both losses (`maths.divergence` by autograd,
-`maths.fused` by closed forms) and their error messages read `DIVERGENCES`. Everything takes logits that were divided by
-the temperature, teacher before student, in float32 or better, and gives nats. The teacher is detached in every
-function, so that no caller can leak a gradient into it. Nothing here imports torch when it is read: settings are
+A divergence is added here, and its word with its settings in `config.settings`: both losses (`maths.divergence` by
+autograd, `maths.fused` by closed forms) and their error messages read `DIVERGENCES`. Everything takes logits that were
+divided by the temperature, teacher before student, in float32 or better, and gives nats. The teacher is detached in
+every function, so that no caller can leak a gradient into it. Nothing here imports torch when it is read: settings are
 checked without it.
 """
 

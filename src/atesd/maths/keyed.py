@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def generator(seed: int, stream: str, *key: int | str) -> np.random.Generator:
-    """A counter-based generator (Philox) that belongs to this key alone."""
+    """A counter-based generator (Philox): what it draws is a function of (seed, stream, key) alone."""
     text = repr((seed, stream, *key)).encode()
     digest = hashlib.blake2b(text, digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

@@ -36,7 +36,7 @@ class Trainer:
         self._stop = StopRequest(listener.message)
 
     def resume(self) -> int:
-        """Load the newest valid checkpoint, cut the rows back to it, and return how many updates are done."""
+        """Load the newest valid checkpoint, drop the rows behind it, and return how many updates are done."""
         return self.snapshots.resume()
 
     def train(self, updates_done: int) -> Literal["finished", "stopped"]:

@@ -66,16 +66,16 @@ class Optimiser:
 
     def preconditioned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each gradient over the root of its second moments, as AdamW would step on it; unchanged before any step."""
-        found = {}
+        steps = {}
         beta2, epsilon = self._adam.defaults["betas"][1], self._adam.defaults["eps"]
         for name, gradient in gradients.items():
             state = self._adam.state.get(self._parameters[name])
             if not state:
-                found[name] = gradient
+                steps[name] = gradient
                 continue
             moments = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
-            found[name] = gradient / (moments.sqrt() + epsilon)
-        return found
+            steps[name] = gradient / (moments.sqrt() + epsilon)
+        return steps
 
     def state_dict(self) -> dict[str, object]:
         """Moments and step counts."""

@@ -72,9 +72,9 @@ class Record:
         if self._components.checker is None or not due:
             return
         splits: list[Split] = ["validation", "test"] if ends else ["validation"]
-        seen = self._ranks.broadcast(partial(self._evaluated, updates_done))
+        evaluated = self._ranks.broadcast(partial(self._evaluated, updates_done))
         for split in splits:
-            if split not in seen and getattr(problems, split):
+            if split not in evaluated and getattr(problems, split):
                 self._append("evaluations", self._components.evaluation.evaluate(split, updates_done))
 
     def finish(self) -> None:

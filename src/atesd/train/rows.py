@@ -133,7 +133,7 @@ def _of_tokens(meters: StepMeters, name: str, place: int) -> list[float | None]:
 
 
 def _share(clipped: float, kept: float) -> float | None:
-    """Share of the divergence that the clip cut off; None where there is no divergence at all."""
+    """Share of the divergence that the clip took off; None where there is no divergence at all."""
     return clipped / (clipped + kept) if clipped + kept else None
 
 

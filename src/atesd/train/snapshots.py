@@ -36,7 +36,7 @@ class Snapshots:
         self.skipped_in_a_row = 0
 
     def resume(self) -> int:
-        """Load the newest valid checkpoint, cut the rows back to it, and return how many updates are done.
+        """Load the newest valid checkpoint, drop the rows behind it, and return how many updates are done.
 
         Rank 0 picks the checkpoint; the others read the same one, so they must see the same file system.
         """

@@ -1,8 +1,8 @@
 """One update's gradient: the losses, and their sum over micro-batches that change nothing.
 
 Each method is a loss per token and a weight per token. The weights are counted over the whole optimiser step before the
-first micro-batch is scored. So neither the cut into micro-batches nor the order of the examples changes the gradient,
-nor the number of ranks: each backpropagates its shard of the examples, and the caller adds the gradients up
+first micro-batch is scored. So neither the micro-batches nor the order of the examples change the gradient, nor the
+number of ranks: each backpropagates its shard of the examples, and the caller adds the gradients up
 (`Weights.add_up_gradients`). Under `torch.no_grad` everything is measured and nothing is accumulated.
 """
 
@@ -79,7 +79,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How an update's examples are weighed and cut. The cut changes no gradient; `reduction` says what the loss is."""
+    """How an update's examples are weighed and divided: micro-batches change no gradient, `reduction` is the loss's."""
 
     reduction: Literal["sequence", "token"] = "sequence"
     micro_batch_size: int = 8

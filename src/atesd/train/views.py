@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from atesd.config import Config
-from atesd.data.controls import controlled
+from atesd.data.ablations import ablated
 from atesd.data.views import Renderer, make_view
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem, View
@@ -46,7 +46,7 @@ class TeacherPrompts:
             return TeacherPrompt(View(message, 0, len(problem.segments)), self._encoder.teacher(message))
         shown = problem
         if config.exposure.reference_ablation != "off":
-            shown = controlled(problem, config.exposure.reference_ablation, self._others, config.train.seed)
+            shown = ablated(problem, config.exposure.reference_ablation, self._others, config.train.seed)
         fitting = _Fitting(self._encoder, config.model.max_context_tokens - config.sampling.completion_tokens)
         view = make_view(shown, reveal_ratio, self._renderer, fitting.fits)
         return TeacherPrompt(view, fitting.read[view.text])

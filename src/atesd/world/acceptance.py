@@ -1,4 +1,4 @@
-"""The gates of a world checkpoint: what must be measured before anything is distilled from it."""
+"""The acceptance of a world checkpoint: what must be measured before anything is distilled from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Gates:
+class Acceptance:
     """What a checkpoint must show before anything is distilled from it."""
 
     teacher_accuracy: float = 0.95  # at least; full exposure, detailed references
@@ -32,7 +32,7 @@ class Gates:
 
 
 @dataclass(frozen=True)
-class GateFigures:
+class AcceptanceFigures:
     """Measured at temperature 1 on problems of the validation split, with detailed references."""
 
     teacher_accuracy: float
@@ -41,16 +41,16 @@ class GateFigures:
     kl_before_mistake: float  # nats per token up to and with the first wrong value, teacher at full exposure
     kl_after_mistake: float
 
-    def passed(self, gates: Gates) -> bool:
-        """Whether every gate is passed."""
+    def passed(self, acceptance: Acceptance) -> bool:
+        """Whether the checkpoint is accepted."""
         worst = min(self.student_accuracy_by_clauses.values())
-        low, high = gates.kl_after_mistake
-        able = self.teacher_accuracy >= gates.teacher_accuracy and worst >= gates.student_accuracy
+        low, high = acceptance.kl_after_mistake
+        able = self.teacher_accuracy >= acceptance.teacher_accuracy and worst >= acceptance.student_accuracy
         return able and low <= self.kl_after_mistake <= high
 
 
-def measure_gates(model: Qwen3ForCausalLM, problems: Sequence[Problem] = ()) -> GateFigures:
-    """The gate figures of a checkpoint; by default on 500 validation problems."""
+def measure_acceptance(model: Qwen3ForCausalLM, problems: Sequence[Problem] = ()) -> AcceptanceFigures:
+    """The acceptance figures of a checkpoint; by default on 500 validation problems."""
     problems = problems or world_problems(DataConfig(train_size=1, validation_size=500)).validation
     renderer = WorldRenderer(ViewsConfig())
     student = [word_ids(renderer.student(problem)) for problem in problems]
@@ -62,7 +62,7 @@ def measure_gates(model: Qwen3ForCausalLM, problems: Sequence[Problem] = ()) -> 
     kl, exists = _kl(model, teacher, student, by_student)
     mistakes = [_first_mistake(ids, problem) for ids, problem in zip(by_student, problems, strict=True)]
     after = torch.arange(COMPLETION_WORDS) > torch.tensor(mistakes)[:, None]
-    return GateFigures(
+    return AcceptanceFigures(
         teacher_accuracy=float(np.mean([_solved(i, p) for i, p in zip(by_teacher, problems, strict=True)])),
         student_accuracy=float(solved.mean()),
         student_accuracy_by_clauses={int(n): float(solved[levels == n].mean()) for n in np.unique(levels)},

@@ -1,7 +1,7 @@
-"""Makes the embedded world models: pretraining from a seed until a checkpoint passes its gates.
+"""Makes the embedded world models: pretraining from a seed until a checkpoint is accepted.
 
-The seed decides how well a tiny model learns to use a reference, so a checkpoint is only usable once its gates are
-measured: `pretrain_until_gated` tries seed after seed.
+The seed decides how well a tiny model learns to use a reference, so a checkpoint is only usable once it is
+measured: `pretrain_until_accepted` tries seed after seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import Qwen3ForCausalLM
 from atesd.errors import TrainingError
 from atesd.maths.keyed import generator
 from atesd.records import Problem
-from atesd.world.acceptance import GateFigures, Gates, measure_gates
+from atesd.world.acceptance import Acceptance, AcceptanceFigures, measure_acceptance
 from atesd.world.model import save_world_model, world_config
 from atesd.world.problems import COMPLETION_WORDS, MAX_CLAUSES, MESSAGE_WORDS, MIN_CLAUSES, known_facts
 from atesd.world.texts import Mixture, draw_texts
@@ -29,7 +29,7 @@ from atesd.world.texts import Mixture, draw_texts
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """How a world model is pretrained, and the gates it must pass."""
+    """How a world model is pretrained, and what its checkpoint must show."""
 
     steps: int = 1400
     batch_size: int = 64
@@ -39,7 +39,7 @@ class PretrainRecipe:
     decay_share: float = 0.3  # last share of the steps: linear decay to 0
     curriculum_share: float = 0.5  # first share of the steps: problems grow from 2 to 6 clauses
     mixture: Mixture = field(default_factory=Mixture)
-    gates: Gates = field(default_factory=Gates)
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 RECIPES: dict[str, PretrainRecipe] = {
@@ -47,7 +47,7 @@ RECIPES: dict[str, PretrainRecipe] = {
     "bad": PretrainRecipe(
         steps=1200,
         mixture=Mixture(reference=0.3, off_track=0.0, late_leaps=0.0, leaps_anywhere=0.0, own_leaps=0.0),
-        gates=Gates(kl_after_mistake=(1.0, math.inf)),
+        acceptance=Acceptance(kl_after_mistake=(1.0, math.inf)),
     ),
 }
 """good: one checkpoint serves every leap share. bad: without off-track texts the teacher, right by itself, does not
@@ -118,27 +118,27 @@ def _text_loss(model: Qwen3ForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits[targets].float(), ids[:, MESSAGE_WORDS:][targets])
 
 
-def pretrain_until_gated(
+def pretrain_until_accepted(
     seed: int,
     attempts: int,
     recipe: PretrainRecipe,
     problems: Sequence[Problem] = (),
     progress: Callable[[int, int, float], None] | None = None,
-) -> tuple[Qwen3ForCausalLM, int, GateFigures]:
-    """The first checkpoint among seeds `seed`, `seed` + 1, ... that passes the gates, its seed and its figures.
+) -> tuple[Qwen3ForCausalLM, int, AcceptanceFigures]:
+    """The first checkpoint among seeds `seed`, `seed` + 1, ... that is accepted, its seed and its figures.
 
-    The gates are measured as in `measure_gates`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists
+    Figures are those of `measure_acceptance`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists
     every attempt's figures.
     """
     failures = []
     for candidate in range(seed, seed + attempts):
         model = pretrain(candidate, recipe, partial(progress, candidate) if progress else None)
-        figures = measure_gates(model, problems)
-        if figures.passed(recipe.gates):
+        figures = measure_acceptance(model, problems)
+        if figures.passed(recipe.acceptance):
             return model, candidate, figures
         failures.append(f"seed {candidate}: {asdict(figures)}")
     raise TrainingError(
-        f"no checkpoint passed {recipe.gates} in {attempts} attempts; raise --attempts\n" + "\n".join(failures)
+        f"no checkpoint passed {recipe.acceptance} in {attempts} attempts; raise --attempts\n" + "\n".join(failures)
     )
 
 
@@ -149,21 +149,22 @@ def pretrain_command(
     recipe: str = "good",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """`atesd world pretrain`: make a gated checkpoint from `seed` on, write it to `out`, return its record.
+    """`atesd world pretrain`: make an accepted checkpoint from `seed` on, write it to `out`, return its record.
 
-    The record holds the command that makes it again, the seed that passed, the settings and the gate figures; it is
-    also `out/gates.json`.
+    The record holds the command that makes it again, the seed that passed, the settings and the figures; it is also
+    `out/gates.json`.
     """
-    model, passed, figures = pretrain_until_gated(seed, attempts, RECIPES[recipe], progress=progress)
-    record = gate_record(recipe, passed, figures)
+    model, passed, figures = pretrain_until_accepted(seed, attempts, RECIPES[recipe], progress=progress)
+    record = acceptance_record(recipe, passed, figures)
     save_world_model(model, out, record)
     return record
 
 
-def gate_record(recipe: str, seed: int, figures: GateFigures) -> dict[str, Any]:
-    """What `gates.json` holds: command, seed, gate figures, settings of the recipe. JSON has no infinity: null."""
+def acceptance_record(recipe: str, seed: int, figures: AcceptanceFigures) -> dict[str, Any]:
+    """What `gates.json` holds: command, seed, figures, settings of the recipe. JSON has no infinity: null."""
     settings = asdict(RECIPES[recipe])
-    low, high = RECIPES[recipe].gates.kl_after_mistake
+    low, high = RECIPES[recipe].acceptance.kl_after_mistake
+    settings["gates"] = settings.pop("acceptance")  # the file's word
     settings["gates"]["kl_after_mistake"] = [low, high if math.isfinite(high) else None]
     command = f"atesd world pretrain {recipe} --seed {seed} --attempts 1"
     return {"command": command, "recipe": recipe, "seed": seed, "figures": asdict(figures), "settings": settings}

@@ -37,7 +37,7 @@ def serve() -> None:
 
 
 def _ending(job: Job) -> dict[str, Any]:
-    """The fields of `experiments.workers.Ending`."""
+    """The fields of `atesd_lab.sweep.workers.Ending`."""
     with job.claim() as ours:
         if not ours:
             return {"code": 1, "held": True, "goes_on": True}

@@ -243,7 +243,7 @@ class _Crew:
         self._busy[place] = entry
 
     def ended(self) -> list[tuple[Entry, Ending]]:
-        """What has ended, after a short wait for it. A worker that is not to go on is let go."""
+        """What has ended, after a short wait for it. A worker that takes no further run is closed."""
         found = []
         ready = wait([self._workers[place] for place in self._busy], POLL_SECONDS)
         for place in [place for place in self._busy if self._workers[place] in ready]:

@@ -1,6 +1,6 @@
-"""Controls: what the teacher sees in place of the true reference, to test that the reference is what helps.
+"""Reference ablations: what the teacher sees in place of the true reference, to test that it is what helps.
 
-Only the teacher's message is made from a controlled problem. Completions are always graded against the true one.
+Only the teacher's message is made from an ablated problem. Completions are always graded against the true one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atesd.records import Problem
 _WORD = re.compile(r"\S+")
 
 
-def controlled(problem: Problem, control: str, others: Sequence[Problem], seed: int, filler: str = "...") -> Problem:
+def ablated(problem: Problem, ablation: str, others: Sequence[Problem], seed: int, filler: str = "...") -> Problem:
     """The problem as the teacher is to see it under `exposure.reference_ablation`.
 
     A function of (seed, problem id) and `others`.
@@ -32,16 +32,16 @@ def controlled(problem: Problem, control: str, others: Sequence[Problem], seed: 
     - filler: every word of the reference and of the answer replaced by `filler`: as long, but neither reasoning nor
       answer.
 
-    Raises `DataError` if `others` holds nothing to take, and `ValueError` for another control.
+    Raises `DataError` if `others` holds nothing to take, and `ValueError` for another ablation.
     """
-    rng = generator(seed, "controls", control, problem.id)
-    if control == "shuffled":
+    rng = generator(seed, "controls", ablation, problem.id)
+    if ablation == "shuffled":
         return _shuffled(problem, others, rng)
-    if control == "wrong_answer":
+    if ablation == "wrong_answer":
         return _wrong_answer(problem, others, rng)
-    if control == "filler":
+    if ablation == "filler":
         return _filled(problem, filler)
-    raise ValueError(f"unknown control {control!r}; allowed: shuffled, wrong_answer, filler")
+    raise ValueError(f"unknown reference ablation {ablation!r}; allowed: shuffled, wrong_answer, filler")
 
 
 def _shuffled(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> Problem:
