@@ -272,7 +272,7 @@ def test_sync_accepts_a_run_with_some_kinds_of_rows_missing(run: RunFolder):
 # Cutting back
 
 
-def test_cut_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_again(run: RunFolder):
+def test_truncating_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_again(run: RunFolder):
     for update in range(6):
         run.append("metrics", {"update": update})
     for update in (0, 2, 4, 6):
@@ -280,7 +280,7 @@ def test_cut_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_agai
         run.append("samples", {"update": update})
     for row in (decision(0, 3), decision(1, 4), decision(2, 3, "pending")):
         run.append("decisions", row)
-    dropped = run.cut(4)
+    dropped = run.truncate_after(4)
     assert [row["update"] for row in run.rows("metrics")] == [0, 1, 2, 3]
     assert [row["update"] for row in run.rows("evaluations")] == [0, 2, 4]
     assert [row["update"] for row in run.rows("samples")] == [0, 2]
@@ -288,18 +288,18 @@ def test_cut_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_agai
     assert dropped == {"metrics": 2, "decisions": 2, "evaluations": 1, "samples": 2}
 
 
-def test_cut_to_nothing_drops_the_evaluation_of_the_base_model_too(run: RunFolder):
+def test_truncating_to_nothing_drops_the_evaluation_of_the_base_model_too(run: RunFolder):
     run.append("evaluations", {"update": 0})
     run.append("metrics", {"update": 0})
-    assert run.cut(0) == {"metrics": 1, "decisions": 0, "evaluations": 1, "samples": 0}
+    assert run.truncate_after(0) == {"metrics": 1, "decisions": 0, "evaluations": 1, "samples": 0}
     assert run.rows("evaluations") == []
 
 
-def test_cut_removes_a_torn_line_and_leaves_no_temporary_file(run: RunFolder):
+def test_truncating_removes_a_torn_line_and_leaves_no_temporary_file(run: RunFolder):
     run.append("metrics", {"update": 0})
     whole = (run.path / "metrics.jsonl").read_bytes()
     (run.path / "metrics.jsonl").write_bytes(whole + b'{"upd')
-    run.cut(9)
+    run.truncate_after(1)
     assert (run.path / "metrics.jsonl").read_bytes() == whole
     assert not list(run.path.glob(".*.tmp"))
 
@@ -307,7 +307,7 @@ def test_cut_removes_a_torn_line_and_leaves_no_temporary_file(run: RunFolder):
 def test_a_cut_that_drops_nothing_does_not_touch_the_file(run: RunFolder):
     run.append("metrics", {"update": 0, "loss": 1e-7, "text": "\u00e9\u202e"})
     before = (run.path / "metrics.jsonl").stat()
-    run.cut(1)
+    run.truncate_after(1)
     assert (run.path / "metrics.jsonl").stat().st_ino == before.st_ino
 
 
