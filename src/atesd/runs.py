@@ -377,7 +377,8 @@ class RunFolder:
 
     def _tell_lost(self, kind: RowKind, expected: int, found: int, since: str) -> NoReturn:
         raise RunError(
-            f"{self._rows_path(kind)}: holds {found} of the {expected} rows that it had when {since} was saved; {_RESTORE}"
+            f"{self._rows_path(kind)}: holds {found} of the {expected} rows that it had when {since} was saved; "
+            f"{_RESTORE}"
         )
 
     def _rows_path(self, kind: RowKind) -> Path:

@@ -67,8 +67,8 @@ def save_checkpoint(
     """Write `update-NNNNNN` into `folder` and delete all but the `keep` newest. Returns its path.
 
     A crash at any moment leaves the older checkpoints whole. Checkpoints beyond `updates_done`, left by a resume that
-    had to go back further, are set aside as `beyond-update-NNNNNN`, so that no later resume takes them up. `rows` is what
-    the run has written so far, for the resume to compare. A link is unlinked where a folder would be deleted.
+    had to go back further, are set aside as `beyond-update-NNNNNN`, so that no later resume takes them up. `rows` is
+    what the run has written so far, for the resume to compare. A link is unlinked where a folder would be deleted.
     Raises `CheckpointError` that names the path inside the state of a non-finite number or of a value that neither
     safetensors nor JSON can hold, or says what the disk refused.
     """
