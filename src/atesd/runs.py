@@ -264,9 +264,9 @@ class RunFolder:
         saved = manifest["status"] in ("finished", "stopped") or manifest["sessions"][-1]["updates_done"] > 0
         if saved or done > every:
             raise RunError(
-                f"{self.checkpoints}: holds no checkpoint, although the run is {manifest['status']} with {done} rows in "
-                f"metrics.jsonl and saves one every {every} updates; restore the folder from a copy, or begin again in "
-                "another --out"
+                f"{self.checkpoints}: holds no checkpoint, although the run is {manifest['status']} with {done} rows "
+                f"in metrics.jsonl and saves one every {every} updates; restore the folder from a copy, or begin "
+                "again in another --out"
             )
 
     def check_config(self, config: Config) -> list[str]:

@@ -76,7 +76,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _written_out(node: yaml.Node, known: dict[int, int], name: str) -> int:
-    """How many values a node holds with every alias written out. Raises `ConfigError` for too many, or for endless ones.
+    """How many values a node holds with every alias written out. Raises `ConfigError` for too many or endless ones.
 
     A few lines of aliases of aliases stand for more values than any memory holds.
     """
