@@ -16,7 +16,7 @@ import atesd_lab
 ROWS = {
     "atesd": [
         {"errors", "records", "rows", "text"},
-        {"component", "table", "importing"},
+        {"component", "table", "importing", "shapes", "refusals"},
         {"maths"},
         {"control"},
         {"config"},

@@ -272,7 +272,7 @@ def test_sync_accepts_a_run_with_some_kinds_of_rows_missing(run: RunFolder):
 # Cutting back
 
 
-def test_cut_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_again(run: RunFolder):
+def test_truncating_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_again(run: RunFolder):
     for update in range(6):
         run.append("metrics", {"update": update})
     for update in (0, 2, 4, 6):
@@ -288,18 +288,18 @@ def test_cut_keeps_what_the_checkpoint_knows_and_drops_what_will_be_written_agai
     assert dropped == {"metrics": 2, "decisions": 2, "evaluations": 1, "samples": 2}
 
 
-def test_cut_to_nothing_drops_the_evaluation_of_the_base_model_too(run: RunFolder):
+def test_truncating_to_nothing_drops_the_evaluation_of_the_base_model_too(run: RunFolder):
     run.append("evaluations", {"update": 0})
     run.append("metrics", {"update": 0})
     assert run.truncate_after(0) == {"metrics": 1, "decisions": 0, "evaluations": 1, "samples": 0}
     assert run.rows("evaluations") == []
 
 
-def test_cut_removes_a_torn_line_and_leaves_no_temporary_file(run: RunFolder):
+def test_truncating_removes_a_torn_line_and_leaves_no_temporary_file(run: RunFolder):
     run.append("metrics", {"update": 0})
     whole = (run.path / "metrics.jsonl").read_bytes()
     (run.path / "metrics.jsonl").write_bytes(whole + b'{"upd')
-    run.truncate_after(9)
+    run.truncate_after(1)
     assert (run.path / "metrics.jsonl").read_bytes() == whole
     assert not list(run.path.glob(".*.tmp"))
 

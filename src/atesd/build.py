@@ -157,7 +157,7 @@ def replayed_ratios(config: Config) -> list[float]:
     """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
     if not isinstance(config.exposure, ReplaySettings):
         return []
-    return revealed(RunFolder.open(config.exposure.replay_run).rows("metrics"))
+    return revealed(RunFolder.open(config.exposure.replay_run).whole_rows("metrics"))
 
 
 @final

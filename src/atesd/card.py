@@ -33,7 +33,7 @@ def write_model_card(folder: Path, config: Config, run: RunFolder) -> Path:
 
 def model_card(config: Config, run: RunFolder) -> str:
     """The card's text: a YAML header that the hub reads, then Markdown. Foreign texts in it are escaped."""
-    metrics, evaluations, manifest = run.rows("metrics"), run.rows("evaluations"), run.manifest
+    metrics, evaluations, manifest = run.rows("metrics"), run.whole_rows("evaluations"), run.manifest
     sections = [
         f"# {plain(run.path.resolve().name)}",
         _opening(config, metrics),
@@ -263,7 +263,7 @@ def _caveats(config: Config, metrics: Sequence[Row], evaluations: Sequence[Row],
     if skipped:
         yield f"{skipped} of {len(metrics)} updates were skipped because a loss or gradient was not finite."
     if len(manifest["sessions"]) > 1:
-        notes = [note for session in manifest["sessions"][1:] for note in session["notes"]]
+        notes = [note for session in manifest["sessions"][1:] for note in session.get("notes", [])]
         said = f": {plain('; '.join(notes))}" if notes else ", under the same settings and software"
         yield f"The run was resumed {_times(len(manifest['sessions']) - 1)}{said}."
     if config.data.source == "world":

@@ -73,9 +73,9 @@ class DecisionRow(TypedDict):
     progress_signal: list[float | None]
     grounding_signal: list[float | None]
     ratios_in_window: list[float]
-    progress: float
-    grounding: float
-    reward: float
+    progress: float | None
+    grounding: float | None
+    reward: float | None
     advantage: float | None
     status: Literal["finished", "pending"]
     logged_at: int

@@ -9,6 +9,7 @@ needs none. `updates_done = n` means that updates 0..n-1 are done.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,18 +19,21 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args, overload
+from typing import Any, BinaryIO, Literal, NoReturn, cast, get_args, overload
 
 from filelock import FileLock, Timeout
 
 from atesd.config import Config, acting_settings, dump_config, load_config
 from atesd.errors import RunError
+from atesd.refusals import reason, refusals_told
 from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow
+from atesd.shapes import RowsWritten, require_manifest, require_row
 
 EndStatus = Literal["finished", "stopped", "failed"]
 
@@ -38,8 +42,24 @@ MAY_CHANGE = ("train.num_updates", "train.keep_checkpoints", "evaluation.")
 """Settings that a resumed run may change: none of them enters an update. `train.num_updates` may only grow."""
 
 _CONFIG, _MANIFEST, _LOCK, _OWNER = "config.yaml", "manifest.json", ".lock", ".owner.json"
+_RESTORE = "restore the file from a copy, or begin again in another --out"
 _TAIL_BYTES = 4096  # where the newest row is looked for first
 _PACKAGES = ("atesd", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+@dataclass
+class _Tally:
+    """The whole lines of a file of rows: how many, and their hash so far."""
+
+    rows: int = 0
+    hash: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, lines: bytes) -> None:
+        self.rows += lines.count(b"\n")
+        self.hash.update(lines)
+
+    def written(self) -> RowsWritten:
+        return {"rows": self.rows, "sha256": self.hash.hexdigest()}
 
 
 class RunFolder:
@@ -48,11 +68,13 @@ class RunFolder:
     def __init__(self, path: Path, run_id: str) -> None:
         self.path = path
         self.run_id = run_id
+        self._tallies: dict[RowKind, _Tally] = {}
 
     @classmethod
     def exists(cls, path: Path | str) -> bool:
         """Whether a run was begun here. A folder whose creation was interrupted holds none."""
-        return (Path(path) / _MANIFEST).is_file()
+        with refusals_told(Path(path), "looked into"):
+            return (Path(path) / _MANIFEST).is_file()
 
     @classmethod
     def create(cls, path: Path | str, config: Config, manifest: Mapping[str, Any]) -> RunFolder:
@@ -64,9 +86,9 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"{folder}: cannot make the run folder: {error.strerror}; choose another --out") from None
+            raise RunError(f"{folder}: cannot make the run folder: {reason(error)}; choose another --out") from None
         interrupted = (folder / _LOCK).exists()
-        with _locked(folder):
+        with _locked(folder), refusals_told(folder, "written to"):
             if cls.exists(folder):
                 raise RunError(f"{folder} already holds a run; resume it, or choose another --out")
             ours = {_LOCK, _OWNER, *(f".{name}.tmp" for name in (_OWNER, _CONFIG, _MANIFEST))}
@@ -106,7 +128,8 @@ class RunFolder:
         """The resolved config in force. Raises `ConfigError` if the file was damaged, `RunError` if it is missing."""
         if not (self.path / _CONFIG).is_file():
             raise RunError(f"{self.path}: {_CONFIG} is missing; a run folder keeps the resolved config there")
-        file = os.stat(self.path / _CONFIG)
+        with refusals_told(self.path / _CONFIG, "read"):
+            file = os.stat(self.path / _CONFIG)
         return _read_config(str(self.path / _CONFIG), file.st_ino, file.st_mtime_ns, file.st_size)
 
     @property
@@ -130,9 +153,11 @@ class RunFolder:
         """
         _require_row(kind, row)
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        with self._rows_path(kind).open("a+b") as file:
+        tally = self._tally(kind)
+        with refusals_told(self._rows_path(kind), "written"), self._rows_path(kind).open("a+b") as file:
             _drop_torn_line(file)
             file.write(line)
+        tally.add(line)
 
     @overload
     def rows(self, kind: Literal["metrics"]) -> list[MetricsRow]: ...
@@ -145,10 +170,34 @@ class RunFolder:
     def rows(self, kind: RowKind) -> Sequence[Row]:
         """Every row so far, oldest first. A torn last line is ignored; any other damage is a `RunError`."""
         path = self._rows_path(kind)
-        if not path.exists():
-            return []
-        *lines, _ = path.read_bytes().split(b"\n")
-        return [_parse_row(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+        *lines, _ = self._content(kind).split(b"\n")
+        return [_parse_row(kind, line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+
+    @overload
+    def whole_rows(self, kind: Literal["metrics"]) -> list[MetricsRow]: ...
+    @overload
+    def whole_rows(self, kind: Literal["decisions"]) -> list[DecisionRow]: ...
+    @overload
+    def whole_rows(self, kind: Literal["evaluations"]) -> list[EvaluationRow]: ...
+    @overload
+    def whole_rows(self, kind: Literal["samples"]) -> list[SampleRow]: ...
+    def whole_rows(self, kind: RowKind) -> Sequence[Row]:
+        """`rows`, each with every key that a reader needs; `RunError` names file, line and key of one that lacks it."""
+        rows: Sequence[Row] = self.rows(kind)
+        for number, row in enumerate(rows, start=1):
+            require_row(kind, row, f"{self._rows_path(kind)}: line {number}", whole=True)
+        return rows
+
+    def rows_written(self) -> dict[RowKind, RowsWritten]:
+        """How many rows there are of each kind, and the hash of their lines: what a checkpoint remembers."""
+        return {kind: self._tally(kind).written() for kind in get_args(RowKind)}
+
+    def require_rows(self) -> None:
+        """Raise `RunError` if rows that the run had when it ended are gone or changed. Later ones may have come."""
+        recorded = self.manifest.get("rows") or {}
+        for kind in get_args(RowKind) if recorded else ():
+            lines = self._content(kind).split(b"\n")[:-1]
+            self._require_kept(kind, lines, recorded.get(kind), "the end of the run")
 
     @overload
     def last_row(self, kind: Literal["metrics"]) -> MetricsRow | None: ...
@@ -159,13 +208,13 @@ class RunFolder:
         path = self._rows_path(kind)
         if not path.exists():
             return None
-        with path.open("rb") as file:
+        with refusals_told(path, "read"), path.open("rb") as file:
             size, block = file.seek(0, os.SEEK_END), _TAIL_BYTES
             while True:
                 file.seek(max(0, size - block))
                 lines = file.read(min(size, block)).split(b"\n")[:-1]
                 if len(lines) > 1 or (lines and block >= size):
-                    return _parse_row(lines[-1], f"{path}: last line")
+                    return _parse_row(kind, lines[-1], f"{path}: last line")
                 if block >= size:
                     return None
                 block *= 4
@@ -174,28 +223,51 @@ class RunFolder:
         """Force every row to the disk: to be called before the checkpoint that relies on them."""
         for kind in get_args(RowKind):
             if self._rows_path(kind).exists():
-                with self._rows_path(kind).open("ab") as file:
+                with refusals_told(self._rows_path(kind), "written"), self._rows_path(kind).open("ab") as file:
                     os.fsync(file.fileno())
-        sync_directory(self.path)
+        with refusals_told(self.path, "written to"):
+            sync_directory(self.path)
 
-    def truncate_after(self, updates_done: int) -> dict[RowKind, int]:
+    def truncate_after(
+        self, updates_done: int, recorded: Mapping[str, RowsWritten] | None = None
+    ) -> dict[RowKind, int]:
         """Drop the rows that a run resumed after `updates_done` updates will write again; returns how many of each.
 
         Kept are metrics and samples of updates below `updates_done`, finished decisions logged below it, and
         evaluations up to and including it, because a checkpoint follows the evaluation that counts as many updates.
         Pending decisions go: the resumed run holds them as state. After 0 updates there is no checkpoint to have
         followed anything, and nothing is kept.
+
+        `recorded` is the `rows_written` of the checkpoint. Raises `RunError`, and changes nothing, if what is to be
+        kept is not what it says; without it (a checkpoint of an earlier version), if an update has no row.
         """
+        kept: dict[RowKind, list[bytes]] = {}
         dropped: dict[RowKind, int] = {}
         for kind in get_args(RowKind):
             rows = self.rows(kind)
-            kept = [row for row in rows if _survives(kind, row, updates_done)]
-            dropped[kind] = len(rows) - len(kept)
-            text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode()
-            path = self._rows_path(kind)
-            if path.exists() and path.read_bytes() != text:
-                write_atomic(path, text)
+            kept[kind] = [_line(row) for row in rows if _survives(kind, row, updates_done)]
+            dropped[kind] = len(rows) - len(kept[kind])
+            if recorded is not None:
+                self._require_kept(kind, kept[kind], recorded.get(kind), f"update {updates_done}")
+        if recorded is None and len(kept["metrics"]) != updates_done:
+            self._tell_lost("metrics", updates_done, len(kept["metrics"]), f"update {updates_done}")
+        if any(dropped.values()):
+            self._forget_rows()
+        for kind, lines in kept.items():
+            self._replace_rows(kind, b"".join(line + b"\n" for line in lines))
         return dropped
+
+    def require_unsaved(self) -> None:
+        """Raise `RunError` if there must have been a checkpoint, for a run that holds none: it would begin again."""
+        manifest, every = self.manifest, self.config.train.checkpoint_every
+        done = len(self.rows("metrics"))
+        saved = manifest["status"] in ("finished", "stopped") or manifest["sessions"][-1]["updates_done"] > 0
+        if saved or done > every:
+            raise RunError(
+                f"{self.checkpoints}: holds no checkpoint, although the run is {manifest['status']} with {done} rows "
+                f"in metrics.jsonl and saves one every {every} updates; restore the folder from a copy, or begin "
+                "again in another --out"
+            )
 
     def check_config(self, config: Config) -> list[str]:
         """The permitted changes against the recorded config, as 'setting: old -> new'.
@@ -238,8 +310,9 @@ class RunFolder:
         if before["status"] == "running":
             before["status"] = "killed"
         manifest["sessions"].append({**session, "notes": notes})
-        manifest["status"], manifest["ended"] = "running", None
-        write_atomic(self.path / _CONFIG, dump_config(config).encode())
+        manifest["status"], manifest["ended"], manifest["rows"] = "running", None, None
+        with refusals_told(self.path / _CONFIG, "written"):
+            write_atomic(self.path / _CONFIG, dump_config(config).encode())
         _write_json(self.path / _MANIFEST, manifest)
         return notes
 
@@ -248,14 +321,65 @@ class RunFolder:
         manifest = self.manifest
         manifest["status"] = manifest["sessions"][-1]["status"] = status
         manifest["ended"] = manifest["sessions"][-1]["ended"] = _now()
+        manifest["rows"] = self.rows_written()
         _write_json(self.path / _MANIFEST, manifest)
 
     def dump_skipped(self, update: int, record: Mapping[str, Any]) -> Path:
         """Keep the batch of a skipped update for inspection. Non-finite numbers are written as text, such as "nan"."""
         path = self.path / "skipped" / f"update-{update:06d}.json"
-        path.parent.mkdir(exist_ok=True)
+        with refusals_told(path, "written"):
+            path.parent.mkdir(exist_ok=True)
         _write_json(path, _spelled_out(record))
         return path
+
+    def _content(self, kind: RowKind) -> bytes:
+        """The file of a kind; empty where there is none."""
+        path = self._rows_path(kind)
+        with refusals_told(path, "read"), suppress(FileNotFoundError):
+            return path.read_bytes()
+        return b""
+
+    def _tally(self, kind: RowKind) -> _Tally:
+        """The tally of a kind, from the file when it is first asked for and from what is appended then on."""
+        if kind not in self._tallies:
+            content = self._content(kind)
+            tally = self._tallies[kind] = _Tally()
+            tally.add(content[: content.rfind(b"\n") + 1])
+        return self._tallies[kind]
+
+    def _replace_rows(self, kind: RowKind, content: bytes) -> None:
+        """Write a file of rows anew if it holds anything else."""
+        path = self._rows_path(kind)
+        if self._content(kind) != content:
+            with refusals_told(path, "written"):
+                write_atomic(path, content)
+        tally = self._tallies[kind] = _Tally()
+        tally.add(content)
+
+    def _forget_rows(self) -> None:
+        """Take the record of the rows out of the manifest before rows are dropped: a kill then leaves no false one."""
+        manifest = self.manifest
+        if manifest.get("rows"):
+            _write_json(self.path / _MANIFEST, {**manifest, "rows": None})
+
+    def _require_kept(self, kind: RowKind, lines: Sequence[bytes], written: RowsWritten | None, since: str) -> None:
+        """Raise `RunError` unless `lines` begin with what was written. More may follow: an evaluation made later."""
+        if written is None:
+            return
+        if len(lines) < written["rows"]:
+            self._tell_lost(kind, written["rows"], len(lines), since)
+        digest = hashlib.sha256(b"".join(line + b"\n" for line in lines[: written["rows"]])).hexdigest()
+        if digest != written["sha256"]:
+            raise RunError(
+                f"{self._rows_path(kind)}: its first {written['rows']} rows are not those written when {since} was "
+                f"saved: SHA-256 {digest[:12]}, expected {written['sha256'][:12]}; {_RESTORE}"
+            )
+
+    def _tell_lost(self, kind: RowKind, expected: int, found: int, since: str) -> NoReturn:
+        raise RunError(
+            f"{self._rows_path(kind)}: holds {found} of the {expected} rows that it had when {since} was saved; "
+            f"{_RESTORE}"
+        )
 
     def _rows_path(self, kind: RowKind) -> Path:
         return self.path / f"{kind}.jsonl"
@@ -282,11 +406,16 @@ def new_manifest(
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file so that a crash leaves the old content or the new, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync_directory(path.parent)
 
 
@@ -308,11 +437,15 @@ def _locked(folder: Path) -> Iterator[None]:
         raise RunError(
             f"{folder} is in use by {_owner(folder)}; wait until it ends, stop it, or choose another --out"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise RunError(f"{folder / _LOCK}: cannot be locked: {cause}; choose another --out") from error
     try:
         _write_json(folder / _OWNER, {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()})
         yield
     finally:
-        (folder / _OWNER).unlink(missing_ok=True)
+        with suppress(OSError):  # it only names; what ended the work is told
+            (folder / _OWNER).unlink()
         lock.release()
 
 
@@ -327,17 +460,20 @@ def _owner(folder: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+        with refusals_told(path, "read"):
+            manifest = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: not valid JSON ({error}); expected the manifest of a run") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise RunError(f"{path}: format {found!r}, expected {FORMAT!r}; the folder belongs to something else")
+        raise RunError(f"{path}: format {found!r:.60}, expected {FORMAT!r}; the folder belongs to something else")
+    require_manifest(manifest, path)
     return manifest
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+    with refusals_told(path, "written"):
+        write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def _drop_torn_line(file: BinaryIO) -> None:
@@ -375,18 +511,30 @@ def _require_json(value: Any, where: str) -> None:
         raise RunError(f"{where} is a {type(value).__name__}; rows hold JSON values")
 
 
-def _parse_row(line: bytes, where: str) -> Row:
+def _line(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False).encode()
+
+
+def _parse_row(kind: RowKind, line: bytes, where: str) -> Row:
     try:
-        row = json.loads(line, parse_constant=_refuse_constant)
-    except ValueError as error:
+        row = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{where} is damaged ({error}); restore the file or remove that line") from None
     if not isinstance(row, dict):
         raise RunError(f"{where} is damaged: a {type(row).__name__} where an object was expected")
+    require_row(kind, row, where)
     return cast(Row, row)
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits:.20} is not finite")
+    return number
 
 
 def _survives(kind: RowKind, row: Mapping[str, Any], updates_done: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,7 +162,8 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
         status = trainer.train(updates_done)
     except BaseException:
         if ranks.first:
-            run.end_session("failed")
+            with suppress(RunError):  # what ended the training is what matters, and may be why this cannot be written
+                run.end_session("failed")
         raise
     ranks.broadcast(partial(run.end_session, status))
     return Outcome(run, status)

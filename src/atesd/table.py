@@ -31,7 +31,7 @@ def render_text(table: Table) -> str:
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [_aligned(line, widths) for line in itertools.zip_longest(*headings, fillvalue="")]
     body = [_aligned(row, widths) for row in rows]
-    return "\n".join([table.title, rule, *lines, rule, *body, rule, *table.notes]) + "\n"
+    return visible("\n".join([table.title, rule, *lines, rule, *body, rule, *table.notes])) + "\n"
 
 
 def _one_line(cell: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,18 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(f"⟦U+{ord(mark):04X}⟧" if _is_hidden(mark) else mark for mark in text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 6
+
+
+def shown(value: object) -> str:
+    """A value as an error quotes it: on one line, and short whatever it holds (a list of itself, 10^9 entries)."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # more digits than Python agrees to write
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
 
 
 def _is_hidden(mark: str) -> bool:

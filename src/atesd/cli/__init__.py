@@ -23,6 +23,12 @@ def main() -> None:
 
         print(f"error: {visible(str(error))}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1) from None
+    except OSError as error:  # a disk that refused what no verb foresaw
+        from atesd.refusals import reason
+        from atesd.text import visible
+
+        print(f"error: {visible(str(error.filename or 'a file'))}: {reason(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def add_verbs() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atesd.cli.options import EXIT_CODES, STOPPED, Recipe, Settings, run_name, show_names
+from atesd.cli.options import EXIT_CODES, STOPPED, Recipe, Settings, run_name, say, show_names
 
 if TYPE_CHECKING:
     from atesd.config import Config
@@ -88,7 +88,7 @@ def train(
         outcome = session.train(config, folder, resume=resume.value, listeners=listeners, command=sys.argv)
     if ranks.first:
         for line in closing_lines(outcome.run, config, outcome.status):
-            typer.echo(line)
+            say(line)
     if outcome.status == "stopped":
         raise typer.Exit(STOPPED)
 
@@ -100,7 +100,7 @@ def _show_plan(config: Config) -> None:
     components = build(config)
     try:
         for line in plan_lines(components):
-            typer.echo(line)
+            say(line)
     finally:
         close(components)
 
@@ -122,12 +122,12 @@ def evaluate(
     """Average@k with 95 % intervals. A run's own problems: the row goes into its evaluations.jsonl."""
     from atesd.cli.scores import evaluate_target, score_table
 
-    typer.echo(f"evaluating {target}; this may take a while", err=True)
+    say(f"evaluating {target}; this may take a while", err=True)
     overrides = [*(settings or []), *([f"evaluation.samples={samples}"] if samples else [])]
     scored = evaluate_target(target, data, split.value, overrides)
     if scored is not None:
-        typer.echo(score_table(scored.name, scored.row))
-        typer.echo(scored.where)
+        say(score_table(scored.name, scored.row))
+        say(scored.where)
 
 
 @app.command()
@@ -151,7 +151,7 @@ def preview(
 
     from atesd.cli.preview import preview_text
 
-    typer.echo(preview_text(config, problem, wanted))
+    say(preview_text(config, problem, wanted))
 
 
 @app.command()
@@ -168,7 +168,7 @@ def config(recipe: Recipe, settings: Settings = None) -> None:
     from atesd.cli.settings import annotated_yaml
     from atesd.config import load_config
 
-    typer.echo(annotated_yaml(load_config(recipe, settings or [])), nl=False)
+    say(annotated_yaml(load_config(recipe, settings or [])), nl=False)
 
 
 @models.command()
@@ -176,7 +176,7 @@ def fetch(name: Annotated[Fetchable, typer.Argument(help="Which model.")]) -> No
     """Fetch a model, check its hash, and convert it."""
     from atesd.models.fetch import fetch_smollm2
 
-    fetch_smollm2(say=typer.echo)
+    fetch_smollm2(say=say)
 
 
 @models.callback()
@@ -203,10 +203,10 @@ def pretrain(
 
     def show(candidate: int, step: int, loss: float) -> None:
         if step % 100 == 0:
-            typer.echo(f"seed {candidate}  step {step}  loss {loss:.3f}")
+            say(f"seed {candidate}  step {step}  loss {loss:.3f}")
 
-    typer.echo(json.dumps(pretrain_command(seed, attempts, folder, name, show), indent=2))
-    typer.echo(f"model folder: {folder} (use it with --set model.path={folder})")
+    say(json.dumps(pretrain_command(seed, attempts, folder, name, show), indent=2))
+    say(f"model folder: {folder} (use it with --set model.path={folder})")
 
 
 @world.callback()

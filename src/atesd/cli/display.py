@@ -74,7 +74,7 @@ class Progress:
 
 
 def _last_reward(folder: Path) -> float | None:
-    rewards = [row["reward"] for row in RunFolder.open(folder).rows("decisions") if row["status"] == "finished"]
+    rewards = [row["reward"] for row in RunFolder.open(folder).whole_rows("decisions") if row["status"] == "finished"]
     return rewards[-1] if rewards else None
 
 
@@ -174,7 +174,7 @@ def evaluation_line(row: EvaluationRow) -> str:
 
 def closing_lines(run: RunFolder, config: Config, status: Literal["finished", "stopped"]) -> list[str]:
     """What to know at the end: how it ended, where the time went, where everything is, what to do next."""
-    rows = run.rows("metrics")
+    rows = run.whole_rows("metrics")
     seconds = {phase: sum(row["seconds"].get(phase, 0.0) for row in rows) for phase in PHASES}
     total = sum(seconds.values())
     training = total - seconds["evaluate"]

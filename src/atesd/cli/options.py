@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from atesd.text import visible
+
 STOPPED = 3
 """The exit code of a run that was stopped on request."""
 EXIT_CODES = (
@@ -22,6 +24,11 @@ Settings = Annotated[
 ]
 
 
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text with nothing invisible in it: no name of a folder or recipe turns the terminal's text about."""
+    typer.echo(visible(text), err=err, nl=nl)
+
+
 def run_name(recipe: str) -> str:
     """The name of a run: the recipe's, or the stem of a file."""
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else Path(recipe).name
@@ -30,4 +37,4 @@ def run_name(recipe: str) -> str:
 def show_names(texts: Mapping[str, str]) -> None:
     """Names of packaged files, each with the comment that it begins with."""
     for name, text in texts.items():
-        typer.echo(f"{name:<{max(map(len, texts))}}  {text.splitlines()[0].removeprefix('# ')}")
+        say(f"{name:<{max(map(len, texts))}}  {text.splitlines()[0].removeprefix('# ')}")

@@ -14,6 +14,7 @@ from atesd.component import choice_in, group_in
 from atesd.config.acting import Setting
 from atesd.config.layouts import GONE, KIND_OF_GROUP, MOVED
 from atesd.config.settings import Config
+from atesd.text import shown
 
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -45,15 +46,15 @@ def explain(item: Any) -> Iterator[str]:
         yield f"{path}: {place.kind} needs {location[-1]}: {meaning}"
     elif item["type"] == "union_tag_invalid":
         tag, words = str(item["ctx"]["discriminator"]).strip("'"), list(kinds)
-        shown = value.get(tag) if isinstance(value, Mapping) else value
-        yield f"{path}.{tag}: {shown!r} is not allowed; expected {_listed(words)}{nearest(str(shown), words)}"
+        chosen = value.get(tag) if isinstance(value, Mapping) else value
+        yield f"{path}.{tag}: {shown(chosen)} is not allowed; expected {_listed(words)}{nearest(_word(chosen), words)}"
     elif item["type"] in ("model_type", "model_attributes_type", "dict_type") and (kinds or group):
         names = list(kinds) or list(group.model_fields if group else ())
-        yield f"{path}: {value!r} is not a group of settings; allowed in it: {', '.join(names)}"
+        yield f"{path}: {shown(value)} is not a group of settings; allowed in it: {', '.join(names)}"
     else:
         schema = place.group.model_json_schema()["properties"].get(place.name, {})
         words = [str(word) for rule in _alternatives(schema) for word in rule.get("enum", [])]
-        yield f"{path}: {value!r} is not allowed; expected {_expected(item, schema)}{nearest(str(value), words)}"
+        yield f"{path}: {shown(value)} is not allowed; expected {_expected(item, schema)}{nearest(_word(value), words)}"
 
 
 def path_of_other_kind(item: Any) -> str | None:
@@ -67,13 +68,18 @@ def path_of_other_kind(item: Any) -> str | None:
 
 def explain_idle(setting: Setting, written: Any) -> str:
     """A setting that was written and does not act, with what would make it act."""
-    return f"{setting.path}: {written!r} has no effect here; it acts with {setting.acts_with}"
+    return f"{setting.path}: {shown(written)} has no effect here; it acts with {setting.acts_with}"
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """`; did you mean NAME?` for the name that looks like the word; empty where none does."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _word(value: object) -> str:
+    """The value to look for among words; a long or nested one is no misspelt word."""
+    return value if isinstance(value, str) and len(value) < 100 else shown(value)
 
 
 def _unknown(location: Sequence[str], value: Any) -> Iterator[str]:
@@ -98,7 +104,7 @@ def _unknown_words(path: tuple[str, ...], value: Any, place: _Place) -> str:
         needs = _readers(moved)
         return f"unknown setting; it is now {moved}{f', which {needs} reads' if needs else ''}"
     if readers:
-        return f"unknown setting with {place.kind}, so {value!r} has no effect; {readers} would read it; {allowed}"
+        return f"unknown setting with {place.kind}, so {shown(value)} has no effect; {readers} would read it; {allowed}"
     elsewhere = [other for other in every_setting() if other.rsplit(".", 1)[-1] == name]
     hint = nearest(name, names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
     return f"unknown setting{hint}; {allowed}{f' with {place.kind}' if place.kind else ''}"

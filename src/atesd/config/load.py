@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from atesd.config.settings import Config
 from atesd.config.yaml import dump_yaml, parse_yaml
 from atesd.control.credit import CREDIT_PRESETS
 from atesd.errors import ConfigError, IdleSettingError
+from atesd.text import shown
 
+_MOST_LINES = 40  # of faults that one error says
+_HELD_AT_ONCE = frozenset(
+    ("batch_size", "micro_batch_size", "group_size", "samples", "rank", "arms", "hidden", "checker_workers", "threads")
+)
+"""Settings that count what is held in memory at one time."""
 _TAGS = ("kind", "weights")
 """Keys that tell which kind a group is of."""
 
@@ -108,12 +115,37 @@ def dump_config(config: Config) -> str:
 
 def _checked(values: Mapping[str, Any], name: str) -> Config:
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        message = f"{name}: " + "\n  ".join(dict.fromkeys(line for item in items for line in explain(item)))
+        some = items[: 2 * _MOST_LINES]  # the nearest of all names takes a while to find
+        message = f"{name}: " + _lines(dict.fromkeys(line for item in some for line in explain(item)), len(items))
         paths = tuple(filter(None, map(path_of_other_kind, items)))
         raise (IdleSettingError(message, paths) if len(paths) == len(items) else ConfigError(message)) from None
+    _refuse_absurd(config, name)
+    return config
+
+
+def _lines(lines: Iterable[str], whole: int) -> str:
+    """The first of many lines, and how many faults there are if not all are said."""
+    first = list(itertools.islice(lines, _MOST_LINES))
+    return "\n  ".join(first) + (f"\n  and others: {whole} in all" if whole > 2 * _MOST_LINES else "")
+
+
+def _refuse_absurd(config: BaseModel, name: str, prefix: str = "") -> None:
+    """Raise `ConfigError` for an integer that no machine could hold, or wait for."""
+    for setting, value in config:
+        if isinstance(value, BaseModel):
+            _refuse_absurd(value, name, f"{prefix}{setting}.")
+        elif type(value) is int and value > (most := _most(setting)):
+            raise ConfigError(f"{name}: {prefix}{setting}: {shown(value)} is too large; expected at most {most:,}")
+
+
+def _most(setting: str) -> int:
+    """The largest integer that a setting may be."""
+    if setting == "seed":
+        return 2**63 - 1
+    return 10**6 if setting in _HELD_AT_ONCE else 10**9
 
 
 def _refuse_idle(values: Mapping[str, Any], config: Config, name: str) -> None:

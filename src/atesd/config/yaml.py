@@ -10,6 +10,8 @@ from pydantic import TypeAdapter
 
 from atesd.errors import ConfigError
 
+_MOST_VALUES = 100_000
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error and 1e-3 is a number."""
@@ -57,11 +59,38 @@ def parse_yaml(text: str, name: str) -> Any:
     try:
         loader = _UniqueKeyLoader(text)
         loader.name = name
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is not None:
+            _written_out(node, {}, name)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply; settings are two or three levels deep") from None
+    except (LookupError, TypeError, AttributeError):  # PyYAML's, where a tag such as !!int stands before something else
+        raise ConfigError(
+            f"{name}: not valid YAML: a value does not fit the tag before it; leave the tag out"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"{name}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _written_out(node: yaml.Node, known: dict[int, int], name: str) -> int:
+    """How many values a node holds with every alias written out. Raises `ConfigError` for too many or endless ones.
+
+    A few lines of aliases of aliases stand for more values than any memory holds.
+    """
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES  # of a node within itself
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = inner if isinstance(node, yaml.CollectionNode) else ()
+        known[id(node)] = 1 + sum(_written_out(part, known, name) for part in parts)
+        if known[id(node)] > _MOST_VALUES:
+            raise ConfigError(
+                f"{name}: line {node.start_mark.line + 1}: holds itself, or more than {_MOST_VALUES:,} values once its "
+                "aliases are written out; write out what is meant"
+            )
+    return known[id(node)]
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atesd.errors import CheckpointError
+from atesd.refusals import reason
+from atesd.rows import RowKind
 from atesd.runs import sync_directory, write_atomic
+from atesd.shapes import RowsWritten
 
 FORMAT = "atesd-checkpoint-1"
 
@@ -46,15 +49,26 @@ class LoadedCheckpoint:
 
     path: Path
     updates_done: int
-    state: dict[str, Any]
+    state: dict[str, object]
     skipped: tuple[str, ...]
+    rows: Mapping[str, RowsWritten] | None = None
+    """The rows that the run had written by then; None in a checkpoint of an earlier version."""
 
 
-def save_checkpoint(folder: Path, updates_done: int, state: Mapping[str, object], keep: int, *, run_id: str) -> Path:
+def save_checkpoint(
+    folder: Path,
+    updates_done: int,
+    state: Mapping[str, object],
+    keep: int,
+    *,
+    run_id: str,
+    rows: Mapping[RowKind, RowsWritten] | None = None,
+) -> Path:
     """Write `update-NNNNNN` into `folder` and delete all but the `keep` newest. Returns its path.
 
     A crash at any moment leaves the older checkpoints whole. Checkpoints beyond `updates_done`, left by a resume that
-    had to go back further, are set aside as `beyond-update-NNNNNN`, so that no later resume takes them up.
+    had to go back further, are set aside as `beyond-update-NNNNNN`, so that no later resume takes them up. `rows` is
+    what the run has written so far, for the resume to compare. A link is unlinked where a folder would be deleted.
     Raises `CheckpointError` that names the path inside the state of a non-finite number or of a value that neither
     safetensors nor JSON can hold, or says what the disk refused.
     """
@@ -67,13 +81,16 @@ def save_checkpoint(folder: Path, updates_done: int, state: Mapping[str, object]
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
         temporary.mkdir()
-        _write(temporary, encoded, tensors, {"updates_done": updates_done, "run_id": run_id})
+        _write(temporary, encoded, tensors, {"updates_done": updates_done, "run_id": run_id, "rows": rows})
         _put_in_place(temporary, target)
         _retire(folder, updates_done, keep)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            _clean(folder)
-        raise CheckpointError(f"{target}: cannot be written: {error}; older checkpoints are untouched") from error
+        _clean(folder)
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"{target}: cannot be written: {cause}; older checkpoints are untouched. Free some space or mend the "
+            "folder, and give the same command again: it resumes"
+        ) from error
     return target
 
 
@@ -82,14 +99,18 @@ def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
 
     Raises `CheckpointError` that lists what is wrong with each if none passes.
     """
-    if not folder.is_dir():
-        return None
-    _clean(folder)
+    try:
+        if not os.path.lexists(folder):
+            return None
+        _clean(folder)
+        candidates = _checkpoints(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {reason(error)}; expected a folder of checkpoints") from error
     skipped: list[str] = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(candidates):
         try:
             return replace(load_checkpoint(path, run_id), skipped=tuple(skipped))
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             skipped.append(f"{path.name}: {error}")
     if skipped:
         raise CheckpointError(
@@ -102,10 +123,17 @@ def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
 
 def load_checkpoint(path: Path, run_id: str) -> LoadedCheckpoint:
     """One checkpoint, its tensors on the CPU. Raises `CheckpointError` unless it passes every check."""
-    return LoadedCheckpoint(path, _verify(path, run_id), _read(path), ())
+    try:
+        manifest = _verify(path, run_id)
+        rows = cast("Mapping[str, RowsWritten] | None", manifest.get("rows"))
+        return LoadedCheckpoint(path, cast(int, manifest["updates_done"]), _read(path), (), rows)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {reason(error)}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"is not what was once written: {type(error).__name__}: {error}") from error
 
 
-def digest(state: Any) -> str:
+def digest(state: object) -> str:
     """SHA-256 over every tensor (type, shape, bytes) and JSON value of a state, whatever the order of its keys."""
     tensors: dict[str, Tensor] = {}
     encoded = _encode(state, "", tensors)
@@ -125,7 +153,7 @@ def _name(updates_done: int) -> str:
 # State to JSON and named tensors, and back
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> object:
     """The JSON form of a value; its tensors go to `tensors` under their paths.
 
     Tuples become {"#tuple": [...]}, tensors {"#tensor": path}; a mapping whose keys are not all plain text becomes
@@ -149,7 +177,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise CheckpointError(f"state{path}: a {type(value).__name__} is neither a tensor nor a JSON value")
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(value: object, tensors: Mapping[str, Tensor]) -> object:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -166,7 +194,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _decode(item, tensors) for key, item in value.items()}
 
 
-def _key(key: Any, path: str) -> str:
+def _key(key: object, path: str) -> str:
     if isinstance(key, str):
         return f"s{key}"
     if type(key) is int:
@@ -174,7 +202,7 @@ def _key(key: Any, path: str) -> str:
     raise CheckpointError(f"state{path}: the key {key!r} of type {type(key).__name__} is neither text nor an integer")
 
 
-def _escaped(key: Any) -> str:
+def _escaped(key: object) -> str:
     """One part of a path: JSON pointer's escapes (RFC 6901), and '#' before an integer, so that 0 and "0" differ."""
     return f"#{key}" if type(key) is int else str(key).replace("~", "~0").replace("/", "~1").replace("#", "~2")
 
@@ -188,7 +216,7 @@ def _require_storable(tensor: Tensor, path: str) -> Tensor:
     return tensor
 
 
-def _require_finite(value: Any, path: str) -> None:
+def _require_finite(value: object, path: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             _require_finite(item, f"{path}/{_escaped(key)}")
@@ -207,7 +235,7 @@ def _require_finite(value: Any, path: str) -> None:
 # Files
 
 
-def _write(folder: Path, encoded: Any, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
+def _write(folder: Path, encoded: object, tensors: Mapping[str, Tensor], identity: Mapping[str, object]) -> None:
     stored, aliases = _stored(tensors)
     save_file(stored, folder / _TENSORS)
     _sync_file(folder / _TENSORS)
@@ -217,7 +245,7 @@ def _write(folder: Path, encoded: Any, tensors: Mapping[str, Tensor], identity: 
     write_atomic(folder / _MANIFEST, _manifest_bytes({"format": FORMAT, **identity, "files": files}))
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -225,7 +253,7 @@ def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """Contiguous CPU tensors, none sharing memory, each once: (stored, {other name: name it is stored under})."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[Any, str] = {}
+    first: dict[object, str] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -242,24 +270,25 @@ def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return stored, aliases
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     """The state in a verified checkpoint."""
     content = json.loads((path / _STATE).read_bytes())
     tensors = load_file(path / _TENSORS)
     tensors.update({name: tensors[source] for name, source in content["aliases"].items()})
-    state: dict[str, Any] = _decode(content["state"], tensors)
-    return state
+    return cast("dict[str, object]", _decode(content["state"], tensors))
 
 
-def _verify(path: Path, run_id: str) -> int:
-    """`updates_done` of a checkpoint whose every byte is as it was written. Raises `CheckpointError` otherwise."""
+def _verify(path: Path, run_id: str) -> dict[str, object]:
+    """The manifest of a checkpoint whose every byte is as it was written. Raises `CheckpointError` otherwise."""
+    if not path.is_dir():
+        raise CheckpointError("is no folder" + (", but a link to none" if path.is_symlink() else ""))
     manifest = _read_manifest(path / _MANIFEST)
     if manifest["run_id"] != run_id:
         raise CheckpointError(f"belongs to run {manifest['run_id']}, not to this run, {run_id}")
-    updates_done: int = manifest["updates_done"]
+    updates_done = cast(int, manifest["updates_done"])
     if path.name != _name(updates_done):
         raise CheckpointError(f"holds {_name(updates_done)}; the folder was renamed")
-    for name, expected in manifest["files"].items():
+    for name, expected in cast("dict[str, dict[str, object]]", manifest["files"]).items():
         if not (path / name).is_file():
             raise CheckpointError(f"{name} is missing")
         size = (path / name).stat().st_size
@@ -267,10 +296,10 @@ def _verify(path: Path, run_id: str) -> int:
             raise CheckpointError(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
         if _sha256(path / name) != expected["sha256"]:
             raise CheckpointError(f"{name} does not match its SHA-256; its content was damaged")
-    return updates_done
+    return manifest
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, object]:
     """The manifest, checked against its own checksum, or, of another format, against nothing but its name."""
     try:
         raw = path.read_bytes()
@@ -278,7 +307,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         found = manifest.get("format")
     except FileNotFoundError:
         raise CheckpointError(f"{_MANIFEST} is missing") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{_MANIFEST} cannot be read: {error}") from None
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     if found != FORMAT:
@@ -288,7 +317,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
+def _manifest_bytes(content: Mapping[str, object]) -> bytes:
     """A manifest with a checksum of itself, in the only spelling that is accepted."""
     checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": checksum}, indent=1).encode()
@@ -309,12 +338,12 @@ def _sync_file(path: Path) -> None:
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     replaced = target.with_name(f"{_REPLACED}{target.name}")
-    if target.exists():
+    if os.path.lexists(target):
+        _remove(replaced)
         os.replace(target, replaced)
     os.replace(temporary, target)
     sync_directory(target.parent)
-    if replaced.exists():
-        _remove(replaced)
+    _remove(replaced)
 
 
 def _retire(folder: Path, updates_done: int, keep: int) -> None:
@@ -322,8 +351,7 @@ def _retire(folder: Path, updates_done: int, keep: int) -> None:
     current = checkpoints.index(folder / _name(updates_done)) + 1
     for path in checkpoints[current:]:
         beyond = path.with_name(f"{_BEYOND}{path.name}")
-        if beyond.exists():
-            _remove(beyond)
+        _remove(beyond)
         os.replace(path, beyond)
     for path in checkpoints[:current][:-keep]:
         _remove(path)
@@ -336,19 +364,42 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder in one step as far as names go: it is trash before its first file is gone."""
-    trash = path.with_name(f"{_TRASH}{path.name}")
-    os.replace(path, trash)
-    shutil.rmtree(trash)
+    """Delete what bears a name, if anything does, in one step as far as names go: a folder is trash before it is gone.
+
+    A link is unlinked, whatever it leads to.
+    """
+    if _is_folder(path):
+        trash = path.with_name(f"{_TRASH}{path.name}")
+        _delete(trash)
+        os.replace(path, trash)
+        _delete(trash)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _delete(path: Path) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _clean(folder: Path) -> None:
-    """Finish what a crash interrupted: drop unfinished and half-deleted folders, put back one not yet replaced."""
+    """Finish what a crash interrupted: drop unfinished and half-deleted folders, put back one not yet replaced.
+
+    What cannot be cleared away is left: it is in nobody's way, and must keep no run from going on.
+    """
     for replaced in folder.glob(f"{_REPLACED}*"):
         target = folder / replaced.name.removeprefix(_REPLACED)
-        if target.exists():
-            _remove(replaced)
-        else:
-            os.replace(replaced, target)
+        with suppress(OSError):
+            if os.path.lexists(target):
+                _remove(replaced)
+            elif _NAME.fullmatch(target.name):
+                os.replace(replaced, target)
     for leftover in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_TRASH}*")):
-        shutil.rmtree(leftover)
+        with suppress(OSError):
+            _delete(leftover)

@@ -13,6 +13,7 @@ from typing import Protocol, final
 from atesd.config import Config
 from atesd.rows import Row, RowKind
 from atesd.runs import EndStatus
+from atesd.text import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +98,4 @@ class Listeners:
                     told = True
         if not told:
             with suppress(OSError):
-                print(report, file=sys.stderr, flush=True)
+                print(visible(report), file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from atesd.card import write_model_card
 from atesd.errors import TrainingError
 from atesd.models.load import save_model
 from atesd.records import Split
+from atesd.refusals import refusals_told
 from atesd.rows import DecisionRow, MetricsRow, Row, RowKind
 from atesd.runs import RunFolder
 from atesd.train.components import Components
@@ -83,7 +84,7 @@ class Record:
 
     def _evaluated(self, updates_done: int) -> list[str]:
         """The splits that were evaluated after so many updates."""
-        return [str(row["split"]) for row in self._run.rows("evaluations") if row["update"] == updates_done]
+        return [str(row["split"]) for row in self._run.whole_rows("evaluations") if row["update"] == updates_done]
 
     def _append(self, kind: RowKind, row: Row) -> None:
         if self._ranks.first:
@@ -123,5 +124,6 @@ class Record:
         if not any(row["status"] == "pending" for row in self._run.rows("decisions")):
             for decision in exposure.pending():
                 self._append("decisions", decision_row(decision, config.train.num_updates, "pending"))
-        save_model(self._components.loaded, self._run.final)
-        write_model_card(self._run.final, config, self._run)
+        with refusals_told(self._run.final, "written"):
+            save_model(self._components.loaded, self._run.final)
+            write_model_card(self._run.final, config, self._run)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypedDict, cast, final
+from typing import TypedDict, cast, final
 
 from torch import Tensor
 
+from atesd.errors import CheckpointError
 from atesd.runs import RunFolder
-from atesd.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from atesd.train.checkpoint import LoadedCheckpoint, load_checkpoint, load_newest, save_checkpoint
 from atesd.train.components import Components
 from atesd.train.listeners import Listener
 
@@ -20,7 +21,7 @@ class RunState(TypedDict):
     student: dict[str, Tensor]
     optimiser: Mapping[str, object]
     teacher: Mapping[str, object]
-    exposure: dict[str, Any]
+    exposure: dict[str, object]
     probes: Mapping[str, object]
     success: Mapping[str, object]
     skipped_in_a_row: int
@@ -42,7 +43,7 @@ class Snapshots:
         """
         updates_done, name = self._ranks.broadcast(self._load_newest) or (0, None)
         if name is not None and not self._ranks.first:
-            self.load_state_dict(load_checkpoint(self._run.checkpoints / name, self._run.run_id).state)
+            self._restore(load_checkpoint(self._run.checkpoints / name, self._run.run_id))
         return updates_done
 
     def save(self, updates_done: int) -> None:
@@ -81,11 +82,24 @@ class Snapshots:
         if found:
             for note in found.skipped:
                 self._listener.message(f"damaged checkpoint passed over: {note}")
-            self.load_state_dict(found.state)
-        self._run.truncate_after(updates_done)
+        if found is None:
+            self._run.require_unsaved()
+        self._run.truncate_after(updates_done, found.rows if found else None)
+        if found:
+            self._restore(found)
         return updates_done, found.path.name if found else None
+
+    def _restore(self, found: LoadedCheckpoint) -> None:
+        try:
+            self.load_state_dict(found.state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{found.path}: is whole, but its state does not fit this run ({type(error).__name__}: {error}); go on "
+                "with the version of atesd that wrote it, or begin again in another --out"
+            ) from error
 
     def _save(self, updates_done: int) -> None:
         self._run.sync()
         keep = self._components.config.train.keep_checkpoints
-        save_checkpoint(self._run.checkpoints, updates_done, self.state_dict(), keep, run_id=self._run.run_id)
+        run, rows = self._run, self._run.rows_written()
+        save_checkpoint(run.checkpoints, updates_done, self.state_dict(), keep, run_id=run.run_id, rows=rows)

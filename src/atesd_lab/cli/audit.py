@@ -6,11 +6,11 @@ import json
 import sys
 import textwrap
 
-import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from atesd.cli.options import say
 from atesd.config import Config
 from atesd.table import Table, render_text
 from atesd.text import visible
@@ -39,17 +39,17 @@ def print_audit(
         decisions=decisions,
         seeds=seeds,
         effect=effect,
-        say=lambda line: typer.echo(line, err=True),
+        say=lambda line: say(line, err=True),
     )
     if as_json:
-        typer.echo(json.dumps(audit.as_json(), indent=1, allow_nan=False))
+        say(json.dumps(audit.as_json(), indent=1, allow_nan=False))
     elif sys.stdout.isatty():
         print_rich(audit, Console())
     else:
         for table in (readings_table(audit), rewards_table(audit)):
-            typer.echo(render_text(table))
+            say(render_text(table))
         for line in sentences(audit):
-            typer.echo(textwrap.fill(line, WIDTH, subsequent_indent="  "))
+            say(textwrap.fill(line, WIDTH, subsequent_indent="  "))
 
 
 def print_rich(audit: Audit, console: Console) -> None:

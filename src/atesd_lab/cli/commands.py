@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atesd.cli.options import EXIT_CODES, STOPPED, Recipe, Settings, run_name, show_names
+from atesd.cli.options import EXIT_CODES, STOPPED, Recipe, Settings, run_name, say, show_names
 from atesd_lab.cli.sides import Sides
 
 laboratory = typer.Typer()
@@ -59,7 +59,7 @@ def report(
     if sweep is not None:
         from atesd_lab.sweep.page import write_sweep_report
 
-        typer.echo(f"report: {write_sweep_report(sweep, out, baseline)}")
+        say(f"report: {write_sweep_report(sweep, out, baseline)}")
         return
     if baseline is not None:
         raise typer.BadParameter("is read for a sweep's folder alone; leave it out", param_hint="--baseline")
@@ -74,7 +74,7 @@ def report(
 
     from atesd_lab.report.page import write_report
 
-    typer.echo(f"report: {write_report(runs, page)}")
+    say(f"report: {write_report(runs, page)}")
 
 
 @laboratory.command(cls=Sides)
@@ -103,9 +103,9 @@ def demo(
     from atesd_lab.studies.demo import run_demo
 
     try:
-        typer.echo(run_demo(out, typer.echo, settings or []))
+        say(run_demo(out, say, settings or []))
     except KeyboardInterrupt:
-        typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
+        say("stopped, with a checkpoint of every run that was going; the same command goes on")
         raise typer.Exit(STOPPED) from None
 
 
@@ -137,7 +137,7 @@ def sweep(
         from atesd_lab.sweep.grid import command_lines
 
         for line in command_lines(cells):
-            typer.echo(line)
+            say(line)
         return
 
     from atesd_lab.cli.sweep import run_cells
@@ -145,9 +145,9 @@ def sweep(
     try:
         text, unfinished = run_cells(cells, jobs, folder)
     except KeyboardInterrupt:
-        typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
+        say("stopped, with a checkpoint of every run that was going; the same command goes on")
         raise typer.Exit(STOPPED) from None
-    typer.echo(text)
+    say(text)
     if unfinished:
         raise typer.Exit(1)
 
@@ -174,7 +174,7 @@ def reproduce(
     grid = load_scale(scale)
     if list_experiments:
         for name in grid.experiments:
-            typer.echo(name)
+            say(name)
         return
 
     from atesd_lab.paper.reproduce import named
@@ -185,13 +185,13 @@ def reproduce(
         from atesd.table import render_text
         from atesd_lab.sweep.workers import slots
 
-        typer.echo(render_text(budget(grid, names, cells, len(slots(jobs)))), nl=False)
+        say(render_text(budget(grid, names, cells, len(slots(jobs)))), nl=False)
         return
     if print_commands:
         from atesd_lab.sweep.grid import command_lines
 
         for line in command_lines(cells):
-            typer.echo(line)
+            say(line)
         return
 
     from atesd_lab.cli.reproduce import run_experiments
@@ -199,9 +199,9 @@ def reproduce(
     try:
         text, whole = run_experiments(grid, names, cells, jobs, out)
     except KeyboardInterrupt:
-        typer.echo("stopped, with a checkpoint of every run that was going; the same command goes on")
+        say("stopped, with a checkpoint of every run that was going; the same command goes on")
         raise typer.Exit(STOPPED) from None
-    typer.echo(text)
+    say(text)
     if not whole:
         raise typer.Exit(1)
 
@@ -216,7 +216,7 @@ def bad_teacher(
     """Train both reward presets under a teacher that should not be followed, beside full, fixed and random exposure."""
     from atesd_lab.studies.bad_teacher import run_bad_teacher
 
-    typer.echo(run_bad_teacher(out, seeds, updates, jobs, typer.echo))
+    say(run_bad_teacher(out, seeds, updates, jobs, say))
 
 
 @laboratory.command("null-test")
@@ -238,12 +238,12 @@ def null_test(
     from atesd_lab.audit.null_report import draw_null, run_null_test
 
     text, figures = run_null_test(config, decisions, seeds, batches)
-    typer.echo(text, nl=False)
+    say(text, nl=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps(figures) + "\n", "utf-8")
         draw_null(figures, out)
-        typer.echo(f"figures: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.svg', '.png'))}")
+        say(f"figures: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.svg', '.png'))}")
 
 
 @laboratory.command()

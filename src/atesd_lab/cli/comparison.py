@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from atesd.cli.options import say
 from atesd.config import method_name
 from atesd.errors import ConfigError
 from atesd.table import render_text
@@ -34,13 +34,13 @@ def print_comparison(
     names = group_names(baseline[0], candidate[0])
     report = compare_groups(group_of(names[0], baseline), group_of(names[1], candidate))
     if as_json:
-        typer.echo(json.dumps(report.as_json(), indent=1, allow_nan=False))
+        say(json.dumps(report.as_json(), indent=1, allow_nan=False))
     elif as_markdown:
-        typer.echo(markdown(comparison_table(report)), nl=False)
+        say(markdown(comparison_table(report)), nl=False)
     elif sys.stdout.isatty():
         print_rich(report, Console())
     else:
-        typer.echo(render_text(comparison_table(report)), nl=False)
+        say(render_text(comparison_table(report)), nl=False)
 
 
 def group_names(baseline: Path, candidate: Path) -> tuple[str, str]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import final
 
-import typer
-
+from atesd.cli.options import say
 from atesd.errors import AtesdError, ConfigError
 from atesd_lab.report.page import render_page
 from atesd_lab.report.rows import read_runs
@@ -96,6 +95,6 @@ def live_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
 def serve(runs: Sequence[Path], port: int) -> None:
     """Serve the page until Ctrl-C."""
     with live_server(runs, port) as server:
-        typer.echo(f"live: http://{ADDRESS}:{server.server_address[1]}/  (Ctrl-C ends it; the runs go on)")
+        say(f"live: http://{ADDRESS}:{server.server_address[1]}/  (Ctrl-C ends it; the runs go on)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import typer
-
+from atesd.cli.options import say
 from atesd.config import Config
 from atesd.errors import ConfigError
 from atesd_lab.profile.report import profile_json, profile_text, run_profile, write_profile
@@ -18,11 +17,11 @@ def print_profile(config: Config, name: str, problems: int | None, out: Path, *,
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot make this folder: {error.strerror}; choose another") from None
-    profile = run_profile(config, problems, lambda text: typer.echo(text, err=True))
+    profile = run_profile(config, problems, lambda text: say(text, err=True))
     paths = write_profile(profile, config, name, out)
     if as_json:
-        typer.echo(json.dumps(profile_json(profile), indent=1, allow_nan=False))
+        say(json.dumps(profile_json(profile), indent=1, allow_nan=False))
         return
-    typer.echo(profile_text(profile, name), nl=False)
-    typer.echo(f"written: {', '.join(str(path) for path in paths)}")
-    typer.echo(f"train it: atesd train {out / 'recipe.yaml'} --out RUN_FOLDER")
+    say(profile_text(profile, name), nl=False)
+    say(f"written: {', '.join(str(path) for path in paths)}")
+    say(f"train it: atesd train {out / 'recipe.yaml'} --out RUN_FOLDER")

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from atesd.config import dump_config, method_name
+from atesd.refusals import refusals_told
 from atesd.runs import write_atomic
 from atesd.table import Table
 from atesd.text import MISSING, duration, visible
@@ -71,8 +72,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises `RunError` for a folder that holds no run and for a damaged row. The same folders give the same bytes.
     """
     page = render_page(read_runs(runs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, page.encode())
+    with refusals_told(out, "written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, page.encode())
     return out
 
 

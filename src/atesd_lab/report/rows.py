@@ -54,14 +54,15 @@ class RunRows:
 def read_run(path: Path, name: str | None = None) -> RunRows:
     """Read a run folder, finished or still growing. Raises `RunError` if it is none, `ConfigError` on its settings."""
     folder = RunFolder.open(path)
+    folder.require_rows()
     return RunRows(
         name=name or path.resolve().name,
         config=folder.config,
         manifest=folder.manifest,
-        metrics=_newest_by(folder.rows("metrics"), "update"),
-        decisions=_newest_by(folder.rows("decisions"), "update"),
-        evaluations=_newest_by(folder.rows("evaluations"), "update", "split"),
-        samples=tuple(folder.rows("samples")),
+        metrics=_newest_by(folder.whole_rows("metrics"), "update"),
+        decisions=_newest_by(folder.whole_rows("decisions"), "update"),
+        evaluations=_newest_by(folder.whole_rows("evaluations"), "update", "split"),
+        samples=tuple(folder.whole_rows("samples")),
     )
 
 

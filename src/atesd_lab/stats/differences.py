@@ -182,7 +182,8 @@ def needed(
     ends = _first(few, _with_problems(few, difference, seeds, groups, power) <= size)
     if ends is None:
         return Needed(enough, None)
-    counts = np.arange(max(2, int(few[max(0, np.searchsorted(few, ends) - 1)])), ends + 1)
+    below = few[few < ends]
+    counts = np.arange(int(below[-1]) if below.size else 2, ends + 1)
     return Needed(enough, _first(counts, _with_problems(counts, difference, seeds, groups, power) <= size))
 
 

@@ -12,6 +12,7 @@ from typing import final
 from urllib.parse import quote
 
 from atesd.errors import AtesdError, ConfigError
+from atesd.refusals import refusals_told
 from atesd.runs import RunFolder, write_atomic
 from atesd.text import MISSING, duration
 from atesd_lab.report.figures import phase_seconds
@@ -53,8 +54,9 @@ def write_sweep_report(folder: Path, out: Path | None = None, baseline: str | No
     for place, (name, rows) in enumerate(tables.items(), start=1):
         parts.append(_part(name, rows, layout, f"table{place}", baseline, page, seen))
     text = render_grid(Head(whole, tuple(_facts(cells, layout, seen)), tuple(seen.mixtures())), parts)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, text.encode())
+    with refusals_told(page, "written"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(page, text.encode())
     return page
 
 

@@ -1,0 +1,36 @@
+"""What a disk refuses, told as an error of ours: which file, what was tried, why not, and the likely fix."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from atesd.errors import AtesdError, RunError
+
+_FIXES = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space, then give the same command again",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or choose another folder",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP): "restore what was moved or replaced, or choose another "
+    "folder",
+}
+
+
+@contextmanager
+def refusals_told(path: Path, doing: str, kind: type[AtesdError] = RunError) -> Iterator[None]:
+    """Turn an `OSError` inside into a `kind` that names `path`; `doing` completes "cannot be ..."."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path}: cannot be {doing}: {reason(error)}; {_fix(error)}") from error
+
+
+def reason(error: OSError) -> str:
+    """Why, in the system's words."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _fix(error: OSError) -> str:
+    fixes = (fix for numbers, fix in _FIXES.items() if error.errno in numbers)
+    return next(fixes, "check the disk, then give the same command again")
