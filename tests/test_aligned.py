@@ -25,8 +25,9 @@ from atesd.session import train
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
 from atesd.train.rollouts import batch_at
+from atesd.train.rows import update_stats
 from atesd.train.selectors import RandomGate, RankedGate
-from atesd.train.update import BatchPlan, Example
+from atesd.train.update import BatchPlan, Example, accumulate
 from quick import cut_after, fingerprint, finished, quick
 from tiny import tiny_model
 from updates import alignment_scorer, batch_of, direction_of, distill, maximise_likelihood, selector_of
@@ -505,3 +506,14 @@ def test_grpo_s_loss_is_added_to_distillation_on_the_same_rollouts() -> None:
 def test_grpo_beside_another_method_is_refused() -> None:
     with pytest.raises(ConfigError, match="grpo_weight"):
         load_config("micro", ["train.method=sft", "train.grpo_weight=1"])
+
+
+@pytest.mark.parametrize("beside", ["loss.gate={kind: random, share: 0.5}", "train.grpo_weight=1"])
+def test_a_controller_is_told_the_divergence_of_all_tokens_without_gate_and_grpo_s_term(beside: str) -> None:
+    parts = build(quick("exposure.kind=full", "train.batch_size=16", beside))
+    batch = batch_of(parts, 0)
+    meters = accumulate(parts.method, batch.examples, parts.plan)
+    by_hand = sum(sum(row) / len(row) for row in meters.tokens["loss"]) / len(batch.rows)
+    assert update_stats(batch, meters, parts.config, {}).loss == pytest.approx(by_hand, rel=1e-6)
+    assert meters.loss != pytest.approx(by_hand, rel=1e-3)
+    close(parts)

@@ -302,3 +302,17 @@ def test_hostile_texts_are_cut_in_linear_time(piece):
     for segmenter in SEGMENTERS:
         assert "".join(cut(text, segmenter)) == text
     assert time.process_time() - started < 4  # seconds; quadratic behaviour takes minutes
+
+
+def test_an_answer_that_is_boxed_on_the_way_begins_the_closing() -> None:
+    solution = "Add 2 and 3.\n\nThis is \\boxed{5}.\n\nCheck: 5 - 3 = 2.\n\nSo the answer is \\boxed{5}."
+    segments, closing = split_reference(solution, "5", "paragraph")
+    assert segments == ("Add 2 and 3.\n\n",)
+    assert "".join(segments) + closing == solution
+
+
+def test_another_box_on_the_way_is_a_step_like_any_other() -> None:
+    solution = "First \\boxed{4}.\n\nThen add 1.\n\nSo \\boxed{5}."
+    segments, closing = split_reference(solution, "5", "paragraph")
+    assert segments == ("First \\boxed{4}.\n\n", "Then add 1.\n\n")
+    assert closing == "So \\boxed{5}."

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from atesd.data.answers import last_boxed
@@ -60,7 +60,10 @@ def cut(text: str, segmenter: str) -> tuple[str, ...]:
 
 
 def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[str, ...], str]:
-    r"""(segments, closing) of a solution; the closing is the unit with the last box, with everything after it.
+    r"""(segments, closing) of a solution; the closing begins at the first unit that boxes the final answer.
+
+    The final answer is the content of the last box. So no segment shows it in a box of its own: the teacher reads it
+    once under `views.answer: keep`, and nowhere in a box under `withhold`.
 
     Without a box in the solution, all of it is segments and the closing is `\n\nFinal answer: \boxed{answer}`. `auto`
     takes the first of blank lines, lines, sentences that leaves two segments, else the one that leaves most: a solution
@@ -71,7 +74,7 @@ def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[s
     splits = []
     for cutter in _cutters(solution, segmenter, protected):
         units = _units(solution, cutter, protected)
-        place = _last_box(units) if boxed else len(units)
+        place = _first_answer(units) if boxed else len(units)
         splits.append((units[:place], "".join(units[place:])))
         if place > 1:
             break
@@ -81,8 +84,11 @@ def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[s
     return segments, ("\n\n" if solution else "") + f"Final answer: \\boxed{{{answer}}}"
 
 
-def _last_box(units: tuple[str, ...]) -> int:
-    return max(index for index, unit in enumerate(units) if last_boxed(unit) is not None)
+def _first_answer(units: Sequence[str]) -> int:
+    """The place of the first unit whose last box holds what the last box of all does."""
+    boxes = [last_boxed(unit) for unit in units]
+    answer = next(box for box in reversed(boxes) if box is not None)
+    return boxes.index(answer)
 
 
 def _cutters(text: str, segmenter: str, protected: Stretches) -> tuple[str, ...]:

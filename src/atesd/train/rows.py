@@ -27,12 +27,14 @@ def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dic
         if row.graded.verdict is not None
     ]
     means = meters.means
+    beside = "kept" in means or (config.train.method == "distill" and config.train.grpo_weight > 0)
     return UpdateStats(
         reveal_ratio=means.get("token_ratio", statistics.fmean(row.reveal_ratio for row in batch.rows)),
         effective_ratio=means.get(
             "token_effective_ratio", statistics.fmean(row.view.effective_ratio for row in batch.rows)
         ),
-        loss=meters.loss,
+        # A gate and GRPO's term belong to the step. What a controller is rewarded by is the divergence of all tokens.
+        loss=means["loss"] if beside else meters.loss,
         kl=means.get("kl", 0.0),
         top1_disagreement=means.get("top1_disagreement", 0.0),
         student_confidence=means["confidence"],
@@ -51,7 +53,7 @@ def metrics_row(
     graded = [row.graded.verdict == "correct" for row in batch.rows if row.graded.verdict is not None]
     return {
         "update": update,
-        "loss": finite_or_none(stats.loss),
+        "loss": finite_or_none(meters.loss),
         "kl": finite_or_none(stats.kl) if distilled else None,
         "top1_disagreement": finite_or_none(stats.top1_disagreement) if distilled else None,
         "student_confidence": finite_or_none(stats.student_confidence),
