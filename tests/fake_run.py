@@ -132,7 +132,12 @@ def evaluation_row(
         "average": average,
         "pass_at_k": {"value": min(1.0, value + 0.1), "low": value, "high": min(1.0, value + 0.18)},
         "by_difficulty": {level: {"average": average, "problems": problems // 3} for level in ("2", "4", "10")},
-        "verdicts": {"correct": correct, "wrong": SAMPLES * problems - correct - 1, "unparseable": 1, "timeout": 0},
+        "verdicts": {
+            "correct": correct,
+            "wrong": max(0, SAMPLES * problems - correct - 1),
+            "unparseable": 1,
+            "timeout": 0,
+        },
         "mean_tokens": 23.4,
         "truncated_share": 0.03,
         "loop_share": 0.01,

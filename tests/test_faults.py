@@ -79,6 +79,15 @@ def test_a_changed_row_is_told_by_its_hash(run: RunFolder):
         train(CONFIG, run.path)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "decisions.jsonl", "samples.jsonl"])
+def test_rows_that_stand_twice_are_told(run: RunFolder, name: str):
+    path = run.path / name
+    finished_rows = [line for line in path.read_bytes().splitlines(keepends=True) if b'"pending"' not in line]
+    path.write_bytes(b"".join(finished_rows * 2))
+    with pytest.raises(RunError, match=rf"{name}: holds \d rows of updates that had \d when they were saved"):
+        train(CONFIG, run.path)
+
+
 def test_rows_lost_before_an_older_checkpoint_are_found_after_a_walk_back(run: RunFolder):
     shutil.rmtree(run.checkpoints / "update-000004")
     without_line(run.path / "metrics.jsonl", 1)

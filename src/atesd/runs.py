@@ -249,6 +249,7 @@ class RunFolder:
             dropped[kind] = len(rows) - len(kept[kind])
             if recorded is not None:
                 self._require_kept(kind, kept[kind], recorded.get(kind), f"update {updates_done}")
+                self._require_none_added(kind, len(kept[kind]), recorded.get(kind))
         if recorded is None and len(kept["metrics"]) != updates_done:
             self._tell_lost("metrics", updates_done, len(kept["metrics"]), f"update {updates_done}")
         if any(dropped.values()):
@@ -373,6 +374,14 @@ class RunFolder:
             raise RunError(
                 f"{self._rows_path(kind)}: its first {written['rows']} rows are not those written when {since} was "
                 f"saved: SHA-256 {digest[:12]}, expected {written['sha256'][:12]}; {_RESTORE}"
+            )
+
+    def _require_none_added(self, kind: RowKind, found: int, written: RowsWritten | None) -> None:
+        """Raise `RunError` for rows that the checkpoint does not know; evaluations may be made later."""
+        if written is not None and kind != "evaluations" and found > written["rows"]:
+            raise RunError(
+                f"{self._rows_path(kind)}: holds {found} rows of updates that had {written['rows']} when they were "
+                f"saved: some stand twice or were added; {_RESTORE}"
             )
 
     def _tell_lost(self, kind: RowKind, expected: int, found: int, since: str) -> NoReturn:
