@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Result, Settings, Size
-from benchmarks.record import RESULTS, ROOT, write
+from benchmarks.record import RESULTS, ROOT, machine, write
 from benchmarks.table import lines, update_docs
 
 ON_CPU = ("loss", "step", "rollout", "prefix", "control", "lookahead", "demo")
@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
     settings = Settings(size, asked.device)
     if settings.device == "cpu":
         torch.set_num_threads(1)
-    out = asked.out or (RESULTS if size == "full" else ROOT / "runs" / "benchmarks" / size)
+    out = asked.out or (RESULTS / machine(settings) if size == "full" else ROOT / "runs" / "benchmarks" / size)
     failed = 0
     for name in chosen(asked.names, settings):
         begun = time.monotonic()
@@ -74,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="smaller shapes, fewer rounds: a few minutes")
     size.add_argument("--small", action="store_true", help="toy shapes: shows that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; default: benchmarks/results at full size")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; full size: benchmarks/results/PROCESSOR")
     return parser
 
 
