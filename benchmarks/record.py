@@ -20,17 +20,8 @@ from benchmarks.harness import Case, Goal, Ratio, Result, Settings
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What decides how fast a product of matrices is; other flags of a processor are left out.
-INSTRUCTIONS = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-)
+AVX = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
+INSTRUCTIONS = (*AVX, "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16", "i8mm")
 PACKAGES = ("torch", "transformers", "peft", "trl", "liger-kernel", "numpy")
 
 

@@ -1,25 +1,33 @@
 """Sampling completions with the filters of real runs: the builtin engine beside transformers' `generate`.
 
 Equal prompts, top-k 20 and top-p 0.95, every completion of full length. Before anything is timed the builtin engine has
-to write, greedily, what `generate` writes.
+to write, greedily, what `generate` writes; in bfloat16, where rounding decides between near ties, a float32 copy of the
+model has to, and the logits of both agree up to rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from atesd.maths.keyed import uniforms
+from atesd.models.decode import Decoder
+from atesd.models.layers import read_network
 from atesd.models.load import LoadedModel
 from atesd.models.sample import Request, Sampler, sample
-from benchmarks.harness import Case, Goal, Result, Settings, Work, in_turns, spread
-from benchmarks.models import SPECIAL, TOY, ModelShape, about_12m, random_model
+from benchmarks.harness import Case, Goal, Result, Settings, in_turns, spread
+from benchmarks.models import SMOLLM2_135M, SPECIAL, TOY, ModelShape, about_12m, random_model
 
 GENERATE = "generate"
 OURS = "ours, builtin"
+THROUGH = "ours, through transformers"
+WORTH_ITS_CODE = 1.25  # times our own loop over transformers' forward: below it everywhere, the builtin engine goes
+LOGITS_APART = 0.02  # of their norm: a bfloat16 product is off by up to 2^-9 of itself, and a dozen follow one another
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "top_p": 0.95}
 
 
@@ -77,6 +85,18 @@ def require_agreement(loaded: LoadedModel, prompt_tokens: int, tokens: int) -> N
         raise ValueError(f"builtin and generate differ in {1 - same:.0%} of greedy completions")
 
 
+def require_close_logits(loaded: LoadedModel, prompt_tokens: int) -> None:
+    """Raise `ValueError` unless the builtin engine's logits after a prompt are the model's own, up to rounding."""
+    (prompt,) = random_prompts(1, prompt_tokens, int(loaded.model.config.vocab_size))
+    ids, model = torch.tensor([prompt], device=loaded.device), cast(Any, loaded.model)
+    with torch.no_grad():
+        mine = Decoder(read_network(loaded.model, 1), [len(prompt)], steps=1).logits(ids)
+        theirs = model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()
+    error = float((mine - theirs).norm() / theirs.norm())
+    if error > LOGITS_APART:
+        raise ValueError(f"builtin and transformers give logits that are {error:.1%} apart")
+
+
 def run_case(
     loaded: LoadedModel,
     rows: int,
@@ -85,32 +105,68 @@ def run_case(
     settings: Settings,
     limit: float = 1.5,
     rounds: int | None = None,
+    model: str | None = None,
 ) -> tuple[Case, Goal]:
     """One batch size."""
     vocabulary = int(loaded.model.config.vocab_size)
     prompts = random_prompts(rows, prompt_tokens, vocabulary)
     requests = requests_for(prompts, tokens)
-    work: dict[str, Work] = {GENERATE: partial(generate, loaded, prompts, tokens, **FILTERS)}
-    for name, engine in ((OURS, "builtin"), ("ours, through transformers", "transformers")):
+    work: dict[str, Callable[[], object]] = {GENERATE: partial(generate, loaded, prompts, tokens, **FILTERS)}
+    for name, engine in ((OURS, "builtin"), (THROUGH, "transformers")):
         work[name] = partial(ours, loaded, requests, engine, tokens, **FILTERS)
     taken = in_turns(work, rounds or settings.rounds, settings.device)
     rates = {name: {"tokens per second": rows * tokens / spread([row[name] for row in taken]).median} for name in work}
-    name = f"rollout, vocabulary {vocabulary:,}, batch {rows}, {tokens} tokens, top-k 20, top-p 0.95"
-    faster = spread([row[GENERATE] / row[OURS] for row in taken])
-    return Case(name, taken, figures=rates), Goal(f"{name}: speed over generate", "at least", limit, faster)
+    name = f"rollout, {model or f'vocabulary {vocabulary:,}'}, batch {rows}, {tokens} tokens, top-k 20, top-p 0.95"
+    return Case(name, taken, figures=rates), faster(Case(name, taken), GENERATE, limit)
+
+
+def faster(case: Case, other: str, limit: float) -> Goal:
+    """By how much the builtin engine is to be faster than another variant."""
+    gain = spread([row[other] / row[OURS] for row in case.rounds])
+    return Goal(f"{case.name}: speed over {other.removeprefix('ours, ')}", "at least", limit, gain)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A model and how it is sampled."""
+
+    shape: ModelShape
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+    model: str | None = None
+    rounds: int | None = None
 
 
 def run(settings: Settings) -> Result:
     """Batches of 16 and 64."""
-    shape, batches, prompt_tokens, tokens = shapes(settings)
-    loaded = random_model(shape)
-    require_agreement(loaded, prompt_tokens, min(tokens, 32))
-    found = [run_case(loaded, rows, prompt_tokens, tokens, settings) for rows in batches]
-    return Result("rollout", [case for case, _ in found], [goal for _, goal in found])
+    cases: list[Case] = []
+    goals: list[Goal] = []
+    for asked in works(settings):
+        loaded = random_model(asked.shape, dtype=asked.dtype)
+        if asked.dtype == torch.float32:
+            require_agreement(loaded, asked.prompt_tokens, min(asked.tokens, 32))
+        else:
+            require_close_logits(loaded, asked.prompt_tokens)
+        for rows in asked.batches:
+            lengths = asked.prompt_tokens, asked.tokens
+            case, over_generate = run_case(loaded, rows, *lengths, settings, model=asked.model, rounds=asked.rounds)
+            cases.append(case)
+            goals += [over_generate, faster(case, THROUGH, WORTH_ITS_CODE)]
+    return Result("rollout", cases, goals)
 
 
-def shapes(settings: Settings) -> tuple[ModelShape, tuple[int, ...], int, int]:
-    """Model, batch sizes, prompt and completion tokens."""
+def works(settings: Settings) -> list[Work]:
+    """The model of 12M parameters, then SmolLM2's shape in both types; every model first in float32, to be compared."""
+    bf16 = torch.bfloat16
     if settings.size == "small":
-        return TOY, (3,), 6, 5
-    return about_12m(4096), ((16, 64) if settings.size == "full" else (16,)), 64, 128
+        return [Work(TOY, (3,), 6, 5), Work(TOY, (3,), 6, 5, bf16, "toy, bfloat16")]
+    small = Work(about_12m(4096), (16, 64), 64, 128)
+    if settings.size == "quick":
+        return [replace(small, batches=(16,))]
+    large = [
+        Work(SMOLLM2_135M, (16, 64), 64, 128, dtype, f"SmolLM2-135M shape, {str(dtype).removeprefix('torch.')}", 3)
+        for dtype in (torch.float32, bf16)
+    ]
+    return [small, *large]
