@@ -166,7 +166,7 @@ def works(settings: Settings) -> list[Work]:
     if settings.size == "quick":
         return [replace(small, batches=(16,))]
     large = [
-        Work(SMOLLM2_135M, (16, 64), 64, 128, dtype, f"SmolLM2-135M shape, {str(dtype).removeprefix('torch.')}", 3)
+        Work(SMOLLM2_135M, (16, 64), 64, 64, dtype, f"SmolLM2-135M shape, {str(dtype).removeprefix('torch.')}", 3)
         for dtype in (torch.float32, bf16)
     ]
     return [small, *large]
