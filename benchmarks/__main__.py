@@ -15,7 +15,7 @@ from benchmarks.harness import Result, Settings, Size
 from benchmarks.record import RESULTS, ROOT, machine, write
 from benchmarks.table import lines, update_docs
 
-ON_CPU = ("loss", "step", "rollout", "prefix", "control", "lookahead", "demo")
+ON_CPU = ("loss", "step", "rollout", "rollout-smollm2", "prefix", "control", "lookahead", "demo")
 ON_GPU = ("gpu-calibration", "gpu-loss", "gpu-decode", "gpu-step-1.7B", "gpu-step-8B", "gpu-prefix")
 
 
@@ -59,7 +59,8 @@ def run(name: str, settings: Settings) -> Result:
     if name in ON_GPU:
         found: Result = importlib.import_module("benchmarks.gpu").PARTS[name](settings)
     else:
-        found = importlib.import_module(f"benchmarks.{name}").run(settings)
+        module, _, part = name.partition("-")
+        found = getattr(importlib.import_module(f"benchmarks.{module}"), f"run_{part}" if part else "run")(settings)
     return found
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks import control, demo, gpu, lookahead, loss, prefix, rollout, step
+from benchmarks.__main__ import run
 from benchmarks.children import in_child, peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, in_turns, ratio, seconds_of, single
+from benchmarks.models import TOY, random_model
 from benchmarks.record import RESULTS, ROOT, instructions, machine, processor, provenance, read, write
 from benchmarks.table import case_table, goals_table, records, section, update_docs
 
@@ -201,9 +203,18 @@ def test_loss_runs_end_to_end() -> None:
     assert all(case.rounds[0]["dense"] > 0 for case in found.cases if case.rounds)
 
 
-def test_rollout_runs_end_to_end() -> None:
-    found = rollout.run(SMALL)
-    assert set(found.cases[0].rounds[0]) == {"generate", "ours, builtin", "ours, through transformers"}
+@pytest.mark.parametrize(("name", "cases"), [("rollout", 1), ("rollout-smollm2", 2)])
+def test_rollouts_run_end_to_end(name: str, cases: int) -> None:
+    found = run(name, SMALL)
+    assert (found.name, len(found.cases), len(found.goals)) == (name, cases, 2 * cases)
+    for case in found.cases:
+        assert set(case.rounds[0]) == {"generate", "ours, builtin", "ours, through transformers"}
+
+
+def test_logits_that_are_not_the_models_own_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout.Decoder, "logits", lambda self, ids: torch.ones(1, 64))
+    with pytest.raises(ValueError, match=r"logits that are [\d.]+% apart"):
+        rollout.require_close_logits(random_model(TOY, dtype=torch.bfloat16), 6)
 
 
 def test_prefix_runs_end_to_end_and_changes_nothing() -> None:
