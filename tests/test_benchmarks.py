@@ -212,7 +212,7 @@ def test_rollouts_run_end_to_end(name: str, cases: int) -> None:
 
 
 def test_logits_that_are_not_the_models_own_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.Decoder, "logits", lambda self, ids: torch.ones(1, 64))
+    monkeypatch.setattr(rollout.Decoder, "logits", lambda *_: torch.ones(1, 64))
     with pytest.raises(ValueError, match=r"logits that are [\d.]+% apart"):
         rollout.require_close_logits(random_model(TOY, dtype=torch.bfloat16), 6)
 
