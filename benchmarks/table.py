@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.harness import Case, Goal, Result, ratio
 from benchmarks.record import ROOT, read
 
+REPORTED = "reported"  # a record written by hand, of figures that somebody told; its `note` says so
 DOCS = ROOT / "docs" / "performance.md"
 Records = dict[str, dict[str, tuple[Result, dict[str, Any]]]]
 """What was measured: machine, name of the result, and there the result with its provenance."""
@@ -124,7 +125,7 @@ def update_docs(results: Path, docs: Path = DOCS) -> list[str]:
 
 def section(name: str, found: Records) -> str:
     """What belongs between the markers of this name; a column per machine that has it."""
-    if name in ("goals", "machines") and found:
+    if found and name in ("goals", "machines"):
         return goals_beside(found) if name == "goals" else machines_table(found)
     having = {machine: results[name] for machine, results in found.items() if name in results}
     if not having:
@@ -140,7 +141,8 @@ def section(name: str, found: Records) -> str:
 def goals_beside(found: Records) -> str:
     """Each goal, and on every machine its figure and verdict."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for name in sorted({name for results in found.values() for name in results}):
+    names = {name for results in found.values() for name in results}
+    for name in sorted(names, key=lambda name: (name == REPORTED, name)):  # its goals are those of the others
         for machine, results in found.items():
             for goal in results[name][0].goals if name in results else ():
                 asked = f"{goal.bound} {quantity(goal.limit)} {goal.unit}".strip()
@@ -159,7 +161,7 @@ def machines_table(found: Records) -> str:
             dict.fromkeys(" ".join(facts.get("instructions") or ["not recorded"]) for facts in told),
             dict.fromkeys(str(facts["threads"]) for facts in told),
             dict.fromkeys(packages(facts) for facts in told),
-            dict.fromkeys(str(facts["date"]) for facts in told),
+            dict.fromkeys(str(facts.get("note", facts["date"])) for facts in told),
         ]
         rows.append([machine, *("; ".join(column) for column in columns)])
     return markdown(("machine", "processor", "instructions", "threads", "packages", "measured"), rows)
@@ -187,7 +189,9 @@ def timings(case: Case) -> dict[str, str]:
 
 
 def origin(facts: dict[str, Any]) -> str:
-    """Command, commit, date and machine in one line."""
+    """Command, commit, date and machine in one line; the note of what was only reported."""
+    if "note" in facts:
+        return f"{facts['note']}; {facts['processor']}, {facts['threads']} thread; {packages(facts)}."
     where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     note = "" if facts["size"] == "full" else f" Size `{facts['size']}`: not the figures of the goals."
     return (

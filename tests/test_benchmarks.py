@@ -62,6 +62,7 @@ def test_the_peak_of_a_call_is_what_it_allocates() -> None:
     [
         ("at most", 0.5, 0.5, "met"),
         ("at most", 0.5, 0.6, "missed by 20%"),
+        ("at most", 0.5, 0.502, "missed by 0.4%"),
         ("at least", 2.0, 2.5, "met"),
         ("at least", 2.0, 1.5, "missed by 25%"),
     ],
@@ -137,6 +138,17 @@ def test_machines_stand_side_by_side_in_one_row_per_goal_and_variant(tmp_path: P
     assert "| ours | 1.2 s; 1.10 (1.10 to 1.20); 3 MB | 1 s; 1.00 (1.00 to 1.00) |" in table
     assert "Not run on first: Liger (not installed)." in table
     assert [line.split("|")[1].strip() for line in section("machines", found).splitlines()[2:]] == ["first", "second"]
+
+
+def test_what_was_only_reported_says_so_and_stands_in_the_rows_of_what_was_measured() -> None:
+    found = records(RESULTS)
+    assert "reported by hand: ratios only" in section("reported", found)
+    (told,) = [r for r in section("machines", found).splitlines() if r.startswith("| intel-xeon-amx ")]
+    assert told.endswith("| reported by hand: ratios only |")
+    rows = [row.split(" | ") for row in section("goals", found).splitlines()]
+    (row,) = [row for row in rows if "step, vocabulary 4,096" in row[0] and "time over TRL" in row[0]]
+    assert row[2].startswith("0.756 x")
+    assert row[-1] == "0.752 x: missed by 0.3% |"
 
 
 def test_a_record_names_the_instructions_that_matrix_products_use() -> None:
