@@ -2,9 +2,9 @@
 
 They are read anew for every call of `sample`: nothing here outlives an optimiser step. Up to a limit of bytes they are
 copied into the layout that multiplies fastest, a float32 adapter merged: queries, keys and values in one matrix, and on
-a CPU the blocked layout of oneDNN, whose products of a few rows are up to twice as fast as those of plain matrices (on
-AMD; on Intel hardly faster). Beyond the limit they are used as they are, with the adapter beside them; so is an adapter
-on bfloat16 weights, whose rounding would swallow it.
+a CPU the blocked layout of oneDNN, whose products of a few rows are up to twice as fast as those of plain matrices on
+AMD processors. Beyond the limit they are used as they are, with the adapter beside them; so is an adapter on bfloat16
+weights, whose rounding would swallow it.
 """
 
 from __future__ import annotations
