@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Result, Settings, Size
-from benchmarks.record import RESULTS, ROOT, write
+from benchmarks.record import RESULTS, ROOT, machine, write
 from benchmarks.table import lines, update_docs
 
-ON_CPU = ("loss", "step", "rollout", "prefix", "control", "lookahead", "demo")
+ON_CPU = ("loss", "step", "rollout", "rollout-smollm2", "prefix", "control", "lookahead", "demo")
 ON_GPU = ("gpu-calibration", "gpu-loss", "gpu-decode", "gpu-step-1.7B", "gpu-step-8B", "gpu-prefix")
 
 
@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
     settings = Settings(size, asked.device)
     if settings.device == "cpu":
         torch.set_num_threads(1)
-    out = asked.out or (RESULTS if size == "full" else ROOT / "runs" / "benchmarks" / size)
+    out = asked.out or (RESULTS / machine(settings) if size == "full" else ROOT / "runs" / "benchmarks" / size)
     failed = 0
     for name in chosen(asked.names, settings):
         begun = time.monotonic()
@@ -59,7 +59,8 @@ def run(name: str, settings: Settings) -> Result:
     if name in ON_GPU:
         found: Result = importlib.import_module("benchmarks.gpu").PARTS[name](settings)
     else:
-        found = importlib.import_module(f"benchmarks.{name}").run(settings)
+        module, _, part = name.partition("-")
+        found = getattr(importlib.import_module(f"benchmarks.{module}"), f"run_{part}" if part else "run")(settings)
     return found
 
 
@@ -74,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="smaller shapes, fewer rounds: a few minutes")
     size.add_argument("--small", action="store_true", help="toy shapes: shows that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; default: benchmarks/results at full size")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; full size: benchmarks/results/PROCESSOR")
     return parser
 
 

@@ -61,7 +61,8 @@ class Goal:
     @property
     def verdict(self) -> str:
         """`met`, or by how much of the limit it was missed."""
-        return "met" if self.is_met else f"missed by {abs(self.measured.median / self.limit - 1):.0%}"
+        short = abs(self.measured.median / self.limit - 1)
+        return "met" if self.is_met else f"missed by {short:.0%}" if short >= 0.01 else f"missed by {short:.1%}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from atesd.models.load import LoadedModel, save_model
 from atesd.records import Problem
@@ -25,7 +25,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A Qwen3 architecture."""
+    """A Qwen3 or Llama architecture."""
 
     vocabulary: int
     hidden: int
@@ -35,6 +35,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     tied: bool = True
+    family: Literal["qwen3", "llama"] = "qwen3"
 
 
 def about_12m(vocabulary: int) -> ModelShape:
@@ -42,7 +43,12 @@ def about_12m(vocabulary: int) -> ModelShape:
     return ModelShape(vocabulary, 384, 1152, 6, 6, 2, 64)
 
 
+SMOLLM2_135M = ModelShape(49_152, 576, 1536, 30, 9, 3, 64, family="llama")
 TOY = ModelShape(64, 32, 48, 2, 4, 2, 8)
+FAMILIES: Mapping[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+    "llama": (LlamaForCausalLM, LlamaConfig),
+}
 QWEN3: Mapping[str, ModelShape] = {
     "1.7B": ModelShape(151_936, 2048, 6144, 28, 16, 8, 128),
     "8B": ModelShape(151_936, 4096, 12288, 36, 32, 8, 128, tied=False),
@@ -52,7 +58,8 @@ QWEN3: Mapping[str, ModelShape] = {
 def random_model(shape: ModelShape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Equal weights at every call. No token ends a completion, so that all have the length asked for."""
     tokenizer = word_tokenizer(shape.vocabulary)
-    config = Qwen3Config(
+    kind, configured = FAMILIES[shape.family]
+    config = configured(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -69,8 +76,7 @@ def random_model(shape: ModelShape, device: str = "cpu", dtype: torch.dtype = to
     )
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        make: Any = Qwen3ForCausalLM
-        model = make._from_config(config, dtype=dtype)
+        model = kind._from_config(config, dtype=dtype)
     never = frozenset({shape.vocabulary})
     return LoadedModel(model.eval(), tokenizer, torch.device(device), never, tokenizer.pad_token_id)
 

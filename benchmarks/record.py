@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +19,9 @@ from benchmarks.harness import Case, Goal, Ratio, Result, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# What decides how fast a product of matrices is; other flags of a processor are left out.
+AVX = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
+INSTRUCTIONS = (*AVX, "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16", "i8mm")
 PACKAGES = ("torch", "transformers", "peft", "trl", "liger-kernel", "numpy")
 
 
@@ -47,10 +51,21 @@ def provenance(settings: Settings, command: Sequence[str]) -> dict[str, Any]:
         "size": settings.size,
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
         "processor": processor(),
+        "instructions": instructions(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def machine(settings: Settings) -> str:
+    """A folder's name for the records of this processor or GPU: its model, the last of its `INSTRUCTIONS`."""
+    if settings.device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = " ".join([processor(), *(instructions() or ())[-1:]]).replace("_", "")
+    return "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", name.lower())))
 
 
 def version(package: str) -> str | None:
@@ -72,9 +87,21 @@ def commit() -> str | None:
 
 def processor() -> str:
     """The processor's model name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    return cpuinfo("model name") or platform.machine()
+
+
+def instructions() -> list[str] | None:
+    """Those of `INSTRUCTIONS` that the processor has; None where the system does not say."""
+    flags = cpuinfo("flags") or cpuinfo("Features")
+    return None if flags is None else [name for name in INSTRUCTIONS if name in flags.split()]
+
+
+def cpuinfo(key: str) -> str | None:
+    """The first value of a key in /proc/cpuinfo; None without such a file or line."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return None

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from benchmarks import control, demo, gpu, lookahead, loss, prefix, rollout, step
+from benchmarks.__main__ import run
 from benchmarks.children import in_child, peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, in_turns, ratio, seconds_of, single
-from benchmarks.record import ROOT, provenance, read, write
-from benchmarks.table import case_table, goals_table, section, update_docs
+from benchmarks.models import TOY, random_model
+from benchmarks.record import RESULTS, ROOT, instructions, machine, processor, provenance, read, write
+from benchmarks.table import case_table, goals_table, records, section, update_docs
 
 SMALL = Settings("small")
 
@@ -60,6 +62,7 @@ def test_the_peak_of_a_call_is_what_it_allocates() -> None:
     [
         ("at most", 0.5, 0.5, "met"),
         ("at most", 0.5, 0.6, "missed by 20%"),
+        ("at most", 0.5, 0.502, "missed by 0.4%"),
         ("at least", 2.0, 2.5, "met"),
         ("at least", 2.0, 1.5, "missed by 25%"),
     ],
@@ -105,7 +108,7 @@ def test_tables_hold_medians_ranges_memory_and_verdicts() -> None:
 
 
 def test_the_document_is_filled_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
-    write(result(), Settings(), ["python", "-m", "benchmarks", "toy"], tmp_path)
+    write(result(), Settings(), ["python", "-m", "benchmarks", "toy"], tmp_path / "here")
     docs = tmp_path / "performance.md"
     docs.write_text(
         "before\n<!-- begin toy -->\nold\n<!-- end toy -->\nbetween\n<!-- begin goals -->\n<!-- end goals -->\n"
@@ -115,15 +118,69 @@ def test_the_document_is_filled_between_its_markers_and_nowhere_else(tmp_path: P
     assert text.startswith("before\n<!-- begin toy -->\n**work**")
     assert "old" not in text
     assert "\n<!-- end toy -->\nbetween\n" in text
-    assert "| met |" in text
+    assert "1.1 x (1.1 to 1.2): met |" in text
     update_docs(tmp_path, docs)
     assert docs.read_text("utf-8") == text
 
 
+def test_machines_stand_side_by_side_in_one_row_per_goal_and_variant(tmp_path: Path) -> None:
+    # By hand: on the second machine ours takes 1.0 of the floor's 1.0 in its one round, and the case has no memory.
+    other = Result("toy", [Case("work", [{"floor": 1.0, "ours": 1.0}])], [Goal("new", "at most", 2, single(1.0), "")])
+    write(result(), SMALL, ["x"], tmp_path / "first")
+    write(other, SMALL, ["x"], tmp_path / "second")
+    found = records(tmp_path)
+    assert section("goals", found).splitlines()[2:] == [
+        "| work: time over floor | at most 1.15 x | 1.1 x (1.1 to 1.2): met |  |",
+        "| new | at most 2 |  | 1: met |",
+    ]
+    table = section("toy", found).splitlines()
+    assert "| variant | first | second |" in table
+    assert "| ours | 1.2 s; 1.10 (1.10 to 1.20); 3 MB | 1 s; 1.00 (1.00 to 1.00) |" in table
+    assert "Not run on first: Liger (not installed)." in table
+    assert [line.split("|")[1].strip() for line in section("machines", found).splitlines()[2:]] == ["first", "second"]
+
+
+def test_what_was_only_reported_says_so_and_stands_in_the_rows_of_what_was_measured() -> None:
+    found = records(RESULTS)
+    assert "reported by hand: ratios only" in section("reported", found)
+    (told,) = [r for r in section("machines", found).splitlines() if r.startswith("| intel-xeon-amx ")]
+    assert told.endswith("| reported by hand: ratios only |")
+    rows = [row.split(" | ") for row in section("goals", found).splitlines()]
+    (row,) = [row for row in rows if "step, vocabulary 4,096" in row[0] and "time over TRL" in row[0]]
+    assert row[2].startswith("0.756 x")
+    assert row[-1] == "0.752 x: missed by 0.3% |"
+
+
+def test_a_record_names_the_instructions_that_matrix_products_use() -> None:
+    facts = provenance(SMALL, ["x"])
+    told = Path("/proc/cpuinfo")
+    if told.is_file():
+        assert facts["instructions"] == instructions()
+        assert set(facts["instructions"]) <= set(told.read_text("utf-8").split())
+    assert facts["kernels"] == torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "folder"),
+    [
+        ("AMD EPYC", "fpu avx2 avx512f avx512_bf16", "amd-epyc-avx512bf16"),
+        ("Intel(R) Xeon(R) Platinum 8488C", "avx512f amx_tile amx_int8", "intel-xeon-platinum-8488c-amxint8"),
+        ("Neoverse-V1", "asimd sve", "neoverse-v1-sve"),
+    ],
+)
+def test_a_folder_is_named_after_the_processor(
+    name: str, flags: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.record.cpuinfo", lambda key: {"model name": name, "flags": flags}.get(key))
+    assert processor() == name
+    assert machine(SMALL) == folder
+
+
 def test_the_tables_in_the_repository_are_those_of_its_records() -> None:
-    found = {path.stem: read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
+    found = records(RESULTS)
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    for name in (*found, "goals"):
+    names = {name for results in found.values() for name in results}
+    for name in (*sorted(names), "goals", "machines"):
         assert f"<!-- begin {name} -->\n{section(name, found)}\n<!-- end {name} -->" in text, name
 
 
@@ -158,9 +215,18 @@ def test_loss_runs_end_to_end() -> None:
     assert all(case.rounds[0]["dense"] > 0 for case in found.cases if case.rounds)
 
 
-def test_rollout_runs_end_to_end() -> None:
-    found = rollout.run(SMALL)
-    assert set(found.cases[0].rounds[0]) == {"generate", "ours, builtin", "ours, through transformers"}
+@pytest.mark.parametrize(("name", "cases"), [("rollout", 1), ("rollout-smollm2", 2)])
+def test_rollouts_run_end_to_end(name: str, cases: int) -> None:
+    found = run(name, SMALL)
+    assert (found.name, len(found.cases), len(found.goals)) == (name, cases, 2 * cases)
+    for case in found.cases:
+        assert set(case.rounds[0]) == {"generate", "ours, builtin", "ours, through transformers"}
+
+
+def test_logits_that_are_not_the_models_own_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout.Decoder, "logits", lambda *_: torch.ones(1, 64))
+    with pytest.raises(ValueError, match=r"logits that are [\d.]+% apart"):
+        rollout.require_close_logits(random_model(TOY, dtype=torch.bfloat16), 6)
 
 
 def test_prefix_runs_end_to_end_and_changes_nothing() -> None:

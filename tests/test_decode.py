@@ -191,6 +191,43 @@ def test_bfloat16_logits_are_those_of_transformers_up_to_rounding(name):
     assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_weights_are_packed_where_plain_ones_are_multiplied_alike(lora, monkeypatch):
+    x = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = {}
+    for work in (0, 2**60):
+        monkeypatch.setattr(layers, "_PACKED_WORK", work)
+        with torch.no_grad():
+            qkv = layers.read_network(make("llama with biases", torch.bfloat16, lora).model, 3).layers[0].qkv
+            assert (qkv.up is not None) == lora
+            found[qkv.packed] = qkv(x)
+    assert layers._has_products(torch.bfloat16) == (True in found)
+    # A bfloat16 result is off by up to 2^-9 of itself; an adapter's is added and rounded once more.
+    torch.testing.assert_close(found.get(True, found[False]), found[False], atol=2**-8, rtol=2**-7)
+
+
+@pytest.mark.parametrize("lengths", [[6, 6], [3, 8]])
+def test_keys_that_are_stored_by_column_give_the_same_logits(lengths):
+    # The prompts, a step that makes the buffers grow, and one after a row has left.
+    network = layers.read_network(make("qwen3", torch.bfloat16).model, 2)
+    ids = torch.randint(2, 53, (2, 264), generator=torch.Generator().manual_seed(0))
+    found = []
+    for by_column in (True, False):
+        with torch.no_grad():
+            decoder = Decoder(network, lengths, steps=256)
+            assert decoder._keys_by_column
+            decoder._keys_by_column = by_column
+            width = max(lengths)
+            parts = [decoder.logits(ids[:, :width]), decoder.logits(ids[:, width : width + 1])]
+            decoder.length = 255  # the columns between are zeros to both
+            parts += [decoder.logits(ids[:, 9:10]), decoder.logits(ids[:, 10:11])]
+            decoder.keep(torch.tensor([1]))
+            assert {keys.mT.is_contiguous() for keys, _ in decoder._cache} == {by_column}
+            found.append([*parts, decoder.logits(ids[1:, 11:12])])
+    for own, plain in zip(*found, strict=True):
+        assert float((own - plain).norm() / plain.norm()) < 0.02
+
+
 @pytest.mark.usefixtures("layout")
 def test_weights_are_read_anew_by_every_call():
     loaded, requests = make("qwen3, tied"), requests_of([4, 7])

@@ -42,6 +42,8 @@ class Decoder:
         self._padding = padding if bool(padding.any()) else None
         self._cos, self._sin = rotary_tables(network, self._limit)
         self._hidden = None if self._padding is None else hidden_columns(padding, self._limit, network.dtype)
+        # Products of a few bfloat16 queries with them are then up to twice as fast on a CPU, with the same sums.
+        self._keys_by_column = network.device.type == "cpu" and network.dtype == torch.bfloat16
         self.length = 0  # columns of the cache that are written
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ class Decoder:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
-        self._cache = [(keys[rows], values[rows]) for keys, values in self._cache]
+        swap = self._keys_by_column
+        self._cache = [(keys.mT[rows].mT if swap else keys[rows], values[rows]) for keys, values in self._cache]
         if self._padding is not None and self._hidden is not None:
             self._padding, self._hidden = self._padding[rows], self._hidden[rows]
 
@@ -87,9 +90,11 @@ class Decoder:
             return held
         room = min(-(-end // _BLOCK) * _BLOCK, self._limit)
         shape = (rows, network.kv_heads, room, network.head_dim)
+        turned = (*shape[:2], network.head_dim, room)
         for layer in range(len(network.layers)):
             # Zeros, since a masked column may be multiplied by a weight of 0, and 0 times NaN is NaN.
-            keys, values = (network.embedding.new_zeros(shape) for _ in range(2))
+            values = network.embedding.new_zeros(shape)
+            keys = network.embedding.new_zeros(turned).mT if self._keys_by_column else torch.zeros_like(values)
             if held:
                 keys[:, :, :held], values[:, :, :held] = self._cache[layer]
                 self._cache[layer] = keys, values
@@ -152,11 +157,14 @@ def _mix_prompt(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     """Attention of many new tokens: [B, T, heads, D] queries, [B, kv_heads, end, D] keys and values.
 
     With a mask the keys are repeated: for grouped ones CUDA has then only the plain kernel, which holds all scores.
+    Keys by column are copied, since only the plain kernel takes them.
     """
     group = query.shape[2] // keys.shape[1]
     grouped = group > 1 and mask is None
     if group > 1 and mask is not None:
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    if keys.stride(-1) != 1:
+        keys = keys.contiguous()
     return F.scaled_dot_product_attention(
         query.transpose(1, 2), keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     ).transpose(1, 2)

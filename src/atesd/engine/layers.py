@@ -2,15 +2,15 @@
 
 They are read anew for every call of `sample`: nothing here outlives an optimiser step. Up to a limit of bytes they are
 copied into the layout that multiplies fastest, a float32 adapter merged: queries, keys and values in one matrix, and on
-a CPU the blocked layout of oneDNN, whose products of a few rows are two to three times as fast as those of plain
-matrices. Beyond the limit they are used as they are, with the adapter beside them; so is an adapter on bfloat16
+a CPU the blocked layout of oneDNN, whose products of a few rows are up to twice as fast as those of plain matrices on
+AMD processors. Beyond the limit they are used as they are, with the adapter beside them; so is an adapter on bfloat16
 weights, whose rounding would swallow it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -236,18 +236,29 @@ class _Layout:
             return _beside(linears)
         if linears[0].weight.dtype == torch.float32:
             linears = [_Linear(linear.merged(), linear.bias) for linear in linears]
-        joined = linears if len(linears) == 1 else [_joined(linears)]
-        weight = joined[0].weight
-        if joined[0].down is None and self._worth_packing(weight):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows)
-            return Projection(((packed, joined[0].bias),), packed=True)
-        return _beside(joined)
+        joined = linears[0] if len(linears) == 1 else _joined(linears)
+        beside = _beside([joined])
+        if not self._worth_packing(joined.weight):
+            return beside
+        packed = torch.ops.mkldnn._reorder_linear_weight(joined.weight, self.rows)
+        return replace(beside, parts=((packed, joined.bias),), packed=True)
 
     def _worth_packing(self, weight: Tensor) -> bool:
         x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere neither tried nor timed
         mkldnn = x86 and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-        return mkldnn and plain and self.rows * weight.numel() >= _PACKED_WORK
+        return (
+            mkldnn
+            and weight.device.type == "cpu"
+            and _has_products(weight.dtype)
+            and self.rows * weight.numel() >= _PACKED_WORK
+        )
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies such matrices; bfloat16 only where it does so for plain ones too: the same sums."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def _beside(linears: Sequence[_Linear]) -> Projection:
