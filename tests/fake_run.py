@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,10 @@ def sample_row(update: int, tokens: list[str], noise: np.random.Generator, **cha
         "token_kl": [float(value) for value in noise.gamma(0.4, 0.5, len(tokens))],
     }
     return row | changes
+
+
+def overwrite_rows(folder: Path, kind: str, text: str) -> None:
+    """Other rows in a finished run, of which its manifest then says nothing."""
+    (folder / f"{kind}.jsonl").write_text(text, "utf-8")
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text("utf-8")), "rows": None}), "utf-8")

@@ -23,7 +23,7 @@ from atesd_lab.report.groups import halves_of
 from atesd_lab.report.rows import RunRows
 from atesd_lab.stats.differences import paired_difference
 from atesd_lab.sweep.plan import Cell
-from fake_run import decision_row, evaluation_row, metric_row, sample_row
+from fake_run import decision_row, evaluation_row, metric_row, overwrite_rows, sample_row
 from quick import SMALL_LEARNED as SMALL
 
 UPDATES = 20
@@ -230,7 +230,7 @@ def test_selection_needs_two_checkpoints(scale: Scale, tmp_path: Path):
     for cell in cells:
         write_cell(cell)
         rows = [evaluation_row(20, 0.5, np.random.default_rng(0), split) for split in ("validation", "test")]
-        (cell.job.folder / "evaluations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+        overwrite_rows(cell.job.folder, "evaluations", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(RunError, match=r"leaps: fixed-0\.5 and full share fewer than two .* train\.evaluate_every"):
         Bench(cells, scale.wanted(["tokens"])).selected("leaps", "fixed-0.5", "full")
 
@@ -257,8 +257,8 @@ def test_no_correct_rollout_is_an_error_that_names_the_setting(scale: Scale, tmp
     cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
     for cell in cells:
         write_cell(cell)
-        path = cell.job.folder / "samples.jsonl"
-        path.write_text(path.read_text("utf-8").replace('"verdict": "correct"', '"verdict": "wrong"'), "utf-8")
+        text = (cell.job.folder / "samples.jsonl").read_text("utf-8")
+        overwrite_rows(cell.job.folder, "samples", text.replace('"verdict": "correct"', '"verdict": "wrong"'))
     with pytest.raises(RunError, match=r"raise train\.log_samples"):
         tokens.report(Bench(cells, scale.wanted(["tokens"])))
 
