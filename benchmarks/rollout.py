@@ -1,12 +1,13 @@
 """Sampling completions with the filters of real runs: the builtin engine beside transformers' `generate`.
 
 Equal prompts, top-k 20 and top-p 0.95, every completion of full length. Before anything is timed the builtin engine has
-to write, greedily, what `generate` writes; in bfloat16, where rounding decides between near ties, a float32 copy of the
-model has to, and the logits of both agree up to rounding.
+to write, greedily, what `generate` writes; in bfloat16, where rounding decides between near ties, its logits have to be
+as close to those of float32 as transformers' are.
 """
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, cast
 
@@ -25,7 +26,9 @@ GENERATE = "generate"
 OURS = "ours, builtin"
 THROUGH = "ours, through transformers"
 WORTH_ITS_CODE = 1.25  # times our own loop over transformers' forward: below it everywhere, the builtin engine goes
-LOGITS_APART = 0.02  # of their norm: a bfloat16 product is off by up to 2^-9 of itself, and a dozen follow one another
+ROUNDED_WORSE = (
+    1.5  # times the rounding errors of transformers' own forward; both are a handful of draws of the same size
+)
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "top_p": 0.95}
 
 
@@ -85,15 +88,19 @@ def require_agreement(loaded: LoadedModel, prompt_tokens: int, tokens: int) -> N
 
 
 def require_close_logits(loaded: LoadedModel, prompt_tokens: int) -> None:
-    """Raise `ValueError` unless the builtin engine's logits after a prompt are the model's own, up to rounding."""
+    """Raise `ValueError` if the builtin engine's rounding errors exceed those of the model's own forward.
+
+    They are the distances of the logits after a prompt from those of the same weights in float32.
+    """
     (prompt,) = random_prompts(1, prompt_tokens, int(loaded.model.config.vocab_size))
     ids, model = torch.tensor([prompt], device=loaded.device), cast(Any, loaded.model)
     with torch.no_grad():
-        mine = Decoder(read_network(loaded.model, 1), [len(prompt)], steps=1).logits(ids)
+        exact = copy.deepcopy(model).float()(input_ids=ids, logits_to_keep=1).logits[:, -1]
         theirs = model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()
-    error = float((mine - theirs).norm() / theirs.norm())
-    if error > LOGITS_APART:
-        raise ValueError(f"builtin and transformers give logits that are {error:.1%} apart")
+        mine = Decoder(read_network(loaded.model, 1), [len(prompt)], steps=1).logits(ids)
+    own, others = (float((logits - exact).norm() / exact.norm()) for logits in (mine, theirs))
+    if own > ROUNDED_WORSE * others:
+        raise ValueError(f"builtin logits are {own:.1%} off those of float32, those of transformers {others:.1%}")
 
 
 def run_case(

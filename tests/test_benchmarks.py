@@ -223,9 +223,9 @@ def test_rollouts_run_end_to_end(name: str, cases: int) -> None:
         assert set(case.rounds[0]) == {"generate", "ours, builtin", "ours, through transformers"}
 
 
-def test_logits_that_are_not_the_models_own_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_the_models_own_up_to_rounding_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout.Decoder, "logits", lambda *_: torch.ones(1, 64))
-    with pytest.raises(ValueError, match=r"logits that are [\d.]+% apart"):
+    with pytest.raises(ValueError, match=r"builtin logits are [\d.]+% off those of float32"):
         rollout.require_close_logits(random_model(TOY, dtype=torch.bfloat16), 6)
 
 
