@@ -290,8 +290,10 @@ def made_material(folder: Path) -> Path:
 
 
 def digest_of(checkout: Path) -> str:
-    """A hash of a checkout's sources and of the versions that numbers depend on."""
+    """A hash of a checkout's sources, and of all else that its numbers depend on: packages, models, problems."""
     total = hashlib.sha256(f"{sys.version} {[metadata.version(name) for name in ('torch', 'transformers')]}".encode())
+    for own in (MATERIAL, MATERIAL.with_name("exposure.py")):
+        total.update(own.read_bytes())
     for path in sorted(files_of(checkout / "src" / "atesd")):
         total.update(str(path.relative_to(checkout)).encode() + path.read_bytes())
     return total.hexdigest()[:12]
