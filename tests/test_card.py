@@ -225,3 +225,8 @@ def test_a_code_block_ends_only_at_its_last_line(text: str):
     assert first == last
     assert all(not re.fullmatch(rf" {{0,3}}`{{{len(first)},}}\s*", line) for line in inside)
     assert "\n".join(inside) == text.strip("\n")
+
+
+@pytest.mark.parametrize("write", [plain, fenced])
+def test_a_card_hides_nothing_that_a_report_shows(write):
+    assert "\u27e6U+3164\u27e7" in write("a\u3164b")

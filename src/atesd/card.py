@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from atesd.config import Config, dump_config, method_name
 from atesd.maths.statistics import paired_bootstrap
 from atesd.runs import RunFolder
+from atesd.text import visible
 
 Row = Mapping[str, Any]
 
@@ -54,13 +54,13 @@ def model_card(config: Config, run: RunFolder) -> str:
 
 def plain(text: str) -> str:
     """A text that means nothing to Markdown, HTML or a table: punctuation escaped, invisible characters written out."""
-    shown = "".join(f"⟦U+{ord(c):04X}⟧" if _is_hidden(c) else c for c in " ".join(text.split()))
+    shown = visible(" ".join(text.split()))
     return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", shown)
 
 
 def fenced(text: str, language: str = "") -> str:
     """A code block that its own content cannot close."""
-    shown = "".join(f"⟦U+{ord(c):04X}⟧" if _is_hidden(c) and c not in "\n\t" else c for c in text.strip("\n"))
+    shown = visible(text.strip("\n"))
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", shown)), default=0))
     return f"{fence}{language}\n{shown}\n{fence}"
 
@@ -90,10 +90,6 @@ def exposure_curve(metrics: Sequence[Row]) -> list[tuple[int, int, float, float]
 def sparkline(ratios: Sequence[float]) -> str:
     """Ratios in [0, 1] as bars."""
     return "".join(_BARS[round(ratio * (len(_BARS) - 1))] for ratio in ratios)
-
-
-def _is_hidden(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
 def _header(config: Config) -> str:
