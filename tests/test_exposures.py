@@ -1,18 +1,21 @@
 """The exposures that learn nothing, and the way from settings to an exposure."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atesd.build import recorded_ratios
 from atesd.config import Config
 from atesd.control.factory import make_exposure
 from atesd.control.fixed import FixedExposure, ramp, random_ratios, replayed
 from atesd.control.learned import LearnedExposure
 from atesd.errors import ConfigError
 from atesd.records import UpdateStats
+from fake_run import write_fake_run
 
 STATS = UpdateStats(0.5, 0.5, math.nan, 0.1, 0.1, 0.5)
 
@@ -93,6 +96,37 @@ def test_a_shuffled_replay_has_the_same_ratios_in_an_order_of_its_own():
     assert sorted(orders[0]) == recorded
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != recorded
+
+
+def test_a_shuffled_replay_permutes_holds_and_leaves_them_whole():
+    recorded = [ratio for ratio in (0.1, 0.3, 0.5, 0.7, 0.9) for _ in range(4)]
+    orders = [[replayed(recorded, "shuffled", 20, seed, 4)(u, "") for u in range(20)] for seed in range(4)]
+    for order in orders:
+        assert sorted(order) == recorded
+        assert all(len(set(order[i : i + 4])) == 1 for i in range(0, 20, 4))
+    assert len(set(map(tuple, orders))) > 1
+
+
+def test_a_hold_that_the_end_of_the_run_cuts_stays_as_short_when_it_is_shuffled():
+    recorded = [0.1] * 4 + [0.5] * 4 + [0.9] * 2
+    order = [replayed(recorded, "shuffled", 10, 1, 4)(u, "") for u in range(10)]
+    assert sorted(order) == recorded
+    assert sum(before != after for before, after in pairwise(order)) == 2
+
+
+def test_a_shorter_run_shuffles_only_the_ratios_that_it_would_have_replayed():
+    recorded = [0.1, 0.2, 0.3, 0.9, 0.9, 0.9]
+    for seed in range(5):
+        assert sorted(replayed(recorded, "shuffled", 3, seed)(u, "") for u in range(3)) == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(("kind", "hold"), [("learned", 4), ("random", 4), ("fixed", 1)])
+def test_the_holds_are_those_of_the_recorded_run(tmp_path, kind, hold):
+    write_fake_run(tmp_path / "recorded", updates=8, kind=kind)
+    config = Config.model_validate({"exposure": {"kind": "replay", "replay_run": str(tmp_path / "recorded")}})
+    ratios, hold_updates = recorded_ratios(config)
+    assert hold_updates == hold
+    assert len(ratios) > 0
 
 
 def test_a_recording_that_is_too_short_is_refused_with_both_lengths():

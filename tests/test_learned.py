@@ -41,6 +41,9 @@ def stats(update: int, ratio: float, **changes) -> UpdateStats:
     return UpdateStats(reveal_ratio=ratio, effective_ratio=ratio, **{**values, **changes})
 
 
+HALVES = (range(8), range(8, 12))
+
+
 def train(made: LearnedExposure, updates: range, group: str = "", **changes) -> list:
     """The notebook's loop: everything that the exposure said, update by update."""
     said = []
@@ -90,6 +93,16 @@ def test_the_policy_update_is_reinforce_on_the_decisions_consumed():
     state = made.state_dict()
     assert all(torch.equal(state["policy"]["parameters"][name], alone.parameters[name]) for name in alone.parameters)
     assert state["training_state"]["last_policy_update"] == 10
+
+
+def test_decisions_drawn_before_the_last_policy_update_are_weighed():
+    # H = 1, L = 4, B = 4: when the first four are consumed, the next four have long been drawn.
+    stale = {**PAPER.model_dump(), "hold_updates": 1, "lookahead_updates": 4}
+    runs = [exposure(CreditConfig(**stale), policy=PolicyConfig(importance_cap=cap)) for cap in (2.0, None)]
+    bias = [[run._policy.parameters["output_bias"].tolist() for run in runs if train(run, part)] for part in HALVES]
+    assert [run.policy_updates for run in runs] == [2, 2]
+    assert bias[0][0] == bias[0][1]  # nothing is older than the first policy
+    assert bias[1][0] != bias[1][1]
 
 
 def test_every_decision_is_consumed_or_pending_and_none_twice():

@@ -63,6 +63,46 @@ def test_the_loss_is_the_formula_through_torch_distributions():
     torch.testing.assert_close(made.loss(STATES, DRAWS, ADVANTAGES, 0.3), expected, rtol=1e-10, atol=1e-12)
 
 
+BEFORE = [(1.7, 1.7), (3.0, 1.2), (1.1, 4.0)]
+
+
+def test_a_draw_of_an_older_policy_weighs_its_density_now_over_its_density_then_up_to_a_cap():
+    made = policy()
+    now, then = Beta(*made.concentrations(STATES)), Beta(*torch.tensor(BEFORE, dtype=torch.float64).T)
+    draws = torch.tensor(DRAWS, dtype=torch.float64)[:, 0]
+    ratio = (now.log_prob(draws) - then.log_prob(draws)).exp().detach()
+    assert (ratio > 2).any()
+    assert (ratio < 2).any()
+    expected = -(ratio.clamp(max=2) * torch.tensor(ADVANTAGES, dtype=torch.float64) * now.log_prob(draws)).mean()
+    torch.testing.assert_close(made.loss(STATES, DRAWS, ADVANTAGES, 0.0, BEFORE), expected, rtol=1e-10, atol=1e-12)
+    unweighted = policy(importance_cap=None)
+    assert unweighted.loss(STATES, DRAWS, ADVANTAGES, 0.0, BEFORE) == made.loss(STATES, DRAWS, ADVANTAGES, 0.0)
+
+
+def test_a_draw_of_the_same_policy_weighs_one():
+    made = policy()
+    then = [(a.item(), b.item()) for a, b in zip(*made.concentrations(STATES), strict=True)]
+    unweighted = made.loss(STATES, DRAWS, ADVANTAGES, 0.3)
+    torch.testing.assert_close(made.loss(STATES, DRAWS, ADVANTAGES, 0.3, then), unweighted, rtol=1e-12, atol=0)
+
+
+def test_importance_weights_make_the_gradient_of_stale_draws_that_of_fresh_ones():
+    # E under then of w * A(x) * grad log pi(x) is E under now of A(x) * grad log pi(x), by quadrature over x.
+    made, then, points = policy(importance_cap=1e9), (1.5, 2.5), [(i + 0.5) / 4000 for i in range(4000)]
+    a, b = (c[0].item() for c in made.concentrations(STATES[:1]))
+
+    def gradient(density, drawn_from):
+        weights = [density(x) * (x - 0.4) for x in points]
+        loss = made.loss(STATES[:1] * len(points), [[x] for x in points], weights, 0.0, drawn_from)
+        return torch.autograd.grad(loss, made.parameters["output_bias"])[0]
+
+    fresh = gradient(lambda x: scipy.stats.beta.pdf(x, a, b), None)
+    stale = gradient(lambda x: scipy.stats.beta.pdf(x, *then), [then] * len(points))
+    biased = gradient(lambda x: scipy.stats.beta.pdf(x, *then), None)
+    torch.testing.assert_close(stale, fresh, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(biased, fresh, rtol=0.1)
+
+
 def test_the_gradient_equals_finite_differences_for_every_parameter():
     made = policy(entropy_ceiling=-0.5)
     gradients = torch.autograd.grad(made.loss(STATES, DRAWS, ADVANTAGES, 0.3), list(made.parameters.values()))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atesd.control.state import STATE_NAMES, DifficultyAdjustment, Standardiser, TrainingState
+from atesd.errors import CheckpointError
 from atesd.records import UpdateStats
 
 
@@ -97,14 +98,39 @@ def test_the_standardiser_agrees_with_numpy(vectors):
     assert standardiser.standardise(vectors[-1]) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_decision_state_is_standardised_over_the_decisions_so_far():
-    state = TrainingState(100, 0.0)
+def decision_states(state: TrainingState, **series) -> list[dict[str, float]]:
+    """The state of the decision after each update of a run whose statistics are `series`, of equal length."""
     seen = []
-    for update, ratio in enumerate([0.1, 0.5, 0.9]):
-        state.observe(stats(reveal_ratio=ratio))
-        seen.append(dict(zip(STATE_NAMES, state.decision_state(update + 1), strict=True))["reveal_ratio"])
-    # z-scores within (.1), (.1, .5) and (.1, .5, .9); std of the last three: sqrt(2/3) * .4
-    assert seen == pytest.approx([0.0, 1.0, 0.4 / (0.4 * math.sqrt(2 / 3))])
+    for update, values in enumerate(zip(*series.values(), strict=True)):
+        state.observe(stats(**dict(zip(series, values, strict=True))))
+        seen.append(dict(zip(STATE_NAMES, state.decision_state(update + 1), strict=True)))
+    return seen
+
+
+def test_a_feature_without_a_range_is_standardised_over_the_decisions_so_far():
+    seen = decision_states(TrainingState(100, 0.0), kl=[(math.exp(level) - 1) / 1000 for level in (1.0, 5.0, 9.0)])
+    # z-scores within (1), (1, 5) and (1, 5, 9); std of the last three: sqrt(2/3) * 4
+    assert [state["log_kl"] for state in seen] == pytest.approx([0.0, 1.0, 4 / (4 * math.sqrt(2 / 3))])
+
+
+def test_a_feature_that_lies_in_0_to_1_keeps_its_scale():
+    ratios, shares = [0.1, 0.5, 0.9], [0.3, 0.2, 0.6]
+    series = {"reveal_ratio": ratios, "student_confidence": shares, "top1_disagreement": shares}
+    seen = decision_states(TrainingState(100, 0.0), **series)
+    for name, values in series.items():
+        assert [state[name] for state in seen] == pytest.approx(values)
+
+
+def test_training_progress_moves_the_policy_as_much_late_in_a_run_as_early():
+    seen = [state["training_progress"] for state in decision_states(TrainingState(100, 0.9), reveal_ratio=[0.5] * 100)]
+    assert seen[99] - seen[19] == pytest.approx(0.8)
+
+
+def test_a_state_whose_features_were_all_standardised_is_refused():
+    state = TrainingState(100, 0.9).state_dict()
+    state["standardiser"] = {"count": 3, "mean": [0.0] * 7, "squares": [0.0] * 7}
+    with pytest.raises(CheckpointError, match="start the run anew"):
+        TrainingState(100, 0.9).load_state_dict(state)
 
 
 def test_the_state_survives_json():

@@ -95,7 +95,7 @@ def build(
         sampler=RolloutSampler(
             problems.train, config, engine=engine, encoder=encoder, renderer=renderer, checker=checker
         ),
-        exposure=make_exposure(config, config.train.num_updates, config.train.seed, replayed_ratios(config)),
+        exposure=make_exposure(config, config.train.num_updates, config.train.seed, *recorded_ratios(config)),
         probes=ProbeSet(
             engine=engine,
             scorer=scorer,
@@ -153,11 +153,13 @@ def evaluation_params(config: Config) -> SamplingParams:
     return SamplingParams(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens)
 
 
-def replayed_ratios(config: Config) -> list[float]:
-    """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
+def recorded_ratios(config: Config) -> tuple[list[float], int]:
+    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind."""
     if not isinstance(config.exposure, ReplaySettings):
-        return []
-    return revealed(RunFolder.open(config.exposure.replay_run).whole_rows("metrics"))
+        return [], 1
+    recorded = RunFolder.open(config.exposure.replay_run)
+    hold_updates = recorded.config.credit.hold_updates if recorded.config.exposure.holds else 1
+    return revealed(recorded.whole_rows("metrics")), hold_updates
 
 
 @final

@@ -32,16 +32,19 @@ class RunConfig(Protocol):
         ...
 
 
-def make_exposure(config: RunConfig, num_updates: int, seed: int, replay: Sequence[float] = ()) -> Exposure:
-    """The exposure that `exposure.kind` names; `replay` holds the per-update ratios of `exposure.replay_run`.
+def make_exposure(
+    config: RunConfig, num_updates: int, seed: int, replay: Sequence[float] = (), replay_hold: int = 1
+) -> Exposure:
+    """The exposure that `exposure.kind` names.
 
+    `replay` holds the per-update ratios of `exposure.replay_run`, whose decisions held for `replay_hold` updates.
     The baselines (sft, grpo) have no teacher to show anything to: nothing is decided there and nothing is measured.
     Raises `ConfigError` if the recorded run is shorter than `num_updates`, or if no exposure comes of
     `exposure.factory`.
     """
     if not config.distils:
         return FixedExposure(1.0)
-    return config.exposure.make(Run(config.credit, num_updates, seed, replay, config))
+    return config.exposure.make(Run(config.credit, num_updates, seed, replay, replay_hold, config))
 
 
 def controlled(controller: Controller, config: RunConfig, seed: int) -> ControlledExposure:

@@ -83,19 +83,23 @@ def ramp(shape: Literal["linear", "cosine"], start: float, end: float, num_updat
     return plan
 
 
-def replayed(ratios: Sequence[float], order: Literal["recorded", "shuffled"], num_updates: int, seed: int) -> Plan:
-    """The per-update ratios of a recorded run, in order or in a keyed permutation of all of them.
+def replayed(
+    ratios: Sequence[float], order: Literal["recorded", "shuffled"], num_updates: int, seed: int, hold_updates: int = 1
+) -> Plan:
+    """The first `num_updates` ratios of a recorded run, in order or with its holds in a keyed permutation.
 
-    Raises `ConfigError` if they are fewer than `num_updates`.
+    `hold_updates` is the recorded run's: what is shuffled is which hold comes when, so that a ratio acts as long as it
+    did there, and just the recorded ratios act. Raises `ConfigError` if they are fewer than `num_updates`.
     """
     if len(ratios) < num_updates:
         raise ConfigError(
             f"exposure.replay_run: it recorded {len(ratios)} ratios, but train.num_updates is {num_updates}; "
             f"allowed are at most {len(ratios)} updates: lower train.num_updates or replay a longer run"
         )
-    used = list(ratios)
+    used = list(ratios[:num_updates])
     if order == "shuffled":
-        used = [ratios[i] for i in keyed.generator(seed, "replay").permutation(len(ratios))]
+        holds = [used[start : start + hold_updates] for start in range(0, num_updates, hold_updates)]
+        used = [ratio for i in keyed.generator(seed, "replay").permutation(len(holds)) for ratio in holds[i]]
     return lambda update, _group: used[update]
 
 
@@ -189,12 +193,12 @@ class ReplaySettings(ExposureSettings):
 
     kind: Literal["replay"] = Field("replay", description="a recorded run's ratios, whatever this run shows; ours")
     replay_run: str = Field(description="run folder whose ratios are replayed")
-    replay_order: Literal["recorded", "shuffled"] = Field("recorded", description="shuffled: the same ratios, permuted")
+    replay_order: Literal["recorded", "shuffled"] = Field("recorded", description="shuffled: the same holds, permuted")
 
     def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
         """With the order."""
         return f"replay ({self.replay_order})"
 
     def make(self, run: Run) -> FixedExposure:
-        """`run.replay` in order. Raises `ConfigError` if it is shorter than the run."""
-        return FixedExposure(replayed(run.replay, self.replay_order, run.num_updates, run.seed))
+        """`run.replay` in its order. Raises `ConfigError` if it is shorter than the run."""
+        return FixedExposure(replayed(run.replay, self.replay_order, run.num_updates, run.seed, run.replay_hold))

@@ -36,6 +36,9 @@ class PolicyConfig(Component):
     decisions_per_policy_update: int = Field(4, ge=2, description="paper B; value ours")
     entropy_ceiling: float = Field(-0.27, description="nats; that of Beta(3, 3); form paper, value ours")
     entropy_cost: float = Field(1.0, ge=0, description="reached linearly from 0 over the run; form paper, value ours")
+    importance_cap: float | None = Field(
+        2.0, ge=1, description="largest weight of a decision older than the policy; None: no weights; ours"
+    )
     ema_decay: float = Field(0.9, ge=0, lt=1, description="of the training-state averages; ours")
 
 
@@ -186,6 +189,7 @@ class LearnedExposure:
         self._policy.update(
             states=[finished.decision.state for finished in buffer],
             draws=[list(finished.decision.samples.values()) for finished in buffer],
+            drawn_from=[finished.decision.concentrations for finished in buffer],
             advantages=advantages,
             training_progress=self._training_state.training_progress(update),
         )

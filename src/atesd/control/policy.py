@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atesd.control.learned import PolicyConfig
-from atesd.maths import beta, keyed
+from atesd.maths import beta, credit, keyed
 from atesd.records import Decision
 
 
@@ -53,20 +53,26 @@ class BetaPolicy:
         draws: Sequence[Sequence[float]],
         advantages: Sequence[float],
         entropy_cost: float,
+        drawn_from: Sequence[tuple[float, float]] | None = None,
     ) -> Tensor:
-        """-mean(advantage * log pi(ratio | s)) + entropy_cost * mean(entropy_penalty): REINFORCE, to be minimised.
+        """-mean(w * advantage * log pi(ratio | s)) + entropy_cost * mean(entropy_penalty): REINFORCE, to be minimised.
 
-        `draws` holds the unclipped ratios of each decision. Under finer granularity a decision draws one per group from
-        one Beta; its log-density is their mean (ours), so that a decision weighs the same however many groups it met.
+        `draws` holds the unclipped ratios of each decision, `drawn_from` the concentrations of the Beta that drew them.
+        w, without a gradient, is the density of a draw under today's Beta over the one under that Beta, at most
+        `importance_cap` (ours): decisions overlap, so that some were drawn before the last policy update. 1 without
+        `drawn_from` or a cap. Under finer granularity a decision draws one ratio per group from one Beta; their mean
+        counts (ours), so that a decision weighs the same however many groups it met.
         """
         concentration1, concentration0 = self.concentrations(states)
         log_density = torch.stack(
             [
-                beta.log_density(torch.tensor(ratios, dtype=torch.float64), c1[None], c0[None]).mean()
-                for ratios, c1, c0 in zip(draws, concentration1, concentration0, strict=True)
+                self._weighted(beta.log_density(_column(ratios), c1[None], c0[None]), ratios, then).mean()
+                for ratios, c1, c0, then in zip(
+                    draws, concentration1, concentration0, drawn_from or [None] * len(draws), strict=True
+                )
             ]
         )
-        reinforce = -(torch.tensor(advantages, dtype=torch.float64) * log_density).mean()
+        reinforce = -(_column(advantages) * log_density).mean()
         penalty = beta.entropy_penalty(concentration1, concentration0, self._config.entropy_ceiling)
         return reinforce + entropy_cost * penalty.mean()
 
@@ -76,12 +82,20 @@ class BetaPolicy:
         draws: Sequence[Sequence[float]],
         advantages: Sequence[float],
         training_progress: float,
+        drawn_from: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         """One Adam step on `loss`, at the entropy cost c_t = entropy_cost * training_progress, progress in [0, 1]."""
         self._optimiser.zero_grad()
-        loss = self.loss(states, draws, advantages, self._config.entropy_cost * training_progress)
+        loss = self.loss(states, draws, advantages, self._config.entropy_cost * training_progress, drawn_from)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
+
+    def _weighted(self, now: Tensor, ratios: Sequence[float], then: tuple[float, float] | None) -> Tensor:
+        cap = self._config.importance_cap
+        if then is None or cap is None:
+            return now
+        before = beta.log_density(_column(ratios), *_column(then))
+        return _column(credit.importance_weights(before.tolist(), now.tolist(), cap)) * now
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and Adam's moments: tensors and JSON values, copied."""
@@ -99,6 +113,10 @@ class BetaPolicy:
                 parameter.copy_(torch.as_tensor(state["parameters"][name], dtype=torch.float64))
         for name, moment in state["adam"].items():
             self._optimiser.state[self.parameters[name]] = _restored_moments(moment)
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _saved_moments(moment: dict[str, Any]) -> dict[str, Any]:

@@ -25,14 +25,15 @@ Granularity = Literal["update", "per_difficulty", "per_problem", "per_token"]
 class Run:
     """What an exposure is made of besides its own settings.
 
-    `replay` holds the ratio of every update of `exposure.replay_run`, and `config` the whole config of the run, which
-    only a factory of your own may read.
+    `replay` holds the ratio of every update of `exposure.replay_run`, each held for `replay_hold` updates there, and
+    `config` the whole config of the run, which only a factory of your own may read.
     """
 
     credit: CreditConfig
     num_updates: int
     seed: int
     replay: Sequence[float] = ()
+    replay_hold: int = 1
     config: Any = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, final
 
+from atesd.errors import CheckpointError
 from atesd.records import UpdateStats
 
 STATE_NAMES = (
@@ -17,6 +18,8 @@ STATE_NAMES = (
     "updates_since_policy_update",
 )
 """Names from arXiv 2605.11458; definitions ours, in `TrainingState.features`."""
+OPEN_ENDED = ("log_kl", "probe_nll", "updates_since_policy_update")
+"""The features without a range of their own, which are standardised; the others lie in [0, 1] and stay as they are."""
 
 
 @final
@@ -34,7 +37,7 @@ class TrainingState:
         self._first_probe_nll: float | None = None
         self._student_confidence = 0.0
         self._last_policy_update = 0
-        self._standardiser = Standardiser(len(STATE_NAMES))
+        self._standardiser = Standardiser(len(OPEN_ENDED))
         self.ignored: dict[str, int] = {}
 
     def observe(self, stats: UpdateStats) -> None:
@@ -77,15 +80,19 @@ class TrainingState:
         )
 
     def decision_state(self, update: int) -> tuple[float, ...]:
-        """The standardised state for the decision before `update`; seven zeros before anything was observed.
+        """The state for the decision before `update`; seven zeros before anything was observed.
 
+        `OPEN_ENDED` features are standardised over the decisions so far. The others keep their scale: standardised, a
+        feature that only rises, as training progress does, would hardly move after its first fifth.
         To be called once per decision: the standardiser takes the features in.
         """
         if not self._averages:
             return (0.0,) * len(STATE_NAMES)
-        features = self.features(update)
-        self._standardiser.push(features)
-        return self._standardiser.standardise(features)
+        features = dict(zip(STATE_NAMES, self.features(update), strict=True))
+        open_ended = tuple(features[name] for name in OPEN_ENDED)
+        self._standardiser.push(open_ended)
+        standardised = zip(OPEN_ENDED, self._standardiser.standardise(open_ended), strict=True)
+        return tuple((features | dict(standardised)).values())
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values only."""
@@ -99,7 +106,13 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises `CheckpointError` for a state of before `OPEN_ENDED`."""
+        if len(state["standardiser"]["mean"]) != len(OPEN_ENDED):
+            raise CheckpointError(
+                "the checkpoint's policy has learned from a state whose features were all standardised; since then "
+                f"only {', '.join(OPEN_ENDED)} are, so that it cannot go on here: start the run anew, or resume it "
+                "with the version of atesd that began it"
+            )
         self._averages = dict(state["averages"])
         self._first_probe_nll = state["first_probe_nll"]
         self._student_confidence = state["student_confidence"]

@@ -26,8 +26,16 @@ def reweighted_gain(correct: Sequence[float], then: Sequence[float], now: Sequen
     that became more or less likely contribute, so it varies far less than the difference of two samples; an unchanged
     student gives exactly 0.
     """
-    weights = [min(math.exp(min(after - before, 700.0)), WEIGHT_CAP) for before, after in zip(then, now, strict=True)]
+    weights = importance_weights(then, now, WEIGHT_CAP)
     return sum(c * (weight - 1.0) for c, weight in zip(correct, weights, strict=True)) / len(weights)
+
+
+def importance_weights(then: Sequence[float], now: Sequence[float], cap: float) -> list[float]:
+    """min(exp(now_i - then_i), cap): truncated importance sampling (Ionides 2008, DOI 10.1198/106186008X320456).
+
+    The log-densities or log-probabilities of draw i, in nats, under what drew it and under what learns from it now.
+    """
+    return [min(math.exp(min(after - before, 700.0)), cap) for before, after in zip(then, now, strict=True)]
 
 
 def discounted_progress(
