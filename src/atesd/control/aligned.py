@@ -8,7 +8,7 @@ smoothed over holds. Ours; the paper tries and waits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypedDict, cast, final, runtime_checkable
 
 from pydantic import Field, Strict
 
@@ -69,6 +69,14 @@ class LooksAhead(Protocol):
     def look_ahead(self, update: int, alignments: Mapping[str, Alignment]) -> None:
         """The alignment of each group of this update's rollouts; empty if success gave no direction."""
         ...
+
+
+class AlignedState(TypedDict):
+    """What a checkpoint holds of an aligned exposure."""
+
+    smoothed: dict[str, list[float]]
+    chosen: dict[str, float]
+    fallback: dict[str, object]
 
 
 @final
@@ -141,7 +149,7 @@ class AlignedExposure:
         """No decision waits for a reward."""
         return []
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Smoothed alignments and the ratios in force."""
         return {
             "smoothed": {group: list(values) for group, values in self._smoothed.items()},
@@ -149,11 +157,12 @@ class AlignedExposure:
             "fallback": self._fallback.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
-        self._smoothed = {group: list(values) for group, values in state["smoothed"].items()}
-        self._chosen = dict(state["chosen"])
-        self._fallback.load_state_dict(state["fallback"])
+        kept = cast(AlignedState, state)
+        self._smoothed = {group: list(values) for group, values in kept["smoothed"].items()}
+        self._chosen = dict(kept["chosen"])
+        self._fallback.load_state_dict(kept["fallback"])
 
 
 def _at_unit_scale(values: tuple[float, ...]) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, final
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypedDict, cast, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,12 @@ class BanditSettings(ControllerSettings):
     def make(self, run: Run) -> ControlledExposure:
         """A bandit that knows nothing yet."""
         return as_exposure(Bandit(self), self, run)
+
+
+class BanditState(TypedDict):
+    """What a checkpoint holds of a bandit."""
+
+    sums: list[list[float]]
 
 
 @final
@@ -103,13 +110,13 @@ class Bandit:
         row[-3:] = standing, 1.0, finished.reward
         self._sums = self._discount * self._sums + np.outer(row, row)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {"sums": self._sums.tolist()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self._sums = np.array(state["sums"])
+        self._sums = np.array(cast(BanditState, state)["sums"])
 
     def _standardise(self) -> NDArray[np.float64] | None:
         """The matrix that standardises standing and reward in a row; None if the rewards were all the same."""

@@ -6,7 +6,8 @@ The controller says a ratio per decision and hears what came of it. Here its dec
 
 from __future__ import annotations
 
-from typing import Any, Protocol, final
+from collections.abc import Mapping
+from typing import Protocol, TypedDict, cast, final
 
 import numpy as np
 
@@ -42,13 +43,21 @@ class Controller(Protocol):
         """Take in a rewarded decision: `finished.reward` for `finished.decision.samples`, the ratios as chosen."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that `propose` may depend on: tensors and JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
         ...
+
+
+class ControlledState(TypedDict):
+    """What a checkpoint holds of a controlled exposure."""
+
+    controller: dict[str, object]
+    ledger: dict[str, object]
+    finished: list[dict[str, object]]
 
 
 @final
@@ -118,7 +127,7 @@ class ControlledExposure:
         """Rewarded decisions that wait for their buffer, then open ones with the sums so far."""
         return [*self._finished, *self._ledger.pending()]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The controller's state and that of its decisions."""
         return {
             "controller": self.controller.state_dict(),
@@ -126,11 +135,12 @@ class ControlledExposure:
             "finished": [finished_to_json(finished) for finished in self._finished],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self.controller.load_state_dict(state["controller"])
-        self._ledger.load_state_dict(state["ledger"])
-        self._finished = [finished_from_json(finished) for finished in state["finished"]]
+        kept = cast(ControlledState, state)
+        self.controller.load_state_dict(kept["controller"])
+        self._ledger.load_state_dict(kept["ledger"])
+        self._finished = [finished_from_json(finished) for finished in kept["finished"]]
 
     def _decide(self, update: int) -> Decision:
         return Decision(update, self.controller.features(), None, None, samples={})

@@ -82,7 +82,7 @@ class CreditConfig(Component):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
+    def _fill_from_preset(cls, values: object) -> object:
         if not isinstance(values, Mapping):
             return values
         preset = values.get("preset", "sound")

@@ -6,8 +6,8 @@ Of the run itself it takes in nothing. Each kind below is a plan under its setti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, final
 
 from pydantic import Field
 
@@ -51,11 +51,11 @@ class FixedExposure:
         """No decision was taken."""
         return []
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Empty: a plan depends on the update alone."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Nothing to restore."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from atesd.records import FinishedDecision, UpdateStats
 
@@ -41,10 +41,10 @@ class Exposure(Protocol):
         """Decisions taken but not yet learned from, as far as they got; for the log at the end of a run."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that a resumed run needs: nested dicts of tensors and JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
         ...

@@ -11,8 +11,9 @@ Usable alone, in anybody's training loop:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, TypedDict, cast, final
 
 from pydantic import Field
 
@@ -69,6 +70,17 @@ class LearnedSettings(GranularSettings, BoundedSettings):
             ratio_max=self.ratio_max,
             granularity=self.granularity,
         )
+
+
+class LearnedState(TypedDict):
+    """What a checkpoint holds of a learned exposure."""
+
+    training_state: dict[str, object]
+    policy: dict[str, object]
+    ledger: dict[str, object]
+    finished: list[dict[str, object]]
+    policy_updates: int
+    skipped_policy_updates: int
 
 
 @final
@@ -154,7 +166,7 @@ class LearnedExposure:
         """Rewarded decisions that wait for their policy update, then open ones with the sums so far."""
         return [*self._finished, *self._ledger.pending()]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that lives: JSON values and tensors, copied."""
         return {
             "training_state": self._training_state.state_dict(),
@@ -165,14 +177,15 @@ class LearnedExposure:
             "skipped_policy_updates": self.skipped_policy_updates,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave, also after a way through JSON with tensors as nested lists."""
-        self._training_state.load_state_dict(state["training_state"])
-        self._policy.load_state_dict(state["policy"])
-        self._ledger.load_state_dict(state["ledger"])
-        self._finished = [finished_from_json(finished) for finished in state["finished"]]
-        self.policy_updates = state["policy_updates"]
-        self.skipped_policy_updates = state["skipped_policy_updates"]
+        kept = cast(LearnedState, state)
+        self._training_state.load_state_dict(kept["training_state"])
+        self._policy.load_state_dict(kept["policy"])
+        self._ledger.load_state_dict(kept["ledger"])
+        self._finished = [finished_from_json(finished) for finished in kept["finished"]]
+        self.policy_updates = kept["policy_updates"]
+        self.skipped_policy_updates = kept["skipped_policy_updates"]
 
     def _decide(self, update: int) -> Decision:
         state = self._training_state.decision_state(update)

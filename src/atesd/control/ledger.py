@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, final
+from typing import Any, TypedDict, cast, final
 
 from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
@@ -24,6 +24,16 @@ class _Row:
     grounding: float | None
     reveal_ratio: float
     effective_ratio: float
+
+
+class LedgerState(TypedDict):
+    """What a checkpoint holds of a ledger; a row is its fields by name."""
+
+    held: dict[str, object] | None
+    open: list[dict[str, object]]
+    rows: list[tuple[int, dict[str, Any]]]
+    success: dict[str, object]
+    dropped: dict[str, int]
 
 
 @final
@@ -91,7 +101,7 @@ class DecisionLedger:
         """The open decisions as far as they got: sums over the measurements so far, 0 where there is nothing to sum."""
         return [self._finish(decision) for decision in self._open]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {
             "held": self._held and decision_to_json(self._held),
@@ -101,13 +111,14 @@ class DecisionLedger:
             "dropped": dict(self.dropped),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self._held = state["held"] and decision_from_json(state["held"])
-        self._open = [decision_from_json(decision) for decision in state["open"]]
-        self._rows = {update: _Row(**row) for update, row in state["rows"]}
-        self._success.load_state_dict(state["success"])
-        self.dropped = dict(state["dropped"])
+        kept = cast(LedgerState, state)
+        self._held = decision_from_json(kept["held"]) if kept["held"] else None
+        self._open = [decision_from_json(decision) for decision in kept["open"]]
+        self._rows = {update: _Row(**row) for update, row in kept["rows"]}
+        self._success.load_state_dict(kept["success"])
+        self.dropped = dict(kept["dropped"])
 
     def _row(self, update: int, stats: UpdateStats) -> _Row:
         """The row of an update. A non-finite signal drops every decision whose window it lies in, and is not kept."""
@@ -219,29 +230,28 @@ def rewarded(buffer: Sequence[FinishedDecision], config: CreditConfig, seed: int
     return [replace(finished, reward=reward) for finished, reward in zip(buffer, rewards, strict=True)]
 
 
-def decision_to_json(decision: Decision) -> dict[str, Any]:
+def decision_to_json(decision: Decision) -> dict[str, object]:
     """A decision as JSON values."""
     return {**asdict(decision), "state": list(decision.state)}
 
 
-def decision_from_json(values: dict[str, Any]) -> Decision:
+def decision_from_json(values: Mapping[str, object]) -> Decision:
     """The inverse of `decision_to_json`."""
-    return Decision(**{**values, "state": tuple(values["state"]), "samples": dict(values["samples"])})
+    fields = cast("dict[str, Any]", values)
+    return Decision(**{**fields, "state": tuple(fields["state"]), "samples": dict(fields["samples"])})
 
 
-def finished_to_json(finished: FinishedDecision) -> dict[str, Any]:
+def finished_to_json(finished: FinishedDecision) -> dict[str, object]:
     """A finished decision as JSON values."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(finished).items()}
     return {**values, "decision": decision_to_json(finished.decision)}
 
 
-def finished_from_json(values: dict[str, Any]) -> FinishedDecision:
+def finished_from_json(values: Mapping[str, object]) -> FinishedDecision:
     """The inverse of `finished_to_json`."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    fields["decision"] = decision_from_json(values["decision"])
-    return FinishedDecision(**fields)
+    fields = cast("dict[str, Any]", values)
+    series = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return FinishedDecision(**{**fields, **series, "decision": decision_from_json(fields["decision"])})
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, cast, final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,21 @@ from torch import Tensor
 from atesd.control.learned import PolicyConfig
 from atesd.maths import beta, credit, keyed
 from atesd.records import Decision
+
+
+class Moments(TypedDict):
+    """What Adam remembers of one parameter."""
+
+    step: float
+    first: Tensor
+    second: Tensor
+
+
+class PolicyState(TypedDict):
+    """What a checkpoint holds of a policy, by the names of its parameters; Adam's moments once it has any."""
+
+    parameters: dict[str, Tensor]
+    adam: dict[str, Moments]
 
 
 @final
@@ -63,13 +78,12 @@ class BetaPolicy:
         `drawn_from` or a cap. Under finer granularity a decision draws one ratio per group from one Beta; their mean
         counts (ours), so that a decision weighs the same however many groups it met.
         """
+        origins: Sequence[tuple[float, float] | None] = drawn_from or [None] * len(draws)
         concentration1, concentration0 = self.concentrations(states)
         log_density = torch.stack(
             [
                 self._weighted(beta.log_density(_column(ratios), c1[None], c0[None]), ratios, then).mean()
-                for ratios, c1, c0, then in zip(
-                    draws, concentration1, concentration0, drawn_from or [None] * len(draws), strict=True
-                )
+                for ratios, c1, c0, then in zip(draws, concentration1, concentration0, origins, strict=True)
             ]
         )
         reinforce = -(_column(advantages) * log_density).mean()
@@ -97,7 +111,7 @@ class BetaPolicy:
         before = beta.log_density(_column(ratios), *_column(then))
         return _column(credit.importance_weights(before.tolist(), now.tolist(), cap)) * now
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Parameters and Adam's moments: tensors and JSON values, copied."""
         moments = {name: self._optimiser.state.get(parameter) for name, parameter in self.parameters.items()}
         return {
@@ -105,13 +119,14 @@ class BetaPolicy:
             "adam": {name: _saved_moments(moment) for name, moment in moments.items() if moment},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave; nested lists do in place of tensors."""
+        kept = cast(PolicyState, state)
         self._optimiser.state.clear()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(torch.as_tensor(state["parameters"][name], dtype=torch.float64))
-        for name, moment in state["adam"].items():
+                parameter.copy_(torch.as_tensor(kept["parameters"][name], dtype=torch.float64))
+        for name, moment in kept["adam"].items():
             self._optimiser.state[self.parameters[name]] = _restored_moments(moment)
 
 
@@ -119,11 +134,11 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _saved_moments(moment: dict[str, Any]) -> dict[str, Any]:
+def _saved_moments(moment: Mapping[str, Tensor]) -> Moments:
     first, second = moment["exp_avg"].clone(), moment["exp_avg_sq"].clone()
     return {"step": float(moment["step"]), "first": first, "second": second}
 
 
-def _restored_moments(moment: dict[str, Any]) -> dict[str, Tensor]:
-    first, second = (torch.as_tensor(moment[name], dtype=torch.float64).clone() for name in ("first", "second"))
+def _restored_moments(moment: Moments) -> dict[str, Tensor]:
+    first, second = (torch.as_tensor(m, dtype=torch.float64).clone() for m in (moment["first"], moment["second"]))
     return {"step": torch.tensor(moment["step"], dtype=torch.float32), "exp_avg": first, "exp_avg_sq": second}

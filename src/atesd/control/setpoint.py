@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import Literal, TypedDict, cast, final
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +34,14 @@ class SetpointSettings(ControllerSettings):
     def make(self, run: Run) -> ControlledExposure:
         """A controller at its first ratio."""
         return as_exposure(Setpoint(self), self, run)
+
+
+class SetpointState(TypedDict):
+    """What a checkpoint holds of a set-point."""
+
+    ratio: float
+    target: float | None
+    kls: list[float]
 
 
 @final
@@ -73,13 +82,14 @@ class Setpoint:
     def on_reward(self, finished: FinishedDecision) -> None:
         """Rewards are only logged."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {"ratio": self._ratio, "target": self._target, "kls": list(self._kls)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self._ratio, self._target, self._kls = state["ratio"], state["target"], list(state["kls"])
+        kept = cast(SetpointState, state)
+        self._ratio, self._target, self._kls = kept["ratio"], kept["target"], list(kept["kls"])
 
     def _mean_kl(self) -> float:
         return max(sum(self._kls) / len(self._kls), LEAST_KL)

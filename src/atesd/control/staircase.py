@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import Literal, TypedDict, cast, final
 
 import numpy as np
 from pydantic import Field
@@ -31,6 +32,13 @@ class StaircaseSettings(GranularSettings, ControllerSettings):
     def make(self, run: Run) -> ControlledExposure:
         """Staircases at their first ratio."""
         return as_exposure(Staircase(self), self, run)
+
+
+class StaircaseState(TypedDict):
+    """What a checkpoint holds of the staircases."""
+
+    ratios: dict[str, float]
+    first: float
 
 
 @final
@@ -72,13 +80,14 @@ class Staircase:
     def on_reward(self, finished: FinishedDecision) -> None:
         """Rewards are only logged."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {"ratios": dict(self._ratios), "first": self._first}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self._ratios, self._first = dict(state["ratios"]), state["first"]
+        kept = cast(StaircaseState, state)
+        self._ratios, self._first = dict(kept["ratios"]), kept["first"]
 
     def _clipped(self, ratio: float) -> float:
         lowest, highest = self._bounds

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from collections.abc import Mapping
+from typing import TypedDict, cast, final
 
 from atesd.errors import CheckpointError
 from atesd.records import UpdateStats
@@ -20,6 +21,31 @@ STATE_NAMES = (
 """Names from arXiv 2605.11458; definitions ours, in `TrainingState.features`."""
 OPEN_ENDED = ("log_kl", "probe_nll", "updates_since_policy_update")
 """The features without a range of their own, which are standardised; the others lie in [0, 1] and stay as they are."""
+
+
+class StandardiserState(TypedDict):
+    """What a checkpoint holds of a standardiser."""
+
+    count: int
+    mean: list[float]
+    squares: list[float]
+
+
+class LevelsState(TypedDict):
+    """What a checkpoint holds of the success by level: (level, rollouts, running mean)."""
+
+    levels: list[tuple[int, int, float]]
+
+
+class SavedTrainingState(TypedDict):
+    """What a checkpoint holds of the training state."""
+
+    averages: dict[str, float]
+    first_probe_nll: float | None
+    student_confidence: float
+    last_policy_update: int
+    standardiser: dict[str, object]
+    ignored: dict[str, int]
 
 
 @final
@@ -94,7 +120,7 @@ class TrainingState:
         standardised = zip(OPEN_ENDED, self._standardiser.standardise(open_ended), strict=True)
         return tuple((features | dict(standardised)).values())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {
             "averages": dict(self._averages),
@@ -105,20 +131,21 @@ class TrainingState:
             "ignored": dict(self.ignored),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave. Raises `CheckpointError` for a state of before `OPEN_ENDED`."""
-        if len(state["standardiser"]["mean"]) != len(OPEN_ENDED):
+        kept = cast(SavedTrainingState, state)
+        if len(cast(StandardiserState, kept["standardiser"])["mean"]) != len(OPEN_ENDED):
             raise CheckpointError(
                 "the checkpoint's policy has learned from a state whose features were all standardised; since then "
                 f"only {', '.join(OPEN_ENDED)} are, so that it cannot go on here: start the run anew, or resume it "
                 "with the version of atesd that began it"
             )
-        self._averages = dict(state["averages"])
-        self._first_probe_nll = state["first_probe_nll"]
-        self._student_confidence = state["student_confidence"]
-        self._last_policy_update = state["last_policy_update"]
-        self._standardiser.load_state_dict(state["standardiser"])
-        self.ignored = dict(state["ignored"])
+        self._averages = dict(kept["averages"])
+        self._first_probe_nll = kept["first_probe_nll"]
+        self._student_confidence = kept["student_confidence"]
+        self._last_policy_update = kept["last_policy_update"]
+        self._standardiser.load_state_dict(kept["standardiser"])
+        self.ignored = dict(kept["ignored"])
 
     def _average(self, name: str, value: float) -> None:
         if self._usable(name, value):
@@ -157,13 +184,14 @@ class Standardiser:
             for value, mean, deviation in zip(features, self._mean, deviations, strict=True)
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {"count": self._count, "mean": list(self._mean), "squares": list(self._squares)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self._count, self._mean, self._squares = state["count"], list(state["mean"]), list(state["squares"])
+        kept = cast(StandardiserState, state)
+        self._count, self._mean, self._squares = kept["count"], list(kept["mean"]), list(kept["squares"])
 
 
 @final
@@ -195,11 +223,12 @@ class DifficultyAdjustment:
         total = sum(self._counts.values())
         return sum(count / total * batch.get(level, self._means[level]) for level, count in self._counts.items())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON values only."""
         return {"levels": [[level, count, self._means[level]] for level, count in self._counts.items()]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self._counts = {level: count for level, count, _ in state["levels"]}
-        self._means = {level: mean for level, _, mean in state["levels"]}
+        levels = cast(LevelsState, state)["levels"]
+        self._counts = {level: count for level, count, _ in levels}
+        self._means = {level: mean for level, _, mean in levels}
