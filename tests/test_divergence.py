@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from atesd import build
+from atesd.config import Config
 from atesd.maths import divergence as d
 from atesd.maths import divergences
 from atesd.maths.fused import fused_divergence
@@ -100,6 +105,53 @@ def test_the_sampled_token_estimate_and_its_gradient_are_unbiased_for_the_revers
     exact = d.reverse_kl(teacher, student).sum()
     torch.testing.assert_close((q * rows.detach()).sum(), exact.detach())
     torch.testing.assert_close(gradient((q * rows).sum(), student), gradient(exact, student))
+
+
+def test_a_clip_biases_the_sampled_token_so_that_none_is_the_default() -> None:
+    # Expectations over the student's tokens, by enumeration of the vocabulary; the truth is the reverse KL's gradient.
+    teacher, student = logits(n=1, v=7)
+    student.requires_grad_()
+    q, tokens = student.detach().softmax(-1)[0], torch.arange(7)
+    exact = gradient(d.reverse_kl(3 * teacher, student), student).flatten()
+
+    def cosine(config: Config) -> float:
+        rows, _ = build.objective(config)(3 * teacher.expand(7, -1), student.expand(7, -1), tokens)
+        return float(torch.cosine_similarity(gradient((q * rows).sum(), student).flatten(), exact, dim=0))
+
+    written = {"clip": "per_token", "clip_threshold": 0.5}
+    assert cosine(loss_config()) == pytest.approx(1.0, abs=1e-6)
+    assert cosine(loss_config(**written)) < 0.95
+    assert loss_config(**written).loss.clip == "per_token"
+    assert loss_config(divergence="reverse_kl").loss.clip == "per_token"
+
+
+def loss_config(divergence: str = "sampled_token", **loss: object) -> Config:
+    return Config.model_validate({"loss": {"divergence": divergence, **loss}})
+
+
+def test_one_entry_of_the_registry_makes_a_divergence_that_trains_by_its_name(tmp_path: Path) -> None:
+    program = """
+        import sys
+        from pathlib import Path
+        from atesd.maths.divergences import DIVERGENCES, Divergence, Parameter, log_softmax
+
+        def half_squares(teacher, student, power):
+            return (log_softmax(teacher.detach()) - log_softmax(student)).abs() ** power / 2
+
+        power = Parameter("power", 2.0, "of the difference of the log-probabilities", above=1.0)
+        DIVERGENCES["powers"] = Divergence("powers", "half the powers", entries=half_squares, parameter=power)
+
+        from atesd.session import train
+        from quick import quick
+
+        wanted = ["loss.divergence.kind=powers", "loss.divergence.power=3", "train.num_updates=2"]
+        run = train(quick(*wanted), Path(sys.argv[1])).run
+        print(run.config.loss.divergence, *[row["loss"] > 0 for row in run.rows("metrics")])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["kind='powers' power=3.0 True True"], done.stderr[-2000:]
 
 
 def test_the_per_entry_clip_is_a_clamp_of_each_vocabulary_term() -> None:

@@ -41,14 +41,11 @@ from atesd.build import objective
 from atesd.config import (
     Config,
     FixedSettings,
-    ForwardKL,
     FullSettings,
-    JensenShannon,
     LiveTeacher,
     LoraConfig,
     LossConfig,
     ModelConfig,
-    ReverseKL,
     SamplingConfig,
     ViewsConfig,
 )
@@ -84,13 +81,13 @@ SAMPLES, UPDATES = 2, 3
 TRL_WORDING = ViewsConfig(problem_text="{problem}", instruction="", reference_begin="", reference_end="", transition="")
 OUR_WORDING = ViewsConfig(problem_text="Problem: {problem}\n\nAnswer inside \\boxed{{}}.", instruction="")
 
-FORWARD = ForwardKL()
+FORWARD = {"kind": "forward_kl"}
 CASES: dict[str, dict[str, Any]] = {
     "forward_kl": {},
     "lora": {"lora": LoraConfig(rank=4, alpha=8)},
     "our_wording": {"views": OUR_WORDING},
-    "reverse_kl": {"divergence": ReverseKL()},
-    "jensen_shannon": {"divergence": JensenShannon(teacher_weight=0.3)},
+    "reverse_kl": {"divergence": {"kind": "reverse_kl"}},
+    "jensen_shannon": {"divergence": {"kind": "jensen_shannon", "teacher_weight": 0.3}},
     "one_micro_batch": {"micro_batches": 1},
 }
 
@@ -157,7 +154,7 @@ def train_with_trl(config: Config, micro_batches: int, out: Path) -> list[PeerUp
     arguments = sdft.SDFTConfig(
         distillation_mode="full_logits",
         distillation_alpha={"forward_kl": 0.0, "reverse_kl": 1.0}.get(
-            config.loss.divergence.kind, config.loss.jsd_weight
+            config.loss.divergence.kind, config.loss.divergence.parameter
         ),
         distillation_is_clip=None,
         teacher_model_kind="base",
@@ -320,7 +317,7 @@ def test_the_rollouts_are_uneven_and_some_are_truncated(run_of: RunOf) -> None:
     [
         ("loss", {"temperature": 1.25}),
         ("loss", {"reduction": "token"}),
-        ("loss", {"divergence": ReverseKL()}),
+        ("loss", {"divergence": {"kind": "reverse_kl"}}),
         ("loss", {"clip": "per_entry"}),
         ("teacher", LiveTeacher()),
         ("views", {"reference_begin": " "}),

@@ -143,8 +143,8 @@ def make_renderer(config: Config) -> Renderer:
 def objective(config: Config) -> Objective:
     """The configured divergence."""
     loss = config.loss
-    parameter = {"jensen_shannon": loss.jsd_weight, "top_k": float(loss.top_k)}.get(loss.divergence.kind)
-    return Objective(loss.divergence.kind, loss.clip, loss.threshold, config.loss_temperature, parameter)
+    kind, parameter = loss.divergence.kind, loss.divergence.parameter
+    return Objective(kind, loss.clip, loss.threshold, config.loss_temperature, parameter)
 
 
 def evaluation_params(config: Config) -> SamplingParams:

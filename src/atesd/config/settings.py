@@ -8,11 +8,12 @@ a mistake in a config is reported at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict, create_model, model_validator
 
 from atesd.component import ActsWhen, Component, Fraction, chosen, tagged
 from atesd.control.aligned import AlignedSettings
@@ -20,6 +21,7 @@ from atesd.control.credit import CreditConfig
 from atesd.control.kinds import exposure_kinds
 from atesd.control.learned import LearnedSettings, PolicyConfig
 from atesd.control.settings import BoundedSettings, ExposureSettings, Granularity, GranularSettings
+from atesd.maths.divergences import DIVERGENCES, Divergence
 
 GENERATED = ("gsm_symbolic", "arithmetic")
 """Sources that write their own problems in words."""
@@ -272,39 +274,27 @@ class AlignmentConfig(Component):
     )
 
 
-class ForwardKL(Component):
-    """KL(teacher || student)."""
+class DivergenceSettings(Component):
+    """One of `maths.divergences.DIVERGENCES` by its name, with its parameter if it has one."""
 
-    kind: Literal["forward_kl"] = Field("forward_kl", description="KL(teacher || student): OPSD and paper")
+    kind: str
 
-
-class ReverseKL(Component):
-    """KL(student || teacher)."""
-
-    kind: Literal["reverse_kl"] = Field("reverse_kl", description="KL(student || teacher)")
-
-
-class JensenShannon(Component):
-    """The generalized Jensen-Shannon divergence."""
-
-    kind: Literal["jensen_shannon"] = Field("jensen_shannon", description="both sides against their mixture")
-    teacher_weight: float = Field(0.5, gt=0, lt=1, description="teacher's share of the mixture")
+    @property
+    def parameter(self) -> float | None:
+        """The number that the divergence is asked for; None where it has none."""
+        asked = DIVERGENCES[self.kind].parameter
+        return None if asked is None else float(getattr(self, asked.name))
 
 
-class TopK(Component):
-    """Forward KL over the teacher's largest entries and one tail bucket."""
-
-    kind: Literal["top_k"] = Field("top_k", description="forward KL over the teacher's largest entries and the rest")
-    k: int = Field(100, ge=1, description="teacher's largest entries, the rest one tail bucket")
-
-
-class SampledToken(Component):
-    """The log-ratio at the student's own token."""
-
-    kind: Literal["sampled_token"] = Field("sampled_token", description="at the student's own token alone")
-
-
-Divergence = ForwardKL | ReverseKL | JensenShannon | TopK | SampledToken
+def _settings_of(divergence: Divergence) -> type[DivergenceSettings]:
+    """The settings of a divergence as its entry in the registry describes them."""
+    name, asked = divergence.name, divergence.parameter
+    fields: dict[str, Any] = {"kind": (Literal[name], Field(name, description=divergence.summary))}
+    if asked is not None:
+        number, most = (int if asked.whole else float), (None if asked.below == math.inf else asked.below)
+        described = Field(number(asked.default), gt=asked.above, lt=most, description=asked.description)
+        fields[asked.name] = (number, described)
+    return create_model(name, __base__=DivergenceSettings, **fields)
 
 
 class NoGate(Component):
@@ -365,9 +355,14 @@ Gate = (
 class LossConfig(Component):
     """The student's loss on its own tokens."""
 
-    divergence: Annotated[Divergence, *chosen("kind", "forward_kl"), _DISTILS] = ForwardKL()
+    if TYPE_CHECKING:
+        divergence: DivergenceSettings = DivergenceSettings(kind="forward_kl")
+    else:
+        divergence: Annotated[tagged(map(_settings_of, DIVERGENCES.values()), "kind", "forward_kl"), _DISTILS] = (
+            "forward_kl"
+        )
     clip: Annotated[Literal["none", "per_token", "per_entry"], _DISTILS] = Field(
-        "per_token", description="ours; OPSD: per_entry"
+        "per_token", description="ours; OPSD: per_entry; for sampled_token, which a clip biases, none unless written"
     )
     clip_threshold: Annotated[
         float | None, _DISTILS, ActsWhen(lambda c: c.loss.clip != "none", "loss.clip: per_token or per_entry")
@@ -382,24 +377,25 @@ class LossConfig(Component):
     )
 
     @property
-    def jsd_weight(self) -> float:
-        """The teacher's share of the mixture in force."""
-        return self.divergence.teacher_weight if isinstance(self.divergence, JensenShannon) else 0.5
-
-    @property
-    def top_k(self) -> int:
-        """How many of the teacher's entries are told apart."""
-        return self.divergence.k if isinstance(self.divergence, TopK) else 100
-
-    @property
     def threshold(self) -> float:
         """The clip threshold in force, nats."""
         default = {"none": float("inf"), "per_token": 2.0, "per_entry": 0.05}[self.clip]
         return default if self.clip_threshold is None or self.clip == "none" else self.clip_threshold
 
+    @model_validator(mode="before")
+    @classmethod
+    def _an_estimate_is_not_clipped_unasked(cls, values: object) -> object:
+        """`clip: none` where none is written beside a divergence whose expectation a clip would change."""
+        if not isinstance(values, Mapping) or "clip" in values:
+            return values
+        written = values.get("divergence")
+        kind = written.get("kind") if isinstance(written, Mapping) else getattr(written, "kind", written)
+        estimate = isinstance(kind, str) and kind in DIVERGENCES and DIVERGENCES[kind].estimates
+        return {**values, "clip": "none"} if estimate else values
+
     @model_validator(mode="after")
     def _clip_fits(self) -> LossConfig:
-        if self.clip == "per_entry" and isinstance(self.divergence, TopK | SampledToken):
+        if self.clip == "per_entry" and not DIVERGENCES[self.divergence.kind].clips_entries:
             raise ValueError(
                 f"clip: per_entry has no entries to clip under divergence: {self.divergence.kind}; use none"
             )

@@ -1,10 +1,10 @@
 """The registry of divergences: each in its readable form, its closed form where it has one, and what it can be asked.
 
-A divergence is added here, and its word with its settings in `config.settings`: both losses (`maths.divergence` by
-autograd, `maths.fused` by closed forms) and their error messages read `DIVERGENCES`. Everything takes logits that were
-divided by the temperature, teacher before student, in float32 or better, and gives nats. The teacher is detached in
-every function, so that no caller can leak a gradient into it. Nothing here imports torch when it is read: settings are
-checked without it.
+A divergence is added here and nowhere else: both losses (`maths.divergence` by autograd, `maths.fused` by closed
+forms), `loss.divergence` with its settings, and all error messages read `DIVERGENCES`. Everything takes logits that
+were divided by the temperature, teacher before student, in float32 or better, and gives nats. The teacher is detached
+in every function, so that no caller can leak a gradient into it. Nothing here imports torch when it is read: settings
+are checked without it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Divergence:
 
     `entries` are its vocabulary terms [N, V], which a clip per entry needs; one without them gives its `values` [N]
     from the logits and the sampled tokens. `closed_form` gives value and slope without autograd; without one the loss
-    is computed in blocks by autograd. Each is given the parameter, or 0 where there is none.
+    is computed in blocks by autograd. Each is given the parameter, or 0 where there is none. One that `estimates` its
+    value from a draw is right on average only, which a clip of single values would end.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Divergence:
     values: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
     closed_form: Callable[[Compared, float, bool], Terms] | None = None
     parameter: Parameter | None = None
+    estimates: bool = False
 
     @property
     def clips_entries(self) -> bool:
@@ -227,6 +229,7 @@ DIVERGENCES = {
             "sampled_token",
             "a one-sample estimate of KL(student || teacher) from the student's own token",
             values=_sampled_values,
+            estimates=True,
         ),
     )
 }
