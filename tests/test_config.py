@@ -111,6 +111,14 @@ def test_every_mistake_is_listed_at_once():
         (["train.method=grpo", "train.batch_size=12"], "batch_size 12 is not a multiple of group_size 8"),
         (["train.method=grpo", "data.checker=none"], "train.method: grpo needs verified rewards"),
         (["data.checker=none", "credit.progress_signal=train_success"], "train_success needs a checker"),
+        (
+            ["credit.progress_signal=probe_gain", "sampling.top_p=0.9"],
+            "set sampling.top_p: 1, or credit.progress",
+        ),
+        (
+            ["exposure.kind=bandit", "credit.progress_signal=probe_gain", "sampling.top_k=20", "sampling.min_p=0.1"],
+            "does not go with sampling.top_k: its importance weights",
+        ),
         (["data.source=x.jsonl"], "world:a speaks only the world's language"),
         (["sampling.completion_tokens=4096"], "leaves no room for a prompt"),
     ],

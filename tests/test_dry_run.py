@@ -5,6 +5,8 @@ import pytest
 from atesd.cli.plan import acting_lines
 from atesd.config import load_config
 
+IDLE_GAMMA = "credit.discount (gamma): no effect, as each window holds one fall of the progress signal; it acts with"
+
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
@@ -12,6 +14,15 @@ from atesd.config import load_config
         ([], "exposure: learned: ATESD (sound credit)"),
         (["exposure.kind=fixed", "exposure.reveal_ratio=0.3"], "exposure: fixed, reveal_ratio 0.3: fixed ratio 0.3"),
         (["exposure.kind=bandit", "exposure.arms=3"], "exposure: bandit, arms 3: bandit over 3 ratios (sound credit)"),
+        ([], f"{IDLE_GAMMA} credit.probe_every below credit.lookahead_updates"),
+        (
+            ["credit.lookahead_updates=1"],
+            f"{IDLE_GAMMA} credit.lookahead_updates above 1 and credit.probe_every below credit.lookahead_updates",
+        ),
+        (
+            ["credit.preset=paper", "credit.lookahead_updates=1", "credit.grounding_weight=0"],
+            f"{IDLE_GAMMA} credit.lookahead_updates above 1",
+        ),
         (["exposure.policy.learning_rate=0"], "exposure: learned, policy.learning_rate 0.0: ATESD (sound credit)"),
         (["train.method=grpo"], "exposure: none, as grpo has no teacher"),
         ([], "loss: forward_kl, not clipped, sequence mean, temperature 1, gate none"),
@@ -37,3 +48,10 @@ from atesd.config import load_config
 )
 def test_what_will_act_is_a_line_of_the_dry_run(overrides: list[str], said: str):
     assert said in list(acting_lines(load_config("micro", overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["credit.preset=paper"], ["credit.probe_every=2"], ["exposure.kind=full"], ["train.method=sft"]]
+)
+def test_a_discount_that_acts_or_that_nobody_reads_is_not_spoken_of(overrides: list[str]):
+    assert not any("gamma" in line for line in acting_lines(load_config("micro", overrides)))

@@ -54,6 +54,8 @@ def acting_lines(config: Config) -> Iterator[str]:
         changed = [s for s in describe_settings(config) if s.path.startswith("exposure.") and s.changed]
         own = "".join(f", {s.path.removeprefix('exposure.')} {yaml_value(s.value)}" for s in changed)
         yield f"exposure: {config.exposure.kind}{own}: {method_name(config)}"
+        if config.decides and config.credit.discount_note:
+            yield config.credit.discount_note
         clip = "not clipped" if loss.clip == "none" else f"clip {loss.clip} at {loss.threshold:g} nats"
         means = f"{loss.reduction} mean, temperature {config.loss_temperature:g}"
         yield f"loss: {_kind(loss.divergence, 'kind')}, {clip}, {means}, gate {_kind(loss.gate, 'kind')}"

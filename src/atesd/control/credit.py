@@ -102,6 +102,17 @@ class CreditConfig(Component):
         start, close = self.window(settled)
         return sum(self.probe_is_due(update) for update in range(start, close + 1)) > 2
 
+    @property
+    def discount_note(self) -> str:
+        """That the paper's gamma has nothing to weigh here, and what would give it something; empty where it acts."""
+        if self.discounts:
+            return ""
+        longer = "credit.lookahead_updates above 1" if self.lookahead_updates == 1 else ""
+        oftener = "credit.probe_every below credit.lookahead_updates" if self.probes else ""
+        mend = " and ".join(filter(None, (longer, oftener)))
+        why = "as each window holds one fall of the progress signal"
+        return f"credit.discount (gamma): no effect, {why}; it acts with {mend}"
+
     def hold(self, update: int) -> tuple[int, int]:
         """First and last update (inclusive) of the hold in which `update` lies: one decision, one reveal ratio.
 

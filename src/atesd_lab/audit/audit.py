@@ -416,7 +416,9 @@ def effect_mends(config: Config, effect: Effect) -> Iterator[Mend]:
 
 
 def notes_of(config: Config) -> Iterator[str]:
-    """What of the recipe the audit does not follow."""
+    """What of the recipe the audit does not follow, and a discount that does nothing."""
+    if config.credit.discount_note:
+        yield f"{config.credit.discount_note}."
     if config.exposure.kind != "learned":
         yield f"exposure.kind is {config.exposure.kind}: audited is the reward, as the learned policy would follow it."
     if config.granularity != "update":
