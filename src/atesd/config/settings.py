@@ -563,13 +563,13 @@ class Config(Component):
                 raise ValueError("loss.gate: correct needs verified rollouts; set data.checker")
             if self.train.samples_per_problem > 1:
                 raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
-        filtered = [name for name, off in _FILTERS.items() if getattr(self.sampling, name) != off]
+        filtered = [name for name, none in _FILTERS.items() if getattr(self.sampling, name) != none]
+        off = ", ".join(f"sampling.{name}: {_FILTERS[name]:g}" for name in filtered)
         if self.decides and self.credit.progress_signal == "probe_gain" and filtered:
             raise ValueError(
                 f"credit.progress_signal: probe_gain does not go with sampling.{filtered[0]}: its importance weights "
                 "cannot see a completion that the filter forbade before and admits now, so that they find a loss or a "
-                f"gain where there is none; set {', '.join(f'sampling.{name}: {_FILTERS[name]:g}' for name in filtered)}, or "
-                "credit.progress_signal: probe_success"
+                f"gain where there is none; set {off}, or credit.progress_signal: probe_success"
             )
         if self.granularity == "per_token" and self.loss.gate.kind not in ("none", "aligned"):
             raise ValueError(
