@@ -2,8 +2,19 @@
 
 import pytest
 
-from atesd.config import Config, config_from_mapping, load_config, parse_yaml, recipe_names, recipe_text
+from atesd.config import (
+    Config,
+    CreditConfig,
+    PolicyConfig,
+    config_from_mapping,
+    load_config,
+    parse_yaml,
+    recipe_names,
+    recipe_text,
+)
+from atesd.control.learned import LearnedSettings
 from atesd.data.views import shown_segments
+from atesd_lab.paper.numbers import paper_numbers
 
 MICRO = ("micro", "micro-opsd", "micro-steps", "micro-paper", "micro-bandit")
 # arXiv 2601.18734 (third version) and its repository's README
@@ -53,7 +64,8 @@ def opsd_settings(config: Config) -> dict[str, object]:
 
 
 def test_the_recipes_are_those_of_the_readme():
-    assert set(recipe_names()) == {*MICRO, "smollm2-gsm", "smollm2-sums", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"}
+    qwen3 = {"qwen3-1.7b", "qwen3-1.7b-paper", "qwen3-4b", "qwen3-8b"}
+    assert set(recipe_names()) == {*MICRO, "smollm2-gsm", "smollm2-sums", *qwen3}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -66,6 +78,20 @@ def test_a_recipe_loads_and_begins_with_a_comment_that_says_what_it_is(name: str
 def test_a_recipe_is_a_few_lines_over_the_defaults(name: str):
     lines = [line for line in recipe_text(name).splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) <= 20
+
+
+def test_the_paper_s_recipe_holds_what_the_papers_print_and_the_paper_s_reward():
+    config = load_config("qwen3-1.7b-paper")
+    assert opsd_settings(config) == {**OPSD, "exposure of the baseline": "learned"}
+    printed = paper_numbers()["opsd"]["recipe"]
+    assert config.train.learning_rate == printed["learning_rate"]
+    assert (config.sampling.top_p, config.sampling.top_k) == (printed["top_p"], printed["top_k"])
+    assert (config.loss.reduction, config.loss.divergence.kind) == ("sequence", printed["divergence"])
+    assert f"{config.loss.clip} {config.loss.threshold:g}" in printed["clip"]
+    paper = CreditConfig(preset="paper")
+    assert config.credit == paper
+    assert (paper.progress_signal, paper.drop, paper.grounding) == ("train_kl", "positive", "answer")
+    assert config.exposure == LearnedSettings(policy=PolicyConfig(importance_cap=None))
 
 
 @pytest.mark.parametrize(("size", "threshold"), [("1.7b", 0.05), ("4b", 0.05), ("8b", 0.06)])
