@@ -42,6 +42,10 @@ _OF_Y = re.compile(r"y\s*=(?=[^=])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
 _LISTED_UNIT = rf"\\text\{{\s*(?:{'|'.join(sorted(UNITS))})s?\s*\}}"
 _UNIT_IN_LIST = re.compile(rf"(?<=[\d}}])\s*{_LISTED_UNIT}(?=\s*(?:[,;)\]]|\\text|\\\}}|$))")
+_PROSE_WORD = re.compile(r"[^\W\d_]{2,}")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+MOST_WORDS = 8
+"""Words of two letters or more that an answer may have; a gold with more is an explanation."""
 _OF_X = re.compile(r"\s*[A-Za-z]\s*\(\s*[A-Za-z]\s*\)\s*=(?=[^=])")
 
 
@@ -84,6 +88,9 @@ def unreadable(gold: str) -> str | None:
         return f"has {len(gold.strip().splitlines())} lines; name the column that holds the final answer alone"
     if _depth(gold) > DEEPEST:
         return f"nests more than {DEEPEST} brackets"
+    words = _PROSE_WORD.findall(_COMMAND.sub(" ", gold))
+    if len(words) > MOST_WORDS:
+        return f"is a text of {len(words)} words, which only the same words would match; allowed are {MOST_WORDS}"
     return None if re.search(r"[^\W_]|\\[A-Za-z]", tidy(gold)) else "holds neither a number nor a word"
 
 
