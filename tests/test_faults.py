@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from atesd import cli
-from atesd.config import load_config
+from atesd.config import ModelConfig, load_config
 from atesd.errors import CheckpointError, ConfigError, RunError
+from atesd.models.load import load_model
 from atesd.runs import RunFolder, write_atomic
 from atesd.session import train
 from atesd.text import shown
@@ -79,12 +81,12 @@ def test_a_changed_row_is_told_by_its_hash(run: RunFolder):
         train(CONFIG, run.path)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "decisions.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("name", FILES)
 def test_rows_that_stand_twice_are_told(run: RunFolder, name: str):
     path = run.path / name
     finished_rows = [line for line in path.read_bytes().splitlines(keepends=True) if b'"pending"' not in line]
     path.write_bytes(b"".join(finished_rows * 2))
-    with pytest.raises(RunError, match=rf"{name}: holds \d rows of updates that had \d when they were saved"):
+    with pytest.raises(RunError, match=rf"{name}: holds \d more rows of the first 4 updates than when they"):
         train(CONFIG, run.path)
 
 
@@ -105,6 +107,41 @@ def test_an_evaluation_made_after_the_end_is_no_fault(run: RunFolder):
     run.append("evaluations", run.rows("evaluations")[-1] | {"samples": 9})
     assert train(CONFIG, run.path).status == "finished"
     assert run.rows("evaluations")[-1]["samples"] == 9
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "tokenizer.json", "config.json", "README.md"])
+@pytest.mark.parametrize("kind", ["link to itself", "link to a folder", "link to a file", "folder", "file"])
+def test_whatever_stands_in_the_trained_model_s_place_is_replaced_and_nothing_beyond_a_link(
+    run: RunFolder, tmp_path: Path, name: str, kind: str
+):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    place = run.final / name
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    targets = {"link to itself": place, "link to a folder": precious, "link to a file": precious / "file"}
+    if kind in targets:
+        place.symlink_to(targets[kind])
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.write_text("mine")
+    shutil.rmtree(run.checkpoints / "update-000004")  # so that it trains, and ends again
+    assert train(CONFIG, run.path).status == "finished"
+    assert (precious / "file").read_text() == "kept"
+    assert sorted(path.name for path in precious.iterdir()) == ["file"]
+    assert load_model(ModelConfig(path=str(run.final))).model.num_parameters() > 0
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), Exception("os error 28")])
+def test_a_disk_that_refuses_the_trained_model_is_told(run: RunFolder, monkeypatch: pytest.MonkeyPatch, error):
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    shutil.rmtree(run.checkpoints / "update-000004")
+    with pytest.raises(RunError, match=r"model: cannot be written: .*(No space left|os error 28)"):
+        train(CONFIG, run.path)
 
 
 def forget_rows(checkpoint: Path) -> None:

@@ -1,8 +1,9 @@
-"""What a disk refuses, told as an error of ours: which file, what was tried, why not, and the likely fix."""
+"""The disk: what it refuses, told as an error of ours (which file, why not, the fix), and deleting past no link."""
 
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +35,16 @@ def reason(error: OSError) -> str:
 def _fix(error: OSError) -> str:
     fixes = (fix for numbers, fix in _FIXES.items() if error.errno in numbers)
     return next(fixes, "check the disk, then give the same command again")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Delete what bears a name, if anything does. A link is unlinked, whatever it leads to."""
+    if is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

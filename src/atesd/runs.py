@@ -249,7 +249,7 @@ class RunFolder:
             dropped[kind] = len(rows) - len(kept[kind])
             if recorded is not None:
                 self._require_kept(kind, kept[kind], recorded.get(kind), f"update {updates_done}")
-                self._require_none_added(kind, len(kept[kind]), recorded.get(kind))
+                self._require_none_added(kind, kept[kind], recorded.get(kind), updates_done)
         if recorded is None and len(kept["metrics"]) != updates_done:
             self._tell_lost("metrics", updates_done, len(kept["metrics"]), f"update {updates_done}")
         if any(dropped.values()):
@@ -376,12 +376,17 @@ class RunFolder:
                 f"saved: SHA-256 {digest[:12]}, expected {written['sha256'][:12]}; {_RESTORE}"
             )
 
-    def _require_none_added(self, kind: RowKind, found: int, written: RowsWritten | None) -> None:
-        """Raise `RunError` for rows that the checkpoint does not know; evaluations may be made later."""
-        if written is not None and kind != "evaluations" and found > written["rows"]:
+    def _require_none_added(
+        self, kind: RowKind, lines: Sequence[bytes], written: RowsWritten | None, updates_done: int
+    ) -> None:
+        """Raise `RunError` for rows that the checkpoint does not know; only its own update may be evaluated later."""
+        added = [] if written is None else lines[written["rows"] :]
+        if kind == "evaluations":
+            added = [line for line in added if json.loads(line)["update"] < updates_done]
+        if added:
             raise RunError(
-                f"{self._rows_path(kind)}: holds {found} rows of updates that had {written['rows']} when they were "
-                f"saved: some stand twice or were added; {_RESTORE}"
+                f"{self._rows_path(kind)}: holds {len(added)} more rows of the first {updates_done} updates than when "
+                f"they were saved: some stand twice or were added; {_RESTORE}"
             )
 
     def _tell_lost(self, kind: RowKind, expected: int, found: int, since: str) -> NoReturn:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atesd.errors import CheckpointError
-from atesd.refusals import reason
+from atesd.refusals import is_folder, reason, remove
 from atesd.rows import RowKind
 from atesd.runs import sync_directory, write_atomic
 from atesd.shapes import RowsWritten
@@ -368,24 +367,13 @@ def _remove(path: Path) -> None:
 
     A link is unlinked, whatever it leads to.
     """
-    if _is_folder(path):
+    if is_folder(path):
         trash = path.with_name(f"{_TRASH}{path.name}")
-        _delete(trash)
+        remove(trash)
         os.replace(path, trash)
-        _delete(trash)
+        remove(trash)
     else:
         path.unlink(missing_ok=True)
-
-
-def _delete(path: Path) -> None:
-    if _is_folder(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _clean(folder: Path) -> None:
@@ -402,4 +390,4 @@ def _clean(folder: Path) -> None:
                 os.replace(replaced, target)
     for leftover in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_TRASH}*")):
         with suppress(OSError):
-            _delete(leftover)
+            remove(leftover)
