@@ -65,6 +65,8 @@ class UpdateStats:
     """What an exposure may know of one student update; losses and probes are measured *before* the optimiser step.
 
     `kl` is the mean forward KL per token in nats, whatever the training divergence. `None` means not measured.
+    `top1_disagreement` is the share of tokens at which teacher and student differ in the likeliest token; `grounding`
+    the teacher's mean log-probability per token of the final answer, or of what was withheld, at the ratio that acted.
     `train_success` pairs each graded rollout of the update with its difficulty: (difficulty, 1.0 or 0.0);
     `group_success` with the group for which a ratio was asked.
     """

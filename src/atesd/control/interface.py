@@ -29,12 +29,16 @@ class Exposure(Protocol):
     def reveal_ratio(self, update: int, group: str = "") -> float:
         """The ratio in [0, 1] for this update; `group` is a difficulty or a problem id under finer granularity.
 
-        Asking twice for the same update and group gives the same ratio.
+        An exposure that decides takes its decision when it is asked for the first update of a hold. Asking twice for
+        the same update and group gives the same ratio.
         """
         ...
 
     def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
-        """Take in what update `update` showed. Returns the decisions that it has just learned from."""
+        """Take in what update `update` showed, and learn where that completes a buffer of rewarded decisions.
+
+        Returns the decisions of that buffer.
+        """
         ...
 
     def pending(self) -> list[FinishedDecision]:

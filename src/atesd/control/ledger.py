@@ -93,7 +93,7 @@ class DecisionLedger:
         self._rows[update] = self._row(update, stats)
         closing = [decision for decision in self._open if self._config.window(decision.update)[1] <= update]
         self._open = [decision for decision in self._open if decision not in closing]
-        finished = [credited for decision in closing if (credited := self._credit(decision)) is not None]
+        finished = [rewarded for decision in closing if (rewarded := self._rewarded_or_dropped(decision)) is not None]
         self._forget_rows()
         return finished
 
@@ -156,7 +156,7 @@ class DecisionLedger:
                 kept.append(decision)
         self._open = kept
 
-    def _credit(self, decision: Decision) -> FinishedDecision | None:
+    def _rewarded_or_dropped(self, decision: Decision) -> FinishedDecision | None:
         finished = self._finish(decision)
         progress, grounding = self._components(decision)
         if progress is None:
@@ -189,7 +189,10 @@ class DecisionLedger:
         return progress_signal, grounding_signal
 
     def _finish(self, decision: Decision) -> FinishedDecision:
-        """The decision with what its window gave so far; sums over nothing are 0."""
+        """The decision with what its window gave so far; sums over nothing are 0.
+
+        Its reward is raw: `rewarded` replaces it once the buffer is full.
+        """
         start, close = self._config.window(decision.update)
         hold = self._seen(*self._config.hold(decision.update))
         progress_signal, grounding_signal = self._signals(decision)

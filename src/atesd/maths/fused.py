@@ -156,7 +156,7 @@ class ChunkedPass:
             wanted = weights[block] if weights is not None and start < live else None
             for parts, teacher in zip(found, self.teachers or (None,), strict=True):
                 matrices = [own] if teacher is None else [own, self._project_teacher(kept, teacher[block], hidden)]
-                parts.append(_measure(self.rows, matrices, tokens, wanted))
+                parts.append(_measure(self.rows, matrices, tokens, wanted))  # with weights, `own` now holds the slope
                 if gradient is not None and wanted is not None:
                     gradient.add(block, own, hidden)
         return [_joined(parts, order) for parts in found]

@@ -52,7 +52,12 @@ class Evaluation(Protocol):
 
 @dataclass(frozen=True)
 class Components:
-    """Everything one run is made of, wired in `atesd.build`."""
+    """Everything one run is made of, wired in `atesd.build`.
+
+    Behind the protocols stand by default: `weights` `ReplicatedWeights`, `engine` `BuiltinEngine`, `exposure`
+    `LearnedExposure`, `probes` `ProbeSet`, `foresight` `NoForesight`, `method` `Distillation`, `evaluation`
+    `SplitEvaluation`.
+    """
 
     config: Config
     problems: ProblemSets

@@ -67,7 +67,7 @@ class Trainer:
         c = self.components
         c.method.watch.restart()
         wanted = c.exposure.measurements(update)
-        probed: dict[str, float | None] = {**c.probes.measure(wanted)}
+        measured: dict[str, float | None] = {**c.probes.measure(wanted)}
         c.foresight.before(update)
         with c.method.watch.phase("sample"):
             rollouts = c.sampler.rollouts(update)
@@ -77,15 +77,16 @@ class Trainer:
         batch = Batch(rows, alignment)
         self._require_one_controller(update, batch)
         meters = accumulate(c.method, self._asked(rows) if "grounding" in wanted else batch.examples, c.plan)
-        probed["grounding"] = meters.grounding
+        measured["grounding"] = meters.grounding
         with c.method.watch.phase("loss_backward"):
             c.weights.add_up_gradients()
             step = c.optimiser.step(update, meters.loss)
             c.teacher.after_update(update + 1)
             c.engine.publish(update + 1)
         c.foresight.after(rollouts)
-        stats = update_stats(batch, meters, c.config, probed)
-        decisions = [decision_row(finished, update, "finished") for finished in c.exposure.observe(update, stats)]
+        stats = update_stats(batch, meters, c.config, measured)
+        learned_from = c.exposure.observe(update, stats)
+        decisions = [decision_row(finished, update, "finished") for finished in learned_from]
         row = metrics_row(update, batch, meters, stats, step, c.method.watch.seconds())
         return UpdateRecord(update, row, decisions, batch, meters)
 

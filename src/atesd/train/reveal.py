@@ -1,4 +1,7 @@
-"""The paper's idea in one place: the exposure's ratio decides what the teacher sees of each rollout's problem."""
+"""The paper's idea in one place: the exposure's ratio decides what the teacher sees of each rollout's problem.
+
+The ratio is chosen where the exposure is asked for it: `control.learned.LearnedExposure.reveal_ratio` under ATESD.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +51,16 @@ def reveal(
     config: Config,
 ) -> tuple[Revealed, ...]:
     """Ask the exposure for the ratio of each rollout, and write the teacher's context at that ratio."""
-    advantages = advantages_of(rollouts, config)
-    rows = []
     ratios = [exposure.reveal_ratio(update, group_of(graded.problem, config)) for graded in rollouts]
-    for graded, ratio, advantage in zip(rollouts, ratios, advantages, strict=True):
+    rows = []
+    for graded, ratio, likelihood_weight in zip(rollouts, ratios, likelihood_weights(rollouts, config), strict=True):
         prompt = prompts.view(graded.problem, ratio)
         context, completion = graded.pair
         example = Example(
             context,
             completion,
             prompt.context,
-            advantage,
+            likelihood_weight,
             key=(update, graded.rollout.problem_id, graded.rollout.sample),
             correct=graded.verdict == "correct",
             candidates=foresight.candidates(graded.problem),
@@ -67,16 +69,16 @@ def reveal(
     return tuple(rows)
 
 
-def advantages_of(rollouts: Sequence[GradedRollout], config: Config) -> list[float]:
-    """What the log-likelihood of each rollout is weighted by: 1 in SFT, GRPO's advantage (times its weight), or 0."""
+def likelihood_weights(rollouts: Sequence[GradedRollout], config: Config) -> list[float]:
+    """What the log-likelihood of each rollout is weighted by: 0 in plain distillation, 1 in SFT, GRPO's advantage."""
     train = config.train
     if train.method == "sft":
         return [1.0] * len(rollouts)
     if train.samples_per_problem == 1:
         return [0.0] * len(rollouts)
     weight = 1.0 if train.method == "grpo" else train.grpo_weight
-    rewards = [float(graded.verdict == "correct") for graded in rollouts]
-    return [weight * advantage for advantage in group_advantages(rewards, train.group_size)]
+    verified = [float(graded.verdict == "correct") for graded in rollouts]
+    return [weight * advantage for advantage in group_advantages(verified, train.group_size)]
 
 
 def group_of(problem: Problem, config: Config) -> str:

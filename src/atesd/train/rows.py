@@ -20,7 +20,7 @@ from atesd.train.update import StepMeters
 
 
 def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dict[str, float | None]) -> UpdateStats:
-    """What the exposure learns of an update; `measured` holds probes and grounding."""
+    """What the exposure learns of an update; `measured` holds probe_nll, -_success, -_gain, -_kl and grounding."""
     graded = [
         (row.graded.problem, float(row.graded.verdict == "correct"))
         for row in batch.rows

@@ -165,7 +165,7 @@ class Method(Protocol):
 
     @property
     def scorer(self) -> Scorer:
-        """The student."""
+        """The model: the student, and inside `Teacher.weights` the teacher."""
         ...
 
     @property
@@ -244,12 +244,12 @@ class Distillation:
         sides = student.hidden, student.head, chosen.teacher.hidden, chosen.teacher.head
         loss, measured = fused_divergence(self.objective, *sides, tokens, kept, chunk_tokens=self.chunk_tokens)
         if any(example.advantage for example in examples):
-            rewarded = weights * per_token([e.advantage for e in examples], examples, weights.device).float()
+            scaled = weights * per_token([e.advantage for e in examples], examples, weights.device).float()
             temperature = self.objective.temperature
-            policy, _ = fused_likelihood(
-                student.hidden, student.head, tokens, rewarded, temperature=temperature, chunk_tokens=self.chunk_tokens
+            likelihood, _ = fused_likelihood(
+                student.hidden, student.head, tokens, scaled, temperature=temperature, chunk_tokens=self.chunk_tokens
             )
-            loss = loss + policy
+            loss = loss + likelihood
         return loss, measured | meters
 
 
@@ -280,12 +280,12 @@ class Likelihood:
         targets: Targets,  # noqa: ARG002
     ) -> tuple[Float[Tensor, ""], Meters]:
         """The weighted negative log-likelihood of the completions."""
-        rewarded = (weights * per_token([e.advantage for e in examples], examples, weights.device)).float()
+        scaled = (weights * per_token([e.advantage for e in examples], examples, weights.device)).float()
         return fused_likelihood(
             student.hidden,
             student.head,
             tokens,
-            rewarded,
+            scaled,
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
         )
