@@ -19,6 +19,7 @@ from atesd.config import (
     with_overrides,
 )
 from atesd.config.explain import every_setting
+from atesd.config.yaml import dump_yaml
 from atesd.control.kinds import exposure_kinds
 from atesd.errors import ConfigError, IdleSettingError
 from atesd.runs import RunFolder, new_manifest
@@ -249,6 +250,15 @@ def test_a_recorded_config_of_the_flat_layout_opens_and_goes_on_in_the_present_o
     assert run.check_config(config) == []
     run.begin_session(config, command=["atesd"], updates_done=0)
     assert (run.path / "config.yaml").read_text() == dump_config(config)
+
+
+@pytest.mark.parametrize("layout", ["flat", "present"])
+def test_a_recorded_sampled_token_keeps_the_clip_that_its_run_had(layout: str, tmp_path: Path):
+    clip = {"divergence": "sampled_token", "clip": "per_token", "clip_threshold": 2.0}
+    recorded = parse_yaml(RECORDED[0].read_text(), "recorded") if layout == "flat" else acting_settings(Config())
+    (tmp_path / "config.yaml").write_text(dump_yaml({**recorded, "loss": {**recorded["loss"], **clip}}))
+    loss = load_config(str(tmp_path / "config.yaml")).loss
+    assert (loss.divergence.kind, loss.clip, loss.threshold) == ("sampled_token", "per_token", 2.0)
 
 
 @pytest.mark.parametrize(

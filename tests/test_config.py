@@ -108,6 +108,8 @@ def test_every_mistake_is_listed_at_once():
         (["exposure.kind=replay"], "needs replay_run"),
         (["exposure.ratio_min=0.8", "exposure.ratio_max=0.2"], "ratio_min 0.8 is above ratio_max 0.2"),
         (["loss.clip=per_entry", "loss.divergence=sampled_token"], "no entries to clip"),
+        (["loss.divergence=top_k", "loss.divergence.k=0"], "loss.divergence.k: 0 is not allowed; expected at least 1"),
+        (["loss.divergence=jensen_shannon", "loss.divergence.teacher_weight=1"], "expected above 0 and below 1"),
         (["train.method=grpo", "train.batch_size=12"], "batch_size 12 is not a multiple of group_size 8"),
         (["train.method=grpo", "data.checker=none"], "train.method: grpo needs verified rewards"),
         (["data.checker=none", "credit.progress_signal=train_success"], "train_success needs a checker"),

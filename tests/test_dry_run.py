@@ -23,6 +23,11 @@ IDLE_GAMMA = "credit.discount (gamma): no effect, as each window holds one fall 
             ["credit.preset=paper", "credit.lookahead_updates=1", "credit.grounding_weight=0"],
             f"{IDLE_GAMMA} credit.lookahead_updates above 1",
         ),
+        (
+            ["loss.divergence=sampled_token", "sampling.top_p=0.9", "loss.temperature=2"],
+            "loss.divergence sampled_token: biased, as the tokens are not drawn from the student itself; "
+            "set sampling.top_p: 1, loss.temperature: null",
+        ),
         (["exposure.policy.learning_rate=0"], "exposure: learned, policy.learning_rate 0.0: ATESD (sound credit)"),
         (["train.method=grpo"], "exposure: none, as grpo has no teacher"),
         ([], "loss: forward_kl, not clipped, sequence mean, temperature 1, gate none"),
@@ -55,3 +60,10 @@ def test_what_will_act_is_a_line_of_the_dry_run(overrides: list[str], said: str)
 )
 def test_a_discount_that_acts_or_that_nobody_reads_is_not_spoken_of(overrides: list[str]):
     assert not any("gamma" in line for line in acting_lines(load_config("micro", overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["loss.divergence=sampled_token"], ["loss.divergence=reverse_kl", "sampling.top_p=0.9"]]
+)
+def test_an_unbiased_loss_is_not_spoken_of(overrides: list[str]):
+    assert not any("biased" in line for line in acting_lines(load_config("micro", overrides)))

@@ -50,6 +50,46 @@ def test_the_expected_gain_is_the_true_change_of_success():
     assert expected == pytest.approx((0.5 + 0.1) - (0.4 + 0.2))
 
 
+def nucleus(probabilities: list[float], top_p: float = 0.9) -> list[float]:
+    """The distribution from which top-p draws: the most likely completions that together reach `top_p`."""
+    kept, reached = [0.0] * len(probabilities), 0.0
+    for i in sorted(range(len(kept)), key=lambda i: -probabilities[i]):
+        if reached < top_p:
+            kept[i] = probabilities[i]
+            reached += probabilities[i]
+    return [p / reached for p in kept]
+
+
+def expected_gain(drawn: list[float], then: list[float], now: list[float], correct: list[float]) -> float:
+    """The mean estimate over every completion that `drawn` can write, weighed by then and now."""
+    log = [[math.log(p) if p else -math.inf for p in side] for side in (then, now)]
+    written = [i for i, p in enumerate(drawn) if p]
+    return sum(drawn[i] * reweighted_gain([correct[i]], [log[0][i]], [log[1][i]]) for i in written)
+
+
+@pytest.mark.parametrize(
+    ("after", "correct", "truth", "by_whole", "by_filtered"),
+    [
+        # The filter admits what it admitted: filtered probabilities would do, those of the whole softmax would not.
+        ([0.50, 0.41, 0.06, 0.03], [1.0, 0.0, 1.0, 1.0], 0.5 / 0.91 - 0.5 / 0.9, 0.0, 0.5 / 0.91 - 0.5 / 0.9),
+        # It forbids one more: weight 0 for that one is right.
+        ([0.95, 0.02, 0.02, 0.01], [0.0, 1.0, 1.0, 1.0], -0.4 / 0.9, 0.4 / 0.9 * (0.02 / 0.4 - 1.0), -0.4 / 0.9),
+        # It admits one more: neither sees what that one adds, and no weight of the two it drew can.
+        ([0.50, 0.30, 0.15, 0.05], [0.0, 0.0, 1.0, 0.0], 0.15 / 0.95, 0.0, 0.0),
+    ],
+    ids=["same support", "smaller support", "larger support"],
+)
+def test_the_gain_under_a_filter_is_wrong_however_it_is_weighed(after, correct, truth, by_whole, by_filtered):
+    before = [0.50, 0.40, 0.06, 0.04]
+    old, new = nucleus(before), nucleus(after)
+    assert sum(c * (q - p) for c, p, q in zip(correct, old, new, strict=True)) == pytest.approx(truth)
+    assert expected_gain(old, before, after, correct) == pytest.approx(by_whole)
+    assert expected_gain(old, old, new, correct) == pytest.approx(by_filtered)
+    assert expected_gain(before, before, after, correct) == pytest.approx(
+        sum(c * (q - p) for c, p, q in zip(correct, before, after, strict=True))
+    )
+
+
 def test_one_rollout_counts_for_at_most_ten():
     assert reweighted_gain([1.0], [-2000.0], [-1.0]) == WEIGHT_CAP - 1
 

@@ -59,6 +59,8 @@ def acting_lines(config: Config) -> Iterator[str]:
         clip = "not clipped" if loss.clip == "none" else f"clip {loss.clip} at {loss.threshold:g} nats"
         means = f"{loss.reduction} mean, temperature {config.loss_temperature:g}"
         yield f"loss: {_kind(loss.divergence, 'kind')}, {clip}, {means}, gate {_kind(loss.gate, 'kind')}"
+        if config.estimate_note:
+            yield config.estimate_note
         yield f"teacher: {_kind(config.teacher, 'weights')}"
     else:
         yield f"exposure: none, as {train.method} has no teacher"

@@ -292,9 +292,12 @@ def _settings_of(divergence: Divergence) -> type[DivergenceSettings]:
     fields: dict[str, Any] = {"kind": (Literal[name], Field(name, description=divergence.summary))}
     if asked is not None:
         number, most = (int if asked.whole else float), (None if asked.below == math.inf else asked.below)
-        described = Field(number(asked.default), gt=asked.above, lt=most, description=asked.description)
-        fields[asked.name] = (number, described)
-    return create_model(name, __base__=DivergenceSettings, **fields)
+        least = {"ge": math.floor(asked.above) + 1} if asked.whole else {"gt": asked.above}
+        fields[asked.name] = (number, Field(number(asked.default), lt=most, description=asked.description, **least))
+    return create_model(name, __base__=DivergenceSettings, __doc__=divergence.summary, **fields)
+
+
+_DIVERGENCE_KINDS = {name: _settings_of(divergence) for name, divergence in DIVERGENCES.items()}
 
 
 class NoGate(Component):
@@ -358,9 +361,9 @@ class LossConfig(Component):
     if TYPE_CHECKING:
         divergence: DivergenceSettings = DivergenceSettings(kind="forward_kl")
     else:
-        divergence: Annotated[tagged(map(_settings_of, DIVERGENCES.values()), "kind", "forward_kl"), _DISTILS] = (
+        divergence: Annotated[tagged(_DIVERGENCE_KINDS.values(), "kind", "forward_kl"), _DISTILS] = _DIVERGENCE_KINDS[
             "forward_kl"
-        )
+        ]()
     clip: Annotated[Literal["none", "per_token", "per_entry"], _DISTILS] = Field(
         "per_token", description="ours; OPSD: per_entry; for sampled_token, which a clip biases, none unless written"
     )
@@ -448,6 +451,11 @@ class SamplingConfig(Component):
     engine: Literal["auto", "builtin", "transformers"] = Field(
         "auto", description="what runs the network; auto: builtin for Llama, Qwen2 and Qwen3, else transformers"
     )
+
+    @property
+    def filters_off(self) -> list[str]:
+        """What to write so that no token is forbidden, such as `sampling.top_p: 1`; empty where none is."""
+        return [f"sampling.{name}: {off:g}" for name, off in _FILTERS.items() if getattr(self, name) != off]
 
 
 class TrainConfig(Component):
@@ -563,13 +571,12 @@ class Config(Component):
                 raise ValueError("loss.gate: correct needs verified rollouts; set data.checker")
             if self.train.samples_per_problem > 1:
                 raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
-        filtered = [name for name, none in _FILTERS.items() if getattr(self.sampling, name) != none]
-        off = ", ".join(f"sampling.{name}: {_FILTERS[name]:g}" for name in filtered)
-        if self.decides and self.credit.progress_signal == "probe_gain" and filtered:
+        off = self.sampling.filters_off
+        if self.decides and self.credit.progress_signal == "probe_gain" and off:
             raise ValueError(
-                f"credit.progress_signal: probe_gain does not go with sampling.{filtered[0]}: its importance weights "
-                "cannot see a completion that the filter forbade before and admits now, so that they find a loss or a "
-                f"gain where there is none; set {off}, or credit.progress_signal: probe_success"
+                f"credit.progress_signal: probe_gain does not go with {off[0].partition(':')[0]}: its importance "
+                "weights cannot see a completion that the filter forbade before and admits now, so that they find a "
+                f"loss or a gain where there is none; set {', '.join(off)}, or credit.progress_signal: probe_success"
             )
         if self.granularity == "per_token" and self.loss.gate.kind not in ("none", "aligned"):
             raise ValueError(
@@ -625,6 +632,17 @@ class Config(Component):
     def loss_temperature(self) -> float:
         """What both logits are divided by in the loss."""
         return self.loss.temperature if self.loss.temperature is not None else self.sampling.temperature
+
+    @property
+    def estimate_note(self) -> str:
+        """That the tokens come from another distribution than the loss's estimate takes for granted; else empty."""
+        mend = self.sampling.filters_off + ["loss.temperature: null"] * (
+            self.loss_temperature != self.sampling.temperature
+        )
+        if not (mend and DIVERGENCES[self.loss.divergence.kind].estimates):
+            return ""
+        kind = f"loss.divergence {self.loss.divergence.kind}"
+        return f"{kind}: biased, as the tokens are not drawn from the student itself; set {', '.join(mend)}"
 
     @property
     def evaluation_tokens(self) -> int:

@@ -25,6 +25,11 @@ def reweighted_gain(correct: Sequence[float], then: Sequence[float], now: Sequen
     rollout i, in nats, under the student of then, which drew it, and of now. Unbiased but for the cap. Only rollouts
     that became more or less likely contribute, so it varies far less than the difference of two samples; an unchanged
     student gives exactly 0.
+
+    Unbiased only where the student of then could write all that the student of now may: E_then[c now/then] is the
+    success of now over the support of then. A top-p, top-k or min-p filter moves the support. Unfiltered probabilities
+    are then those of neither student; filtered ones lose what the new filter admits and the old one forbade, a rollout
+    that no sample of then holds. No weight mends that, so the settings refuse filters beside this signal.
     """
     weights = importance_weights(then, now, WEIGHT_CAP)
     return sum(c * (weight - 1.0) for c, weight in zip(correct, weights, strict=True)) / len(weights)
