@@ -70,7 +70,9 @@ def build(
     problems = problems or problem_sets(config.data)
     loaded = replace(loaded or load_model(config.model, config.train.seed), ranks=ranks)
     weights = ReplicatedWeights(loaded.model, ranks)
-    engine = engine_for(loaded, config.sampling.engine, config.sampling.batch_size, weights.whole)
+    engine = engine_for(
+        loaded, config.sampling.engine, config.sampling.batch_size, weights.whole, config.sampling.server
+    )
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)

@@ -29,6 +29,10 @@ class ModelError(AtesdError):
     """A model or tokenizer lacks something that training needs."""
 
 
+class EngineError(AtesdError):
+    """A rollout server is not there, fails, answers nonsense, or does not have the student's weights."""
+
+
 class RunError(AtesdError):
     """A run folder is locked, foreign, or not in the state a command expects."""
 

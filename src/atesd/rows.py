@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 
 class Estimate(TypedDict):
@@ -57,6 +57,7 @@ class MetricsRow(TypedDict):
     learning_rate: float
     skipped: str | None
     seconds: Mapping[str, float]
+    rollout_drift: NotRequired[float | None]
 
 
 class DecisionRow(TypedDict):
@@ -136,6 +137,6 @@ def revealed(rows: Sequence[MetricsRow]) -> list[float]:
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:
     """The row of an update that never came to a step: nothing measured, and why."""
-    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__)
+    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - {"rollout_drift"})
     known = {"update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
     return cast(MetricsRow, {**unknown, **known})

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, Strict, create_model, model_validator
 
@@ -439,6 +440,39 @@ _FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 """The settings that forbid tokens in `sampling`, and the values that forbid none."""
 
 
+class ServerSettings(Component):
+    """Servers that write the rollouts (docs/scale.md): vLLM, or whatever speaks its completions on token ids."""
+
+    urls: Annotated[tuple[str, ...], Strict(False)] = Field(
+        ("http://127.0.0.1:8000",), min_length=1, description="one per server; requests are spread over them"
+    )
+    folder: str | None = Field(
+        None, description="that trainer and servers share, for the weights; None: a temporary one of this machine"
+    )
+    publish: Literal["auto", "adapter", "weights"] = Field(
+        "auto", description="what the servers load after each update; auto: the adapter if there is one, else all"
+    )
+    draws: Literal["seed", "keyed"] = Field(
+        "seed", description="seed: the server's own, from a seed per request; keyed: ours, by atesd.engine.keyed_draws"
+    )
+    drift_limit: float = Field(
+        0.5, gt=0, description="nats per token between its log-probabilities and ours, above which a run stops; ours"
+    )
+    timeout: float = Field(600.0, gt=0, description="seconds for one answer")
+    retries: int = Field(3, ge=0, description="repetitions of a request that failed, on each server")
+    retry_wait: float = Field(1.0, ge=0, description="seconds before the first repetition, doubled for each other")
+
+    @model_validator(mode="after")
+    def _urls_are_bases(self) -> ServerSettings:
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+                raise ValueError(f"urls: {url!r} is no address of a server; write it as http://HOST:PORT")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"urls: one of {', '.join(self.urls)} stands twice")
+        return self
+
+
 class SamplingConfig(Component):
     """How the student writes its rollouts."""
 
@@ -448,8 +482,11 @@ class SamplingConfig(Component):
     min_p: Annotated[float, _SAMPLES] = Field(0.0, ge=0, lt=1, description="0: off")
     completion_tokens: int = Field(1024, ge=1, description="longest completion; OPSD: 1024")
     batch_size: int = Field(64, ge=1, description="rows decoded together; does not change the draws")
-    engine: Literal["auto", "builtin", "transformers"] = Field(
+    engine: Literal["auto", "builtin", "transformers", "server"] = Field(
         "auto", description="what runs the network; auto: builtin for Llama, Qwen2 and Qwen3, else transformers"
+    )
+    server: Annotated[ServerSettings, ActsWhen(lambda c: c.sampling.engine == "server", "sampling.engine: server")] = (
+        ServerSettings()
     )
 
     @property

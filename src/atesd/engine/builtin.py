@@ -37,6 +37,10 @@ class BuiltinEngine:
         open_batch = partial(_open_batch, self._loaded, network, params)
         return complete_in_batches(self._loaded, requests, self._batch_size, open_batch)
 
+    @property
+    def drift(self) -> None:
+        """None: it reads the model's own weights."""
+
     def publish(self, update: int) -> None:
         """Nothing to do: the weights are the model's own."""
 

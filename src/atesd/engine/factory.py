@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, Literal, final
+from typing import Literal, final
 
+from atesd.config import ServerSettings
 from atesd.engine.builtin import BuiltinEngine
-from atesd.engine.interface import Engine, Request, SamplingParams
+from atesd.engine.interface import Engine, Request, SamplingParams, Whole, rollout_from_json
 from atesd.engine.layers import unsupported
+from atesd.engine.server import ServerEngine
 from atesd.engine.transformers import TransformersEngine
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.records import Rollout
 
-EngineKind = Literal["auto", "builtin", "transformers"]
+EngineKind = Literal["auto", "builtin", "transformers", "server"]
 
 
-Whole = Callable[[], AbstractContextManager[None]]
-"""`Weights.whole`: inside, ranks may run the model as often as each of them likes."""
+def engine_for(
+    loaded: LoadedModel,
+    kind: EngineKind,
+    batch_size: int,
+    whole: Whole = nullcontext,
+    server: ServerSettings | None = None,
+) -> Engine:
+    """The engine of `sampling.engine`, its work shared between the ranks of the model; `server` is `sampling.server`.
 
-
-def engine_for(loaded: LoadedModel, kind: EngineKind, batch_size: int, whole: Whole = nullcontext) -> Engine:
-    """The engine of `sampling.engine`, its work shared between the ranks of the model.
-
-    `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not.
+    `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not,
+    `EngineError` if a server is not there.
     """
+    if kind == "server":
+        return ServerEngine(loaded, server or ServerSettings(), whole)
     builtin = kind == "builtin" or (kind == "auto" and unsupported(loaded.model) is None)
     engine: Engine = (BuiltinEngine if builtin else TransformersEngine)(loaded, batch_size)
     return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks, whole)
@@ -53,7 +60,12 @@ class ShardedEngine:
 
         with self._whole():
             told = self._ranks.map_sharded(requests, work)
-        return [_from_json(rollout) for rollout in told]
+        return [rollout_from_json(rollout) for rollout in told]
+
+    @property
+    def drift(self) -> float | None:
+        """See `Engine`: that of this rank's share."""
+        return self._engine.drift
 
     def publish(self, update: int) -> None:
         """Tell the engine of this rank."""
@@ -62,8 +74,3 @@ class ShardedEngine:
     def close(self) -> None:
         """Close the engine of this rank."""
         self._engine.close()
-
-
-def _from_json(rollout: dict[str, object]) -> Rollout:
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in rollout.items()}
-    return Rollout(**values)

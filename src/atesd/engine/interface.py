@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from atesd.records import Rollout
 
@@ -43,6 +44,10 @@ class SamplingParams:
     completion_tokens: int
 
 
+Whole = Callable[[], AbstractContextManager[None]]
+"""`Weights.whole`: inside, ranks may run the model as often as each of them likes."""
+
+
 class Engine(Protocol):
     """Writes completions with the student's weights.
 
@@ -59,6 +64,14 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def drift(self) -> float | None:
+        """Mean distance between an engine's log-probabilities and the trainer's own, of the last call.
+
+        In nats per token, before temperature; None for an engine that reads the trainer's own weights.
+        """
+        ...
+
     def publish(self, update: int) -> None:
         """The student has changed, and has `update` updates behind it: complete with the new weights from now on."""
         ...
@@ -66,3 +79,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give up whatever is held outside this process; a second call does nothing."""
         ...
+
+
+def rollout_from_json(values: Mapping[str, object]) -> Rollout:
+    """The inverse of `dataclasses.asdict`, after a way through JSON."""
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Rollout(**fields)

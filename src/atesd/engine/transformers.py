@@ -31,6 +31,10 @@ class TransformersEngine:
 
         return complete_in_batches(self._loaded, requests, self._batch_size, open_batch)
 
+    @property
+    def drift(self) -> None:
+        """None: it reads the model's own weights."""
+
     def publish(self, update: int) -> None:
         """Nothing to do: the weights are the model's own."""
 

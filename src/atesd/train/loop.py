@@ -71,6 +71,7 @@ class Trainer:
         c.foresight.before(update)
         with c.method.watch.phase("sample"):
             rollouts = c.sampler.rollouts(update)
+        drift = c.engine.drift
         alignment = c.foresight.look(update, rollouts, c.exposure)
         with c.method.watch.phase("sample"):
             rows = reveal(rollouts, c.exposure, update, prompts=c.prompts, foresight=c.foresight, config=c.config)
@@ -88,6 +89,8 @@ class Trainer:
         learned_from = c.exposure.observe(update, stats)
         decisions = [decision_row(finished, update, "finished") for finished in learned_from]
         row = metrics_row(update, batch, meters, stats, step, c.method.watch.seconds())
+        if drift is not None:
+            row["rollout_drift"] = drift
         return UpdateRecord(update, row, decisions, batch, meters)
 
     def _without_step(self, update: int, error: NonFiniteError) -> UpdateRecord:
