@@ -11,12 +11,12 @@ from scipy import stats
 from atesd.maths.keyed import generator
 from atesd_lab.stats.differences import (
     Needed,
-    cross_fitted,
     needed,
     paired_difference,
     sampling_noise,
     unpaired_difference,
 )
+from atesd_lab.stats.selection import best_fixed, cross_fitted
 from validation.coverage import Regime, coverage_table, draw_groups, measure, optimism, regimes
 
 
@@ -234,3 +234,9 @@ def test_intervals_cover_in_every_regime_that_users_have():
     shares = [measure(one, 1000).ours for one in regimes(0, 60)]
     assert np.mean([0.93 <= share <= 0.97 for share in shares]) >= 0.9
     assert min(shares) > 0.91
+
+
+def test_the_best_fixed_ratio_is_the_lowest_of_equals_in_whatever_order_they_come():
+    ratios = {"full": 1.0, "half": 0.5, "none": 0.0}
+    assert best_fixed(ratios, {"full": 0.6, "half": 0.6, "none": 0.5}) == "half"
+    assert best_fixed(ratios, {"full": 0.7, "half": 0.6, "none": 0.5}) == "full"

@@ -16,22 +16,23 @@ from atesd.errors import RunError
 from atesd.table import Table
 from atesd.text import MISSING, number
 from atesd_lab.paper.bench import RATIOS, Bench, Findings
-from atesd_lab.paper.claims import Claim, over_seeds
+from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import plain, styled
 from atesd_lab.report.rows import Row, RunRows
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import over_seeds
 
 LOW = "fixed-0.25"
 
 
 def report(bench: Bench) -> Findings:
     """Mean, max and argmax per ratio of the fixed rollout; the heat map; the same over all correct rollouts."""
-    (world,) = bench.worlds
-    chosen = the_rollout(bench.runs(world, "full"))
+    (world,) = bench
+    chosen = the_rollout(bench[world].runs("full"))
     seed, place = chosen
-    shown = {arm: _correct(bench.runs(world, arm)[seed])[place] for arm in RATIOS}
+    shown = {arm: _correct(bench[world].runs(arm)[seed])[place] for arm in RATIOS}
     paper = printed("one_rollout_kl")
     return Findings(
         "One rollout under several ratios: figure 4A",
@@ -84,7 +85,7 @@ def all_rollouts_table(bench: Bench, world: str) -> Table:
     """Mean over all correct rollouts of the first update of the rollout's mean, max and their ratio."""
     rows = []
     for arm, ratio in RATIOS.items():
-        some = [np.array(row["token_kl"]) for run in bench.runs(world, arm) for row in _correct(run)]
+        some = [np.array(row["token_kl"]) for run in bench[world].runs(arm) for row in _correct(run)]
         peaked = fmean(float(kl.max() / kl.mean()) for kl in some if kl.mean() > 0)
         mean, most = fmean(float(kl.mean()) for kl in some), fmean(float(kl.max()) for kl in some)
         rows.append((f"{ratio:g}", str(len(some)), number(mean), number(most), number(peaked)))
@@ -104,7 +105,7 @@ def _claim(bench: Bench, world: str, what: str, words: str) -> Claim:
         values = [np.mean(row["token_kl"]) if what == "mean" else np.max(row["token_kl"]) for row in _correct(run)]
         return float(np.mean(values)) if values else float("nan")
 
-    gaps = [of(full) - of(low) for full, low in zip(bench.runs(world, "full"), bench.runs(world, LOW), strict=True)]
+    gaps = [of(full) - of(low) for full, low in zip(bench[world].runs("full"), bench[world].runs(LOW), strict=True)]
     known = [gap for gap in gaps if np.isfinite(gap)]
     contrast = over_seeds(f"{what} at 1 - at {RATIOS[LOW]:g}", known, "nats per token")
     text = f"{world}: the {what} of a correct rollout's KL per token is larger at full exposure"

@@ -7,7 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from atesd.config import Config
 from atesd.errors import RunError
@@ -49,6 +53,36 @@ class RunRows:
         pairs = [(int(row["update"]), finite(row.get(key))) for row in self.metrics]
         kept = [(update, value) for update, value in pairs if value is not None]
         return [update for update, _ in kept], [value for _, value in kept]
+
+    def at(self, split: str, update: int) -> Row | None:
+        """The evaluation of a split after so many updates, if there is one."""
+        return next((row for row in self.evaluated(split) if row["update"] == update), None)
+
+    @property
+    def late_ratio(self) -> float | None:
+        """The late ratio of its updates."""
+        return late_ratio(self.series("reveal_ratio")[1])
+
+    @property
+    def seedless(self) -> Config:
+        """Its config with seed 0: equal for runs that differ in the seed alone."""
+        return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": 0})})
+
+
+def late_ratio(ratios: Sequence[float]) -> float | None:
+    """The mean over the last quarter of some updates' reveal ratios, of at least one; None without any."""
+    return fmean(ratios[-max(1, len(ratios) // 4) :]) if ratios else None
+
+
+def average(row: Row) -> float:
+    """Average@k of an evaluation, a share."""
+    return float(row["average"]["value"])
+
+
+def shares(rows: Sequence[Row], problems: Sequence[str] | None = None) -> NDArray[np.float64]:
+    """Shares correct [rows, problems] of evaluations; without `problems` those of the first row, by name."""
+    names = sorted(rows[0]["correct_counts"]) if problems is None else problems
+    return np.array([[row["correct_counts"][name] / row["samples"] for name in names] for row in rows])
 
 
 def read_run(path: Path, name: str | None = None) -> RunRows:
