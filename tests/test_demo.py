@@ -18,7 +18,7 @@ from atesd_lab.report.arms import Arms
 from atesd_lab.report.groups import RunGroup
 from atesd_lab.report.rows import RunRows
 from atesd_lab.studies import demo
-from atesd_lab.studies.demo import ARMS, Arm, best_fixed, curve, demo_text, job_of, run_demo
+from atesd_lab.studies.demo import ARMS, Arm, demo_text, job_of, run_demo
 from atesd_lab.studies.demo_figure import draw_demo
 from atesd_lab.sweep import jobs
 from fake_run import fake_config, write_fake_run
@@ -78,7 +78,7 @@ def test_every_arm_differs_from_its_recipe_in_the_exposure_alone(arm: Arm):
 def test_the_best_fixed_ratio_is_picked_on_validation_and_not_on_test():
     validation = {"0.25": 0.5, "0.5": 0.8, "0.75": 0.6}
     test = {"0.25": 0.9, "0.5": 0.3, "0.75": 0.9}
-    assert best_fixed(world("leaps", test, validation)) == "0.5"
+    assert "30.0 [25, 35] at 0.5" in demo_text([world("leaps", test, validation)])
 
 
 def test_the_late_ratio_is_the_mean_of_the_last_quarter():
@@ -99,7 +99,7 @@ def test_the_table_holds_both_worlds_with_intervals_and_says_what_the_leap_world
 def test_the_figure_is_written_the_same_twice(tmp_path: Path):
     files = []
     for _ in range(2):
-        draw_demo(list(map(curve, worlds())), tmp_path)
+        draw_demo(worlds(), tmp_path)
         files.append([(tmp_path / name).read_bytes() for name in ("demo.svg", "demo.png")])
     assert files[0] == files[1]
     assert b"reveal ratio" in files[0][0]

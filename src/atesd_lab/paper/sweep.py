@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from operator import attrgetter
 from statistics import fmean
 
 import numpy as np
@@ -18,16 +19,16 @@ from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import colour, dash, styled
 from atesd_lab.report.rows import RunRows, average, natural, shares
 from atesd_lab.stats.contrast import Contrast, over_seeds
+from atesd_lab.stats.mismatch import Mismatch, mismatch
 from atesd_lab.stats.selection import best_fixed
 
 ARMS = tuple(RATIOS)
-TAIL = 0.95
 CLASSES = ("easy", "medium", "hard")
-MEASURES: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "mean": lambda kl: float(np.mean(kl)),
-    "p95": lambda kl: float(np.quantile(kl, TAIL)),
-    "p99": lambda kl: float(np.quantile(kl, 0.99)),
-    "tail mean": lambda kl: float(np.mean(np.sort(kl)[int(TAIL * len(kl)) :])),
+MEASURES: Mapping[str, Callable[[Mismatch], float]] = {
+    "mean": attrgetter("mean"),
+    "p95": attrgetter("p95"),
+    "p99": attrgetter("p99"),
+    "tail mean": attrgetter("tail_mean"),
 }
 
 
@@ -94,7 +95,7 @@ def mismatch_table(bench: Bench) -> Table:
         for arm, ratio in RATIOS.items():
             cells = [world, f"{ratio:g}"]
             for update in (updates[0], updates[-1]):
-                by_seed = [token_kl(run, update) for run in bench[world].runs(arm)]
+                by_seed = [mismatch(token_kl(run, update)) for run in bench[world].runs(arm)]
                 cells += [number(fmean(map(measure, by_seed))) for measure in MEASURES.values()]
                 cells.append(percent(fmean(_disagreement(run, update) for run in bench[world].runs(arm))))
             rows.append(tuple(cells))
@@ -210,7 +211,7 @@ def _draw_mismatch(bench: Bench, world: str) -> Figure:
     for axes, update, when in ((early, updates[0], "start"), (late, updates[-1], f"update {updates[-1]}")):
         for index, (name, measure) in enumerate(MEASURES.items()):
             by_seed = [
-                [measure(token_kl(bench[world].runs(arm)[seed], update)) for arm in ARMS]
+                [measure(mismatch(token_kl(bench[world].runs(arm)[seed], update))) for arm in ARMS]
                 for seed in range(len(bench[world].seeds))
             ]
             draw_seeds(axes, list(RATIOS.values()), by_seed, index, name)

@@ -15,11 +15,10 @@ from atesd.runs import write_atomic
 from atesd.table import Table, render_text
 from atesd.text import duration, percent_interval
 from atesd_lab.report.arms import Arms
-from atesd_lab.report.groups import RunGroup, group_of
+from atesd_lab.report.groups import group_of
 from atesd_lab.report.page import write_report
-from atesd_lab.report.rows import average
 from atesd_lab.report.tables import paired_points
-from atesd_lab.studies.demo_figure import Curve, Point, draw_demo
+from atesd_lab.studies.demo_figure import LEARNED, draw_demo
 from atesd_lab.sweep.jobs import Job, Say, train_all
 
 PROCESSES = 2
@@ -53,7 +52,7 @@ class Arm:
         return kinds.get(self.ratio, ["exposure.kind=fixed", f"exposure.reveal_ratio={self.ratio}"])
 
 
-ARMS = tuple(Arm(world, ratio) for world in WORLDS for ratio in ("1", "learned", *(f"{r:g}" for r in FIXED)))
+ARMS = tuple(Arm(world, ratio) for world in WORLDS for ratio in ("1", LEARNED, *(f"{r:g}" for r in FIXED)))
 
 
 def run_demo(out: Path, say: Say, overrides: Sequence[str] = ()) -> str:
@@ -63,8 +62,11 @@ def run_demo(out: Path, say: Say, overrides: Sequence[str] = ()) -> str:
     """
     started = time.monotonic()
     train_all([job_of(arm, out, overrides) for arm in ARMS], PROCESSES, say)
-    worlds = [Arms(world, {arm.ratio: read_arm(arm, out) for arm in ARMS if arm.world == world}) for world in WORLDS]
-    draw_demo(list(map(curve, worlds)), out)
+    worlds = [
+        Arms(world, {arm.ratio: group_of(arm.ratio, [out / arm.name]) for arm in ARMS if arm.world == world})
+        for world in WORLDS
+    ]
+    draw_demo(worlds, out)
     page = write_report([out / arm.name for arm in ARMS], out / "report.html")
     text = demo_text(worlds)
     write_atomic(out / "table.txt", text.encode())
@@ -78,23 +80,18 @@ def job_of(arm: Arm, out: Path, overrides: Sequence[str] = ()) -> Job:
     return Job(recipe, (*arm.overrides, *shared_overrides(recipe, overrides, arm.overrides)), out / arm.name)
 
 
-def read_arm(arm: Arm, out: Path) -> RunGroup:
-    """The finished run of an arm, as a group of one seed."""
-    return group_of(arm.ratio, [out / arm.name])
-
-
 def demo_text(worlds: Sequence[Arms]) -> str:
     """The table base, OPSD, best fixed, ATESD for each world, and the differences that matter."""
     rows, gains = [], []
     for arms in worlds:
-        best = best_fixed(arms)
-        tested = [arms.base_test()[0], *(arms.last_test(arm)[0] for arm in ("1", best, "learned"))]
+        best = arms.best_fixed({f"{ratio:g}": ratio for ratio in FIXED})
+        tested = [arms.base_test()[0], *(arms.last_test(arm)[0] for arm in ("1", best, LEARNED))]
         base, full, fixed, learned = (percent_interval(row["average"]) for row in tested)
-        (late,) = arms.late_ratios("learned")
+        (late,) = arms.late_ratios(LEARNED)
         rows.append((arms.name, base, full, f"{fixed} at {best}", learned, f"{late:.2f}"))
         pairs = ((0, 1), (1, 2), (1, 3), (2, 3))
         gains.append((arms.name, *(paired_points(tested[old], tested[new]) for old, new in pairs)))
-    k = worlds[0].last_test("learned")[0]["samples"]
+    k = worlds[0].last_test(LEARNED)[0]["samples"]
     columns = ("world", "base", "OPSD", "best fixed ratio", "ATESD", "its late ratio")
     differences = ("world", "OPSD - base", "best fixed - OPSD", "ATESD - OPSD", "ATESD - best fixed")
     return (
@@ -102,21 +99,3 @@ def demo_text(worlds: Sequence[Arms]) -> str:
         + "\n"
         + render_text(Table("Differences in points, paired by problem", differences, tuple(gains), NOTES))
     )
-
-
-def curve(arms: Arms) -> Curve:
-    """What the figure shows of a world."""
-    (late,), (run,) = arms.late_ratios("learned"), arms.runs("learned")
-    fixed = sorted((float(arm), arm) for arm in arms.groups if arm != "learned")
-    return Curve(
-        world=arms.name,
-        base=average(arms.base_test()[0]),
-        fixed=tuple(Point(ratio, **arms.last_test(arm)[0]["average"]) for ratio, arm in fixed),
-        learned=Point(late, **arms.last_test("learned")[0]["average"]),
-        learned_ratios=tuple(run.series("reveal_ratio")[1]),
-    )
-
-
-def best_fixed(arms: Arms) -> str:
-    """The best of the fixed ratios below 1."""
-    return arms.best_fixed({f"{ratio:g}": ratio for ratio in FIXED})
