@@ -29,7 +29,7 @@ from atesd.table import Table
 from atesd.text import MISSING, duration, percent, percent_interval
 from atesd_lab.paper.aligned_figure import draw_main, draw_worlds
 from atesd_lab.paper.aligned_measure import BEST_FIXED, GRPO, ArmResult, TimedGap, WorldResult, measure, paces_of
-from atesd_lab.report.honest import markdown
+from atesd_lab.report.honest import capital, markdown
 from atesd_lab.sweep.pivot import SweptTable, commits_of, machine_of, read_cells, read_tables
 
 WORLDS = {
@@ -126,7 +126,7 @@ def verdict_lines(worlds: Sequence[WorldResult]) -> list[str]:
             number = f" ({one.gap.contrast.in_points})" if one.gap else f" ({one.detail})"
             answers.setdefault(one.question, {}).setdefault(one.answer, []).append(_name(world.world) + number)
     return [
-        f"{_capital(question)}: {'; '.join(f'{answer} in ' + ', '.join(some) for answer, some in by_answer.items())}."
+        f"{capital(question)}: {'; '.join(f'{answer} in ' + ', '.join(some) for answer, some in by_answer.items())}."
         for question, by_answer in answers.items()
     ]
 
@@ -227,10 +227,6 @@ def _flat(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         found |= {end: value[end] for end in ("value", "low", "high")} if name == "contrast" else {name: value}
     return found
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _ends(low: float, high: float) -> str:

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from atesd_lab.paper.bench import Bench
 from atesd_lab.report.canvas import colour, dash, plain, save_figure, styled
+from atesd_lab.report.rows import average
 from atesd_lab.report.svg import INK
 from atesd_lab.stats.contrast import Contrast
 
@@ -28,10 +29,10 @@ def panels(count: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure,
 @styled
 def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str], paper: dict[str, float]) -> Figure:
     """Accuracy of each arm: a dot for every seed, a bar at their mean, a star for the paper's number if it has one."""
-    shown = [[arm for arm in arms if arm in list(bench[world].groups)] for world in worlds]
+    shown = [[arm for arm in arms if arm in bench[world].groups] for world in worlds]
     figure, all_axes = panels(len(worlds), height=1.3 + 0.3 * max(map(len, shown)))
     for axes, world, some in zip(all_axes, worlds, shown, strict=True):
-        base = 100 * np.mean([row["average"]["value"] for row in bench[world].base_test()])
+        base = 100 * float(np.mean(list(map(average, bench[world].base_test()))))
         axes.axvline(base, color=INK, linestyle=":", linewidth=1)
         for place, arm in enumerate(some):
             values = 100 * np.array(bench[world].accuracies(arm))

@@ -10,6 +10,7 @@ from statistics import fmean
 import numpy as np
 from matplotlib.figure import Figure
 
+from atesd.errors import RunError
 from atesd.table import Table
 from atesd.text import MISSING, number, percent
 from atesd_lab.paper.bench import RATIOS, Bench, Findings
@@ -78,8 +79,8 @@ def optimum_table(bench: Bench) -> Table:
 
 
 def token_kl(run: RunRows, update: int) -> list[float]:
-    """KL of every logged token of an update's rollouts."""
-    return [kl for row in run.samples if row["update"] == update for kl in row["token_kl"]]
+    """KL of every logged token of an update's rollouts, those aside at which it was not finite."""
+    return [kl for row in run.samples if row["update"] == update for kl in row["token_kl"] if kl is not None]
 
 
 def logged_updates(bench: Bench, world: str) -> list[int]:
@@ -106,7 +107,10 @@ def mismatch_table(bench: Bench) -> Table:
 
 
 def _disagreement(run: RunRows, update: int) -> float:
-    return float(next(row["top1_disagreement"] for row in run.metrics if row["update"] == update))
+    measured = dict(zip(*run.series("top1_disagreement"), strict=True))
+    if update not in measured:
+        raise RunError(f"{run.name}: update {update} was skipped, so that its disagreement is unknown; train it anew")
+    return measured[update]
 
 
 def difficulty_classes(bench: Bench, world: str) -> dict[str, list[str]]:

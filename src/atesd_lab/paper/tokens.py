@@ -13,6 +13,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from atesd.errors import RunError
+from atesd.rows import SampleRow
 from atesd.table import Table
 from atesd.text import MISSING, number
 from atesd_lab.paper.bench import RATIOS, Bench, Findings
@@ -20,7 +21,7 @@ from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import plain, styled
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
 from atesd_lab.stats.contrast import over_seeds
 
@@ -63,7 +64,7 @@ def the_rollout(runs: Sequence[RunRows]) -> tuple[int, int]:
     return seed, place
 
 
-def rollout_table(shown: dict[str, Row]) -> Table:
+def rollout_table(shown: dict[str, SampleRow]) -> Table:
     """Per ratio: mean, max, and the token at which the KL is largest."""
     paper = {"full": printed("one_rollout_kl", "ratio_1.0"), LOW: printed("one_rollout_kl", "ratio_0.3")}
     rows = []
@@ -93,7 +94,7 @@ def all_rollouts_table(bench: Bench, world: str) -> Table:
     return Table(f"{world}: KL per token of every correct rollout of the first update, nats", columns, tuple(rows))
 
 
-def _correct(run: RunRows) -> list[Row]:
+def _correct(run: RunRows) -> list[SampleRow]:
     first = min(int(row["update"]) for row in run.samples)
     return [row for row in run.samples if row["update"] == first and row["verdict"] == "correct"]
 
@@ -102,7 +103,8 @@ def _claim(bench: Bench, world: str, what: str, words: str) -> Claim:
     """The mean (or max) of the KL over a correct rollout is larger at full exposure than at the low ratio."""
 
     def of(run: RunRows) -> float:
-        values = [np.mean(row["token_kl"]) if what == "mean" else np.max(row["token_kl"]) for row in _correct(run)]
+        each = [np.array(row["token_kl"], dtype=float) for row in _correct(run)]
+        values = [kl.mean() if what == "mean" else kl.max() for kl in each]
         return float(np.mean(values)) if values else float("nan")
 
     gaps = [of(full) - of(low) for full, low in zip(bench[world].runs("full"), bench[world].runs(LOW), strict=True)]
@@ -113,7 +115,7 @@ def _claim(bench: Bench, world: str, what: str, words: str) -> Claim:
 
 
 @styled
-def _draw_heat(shown: dict[str, Row]) -> Figure:
+def _draw_heat(shown: dict[str, SampleRow]) -> Figure:
     tokens = [plain(token.strip()) for token in next(iter(shown.values()))["tokens"]]
     kl = np.array([row["token_kl"] for row in shown.values()])
     figure, (axes,) = panels(1, width=max(5.0, 1.6 + 0.34 * len(tokens)), height=0.42 * len(shown) + 1.7)

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atesd.errors import RunError
+from atesd.rows import EvaluationRow
 from atesd.table import Table
 from atesd.text import MISSING, percent
 from atesd_lab.report.groups import RunGroup, common_pair, shares_at
 from atesd_lab.report.honest import compare_groups, results_table
-from atesd_lab.report.rows import Row, RunRows, average
+from atesd_lab.report.rows import RunRows, average
 from atesd_lab.stats.contrast import Contrast, paired
 from atesd_lab.stats.selection import best_fixed
 
@@ -39,11 +40,11 @@ class Arms:
         """The runs of an arm, one per seed."""
         return self.groups[arm].runs
 
-    def last_test(self, arm: str) -> list[Row]:
+    def last_test(self, arm: str) -> list[EvaluationRow]:
         """The evaluation of each seed on test after the last update."""
         return [run.evaluated("test")[-1] for run in self.runs(arm)]
 
-    def base_test(self) -> list[Row]:
+    def base_test(self) -> list[EvaluationRow]:
         """The evaluation of each seed on test before the first update: the same for all arms."""
         return [run.evaluated("test")[0] for run in self.runs(next(iter(self.groups)))]
 

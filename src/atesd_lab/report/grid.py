@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from atesd.errors import RunError
-from atesd.rows import Estimate
+from atesd.rows import Estimate, EvaluationRow
 from atesd.text import MISSING
 from atesd_lab.report.groups import RunGroup, common_pair, fixed_last, grouped
 from atesd_lab.report.honest import Comparison, compare_last, short_verdict
-from atesd_lab.report.rows import Row, RunRows, average
+from atesd_lab.report.rows import RunRows, average
 from atesd_lab.stats.differences import mean_share
 
 FINISHED = "finished"
@@ -119,7 +119,7 @@ def score_table(table: GridTable, baseline: str | None = None) -> ScoredTable:
     )
 
 
-def end_row(run: RunRows, split: str) -> Row | None:
+def end_row(run: RunRows, split: str) -> EvaluationRow | None:
     """The evaluation of a split after the last planned update."""
     row = run.at(split, run.config.train.num_updates)
     return row if row is not None and row.get("correct_counts") else None

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from atesd.config import dump_config
 from atesd.errors import RunError
-from atesd_lab.report.rows import Row, RunRows, read_runs, shares
+from atesd.rows import EvaluationRow
+from atesd_lab.report.rows import RunRows, read_runs, shares
 from atesd_lab.stats.selection import biased_peaks, cross_fitted, fair_peaks, halves_of
 
 Floats = NDArray[np.float64]
@@ -239,12 +240,12 @@ def _samples(groups: Sequence[RunGroup], split: str, updates: Mapping[str, Seque
     return found
 
 
-def _found(run: RunRows, split: str, update: int) -> Row:
+def _found(run: RunRows, split: str, update: int) -> EvaluationRow:
     row = run.at(split, update)
     if row is None or not row.get("correct_counts"):
         raise RunError(f"{run.name}: no evaluation of {split} with correct_counts after update {update}")
     return row
 
 
-def _sampler(row: Row) -> dict[str, float | int]:
+def _sampler(row: EvaluationRow) -> dict[str, float | int]:
     return {key: value for key, value in row["sampler"].items() if key != "seed"}

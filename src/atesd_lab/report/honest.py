@@ -122,7 +122,7 @@ def comparison_table(report: Report) -> Table:
         "verdict",
     )
     title = f"Average@k in %: {report.candidate} against {report.baseline}"
-    verdicts = [f"{_capital(one.rule)}: {one.verdict}" for one in report.comparisons if one.honest]
+    verdicts = [f"{capital(one.rule)}: {one.verdict}" for one in report.comparisons if one.honest]
     return Table(title, columns, rows, (*verdicts, *report.notes))
 
 
@@ -239,7 +239,8 @@ def _ways(one: Needed, seeds: int, problems: int, samples: int) -> str:
     return " or ".join(ways) or "more problems and more seeds together"
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """The text with a capital at its beginning."""
     return text[:1].upper() + text[1:]
 
 

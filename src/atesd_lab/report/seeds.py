@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atesd.config import dump_config, method_name
+from atesd.rows import EvaluationRow
 from atesd.table import Table
 from atesd.text import percent_interval
-from atesd_lab.report.rows import Row, RunRows, shares
+from atesd_lab.report.rows import RunRows, shares
 from atesd_lab.stats.contrast import paired
 from atesd_lab.stats.differences import mean_share
 
@@ -59,7 +60,7 @@ def _group(runs: Sequence[RunRows], split: str) -> SeedGroup | None:
     common = set.intersection(*map(set, by_update))
     if len(runs) < 2 or not common:
         return None
-    rows: list[Row] = [evaluations[max(common)] for evaluations in by_update]
+    rows: list[EvaluationRow] = [evaluations[max(common)] for evaluations in by_update]
     problems = tuple(sorted(set.intersection(*(set(row.get("correct_counts") or {}) for row in rows))))
     if len(problems) < 2:
         return None

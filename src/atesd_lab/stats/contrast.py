@@ -77,8 +77,14 @@ def paired(name: str, baseline: ArrayLike, candidate: ArrayLike) -> Contrast:
 
 def over_seeds(name: str, values: Sequence[float], unit: str) -> Contrast:
     """The mean of one number per seed with Student's 95 % interval; unbounded for a single seed."""
-    mean, count = float(np.mean(values)), len(values)
+    return Contrast(name, float(np.mean(values)), *students_interval(values), unit)
+
+
+def students_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of independent values; unbounded for a single one."""
+    sample = np.asarray(values, dtype=np.float64)
+    mean, count = float(sample.mean()), len(sample)
     if count < 2:
-        return Contrast(name, mean, -math.inf, math.inf, unit)
-    reach = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-    return Contrast(name, mean, mean - reach, mean + reach, unit)
+        return -math.inf, math.inf
+    reach = float(t.ppf((1 + level) / 2, count - 1) * sample.std(ddof=1) / math.sqrt(count))
+    return mean - reach, mean + reach

@@ -11,13 +11,13 @@ from typing import Any
 from filelock import FileLock
 
 from atesd.errors import RunError
-from atesd.rows import revealed
+from atesd.rows import EvaluationRow, revealed
 from atesd.runs import RunFolder, write_atomic
 from atesd.table import Table, render_text
 from atesd.text import MISSING, percent
 from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import results_table
-from atesd_lab.report.rows import Row, late_ratio
+from atesd_lab.report.rows import late_ratio
 from atesd_lab.sweep.plan import Cell, stages
 
 NOTES = (
@@ -110,7 +110,7 @@ def scores(folder: Path) -> dict[str, float | None]:
     }
 
 
-def _by_update(rows: Sequence[Row], split: str) -> dict[int, float]:
+def _by_update(rows: Sequence[EvaluationRow], split: str) -> dict[int, float]:
     """The first evaluation at each update: later ones, with other samples, were asked for by hand."""
     found: dict[int, float] = {}
     for row in rows:
