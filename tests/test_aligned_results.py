@@ -17,6 +17,7 @@ from atesd.errors import RunError
 from atesd.runs import RunFolder, new_manifest
 from atesd_lab.paper.aligned_measure import Gap, Scored, WorldResult, measure, paces_of
 from atesd_lab.paper.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
+from atesd_lab.report.arms import Arms
 from atesd_lab.stats.contrast import Contrast
 from atesd_lab.stats.differences import mean_share, paired_difference
 from atesd_lab.sweep.grid import write_index
@@ -275,6 +276,28 @@ def test_arms_without_a_common_seed_are_not_compared(copy: Path):
         shutil.rmtree(copy / f"leaps-half-{'aabb'[seed]}-{arm}-seed-{seed}")
     details = {one.question: one.detail for one in result_of(copy).verdicts}
     assert details["gate, against GRPO at equal rollouts"] == "gate and grpo have no finished runs of one seed"
+
+
+def test_fixed_ratios_without_a_common_seed_have_no_best_and_that_is_said(copy: Path):
+    for seed, arm in ((0, "full"), (1, "full"), (2, "fixed-0.25"), (3, "fixed-0.25")):
+        shutil.rmtree(copy / f"leaps-half-{'aabb'[seed]}-{arm}-seed-{seed}")
+    found = result_of(copy)
+    assert found.best_fixed is None
+    details = {one.question: (one.answer, one.detail) for one in found.verdicts}
+    assert details["gate, against the best fixed ratio"] == (
+        "not answered",
+        "the fixed ratios have no seed in common",
+    )
+    with pytest.raises(RunError, match="leaps-half: the fixed ratios have no seed in common"):
+        Arms("leaps-half", table_of(copy, "leaps-half").groups).best_fixed({"full": 1.0, "fixed-0.25": 0.25})
+
+
+def test_a_margin_is_not_reached_where_no_noise_was_seen(tmp_path: Path):
+    # Every answer of the gate is right and every other wrong: differences of 100 points, intervals without width.
+    sweep = write_sweep(tmp_path / "s", ONE_WORLD, scored=lambda arm, _split, _update: float(arm == "gate"))
+    found = result_of(sweep)
+    one = next(one for one in found.verdicts if "at least 15 points" in one.question)
+    assert one.answer == "measured yes, not beyond doubt"
 
 
 def test_runs_of_two_commits_or_machines_are_said(copy: Path):

@@ -268,6 +268,18 @@ def test_no_correct_rollout_is_an_error_that_names_the_setting(scale: Scale, tmp
         tokens.report(read_bench(cells, scale.wanted(["tokens"])))
 
 
+def test_a_mismatch_at_a_skipped_update_is_an_error_that_names_the_run(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
+    for cell in cells:
+        write_cell(cell)
+    path = cells[0].job.folder
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows[10]["top1_disagreement"] = None
+    overwrite_rows(path, "metrics", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(RunError, match=rf"{path.name}: update 10 was skipped"):
+        sweep.mismatch_table(read_bench(cells, scale.wanted(["tokens"])))
+
+
 def test_an_experiment_is_trained_and_written_end_to_end(scale: Scale, tmp_path: Path):
     cells = cells_for(scale, ["granularity"], tmp_path, TINY, seeds=1)
     text, whole = run_experiments(scale, ["granularity"], cells, 1, tmp_path)

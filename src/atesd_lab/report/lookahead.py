@@ -15,8 +15,8 @@ from atesd_lab.report.canvas import PALETTE, SMOOTH_FROM, Chart, empty_panel, fi
 from atesd_lab.report.figures import MAX_COLUMNS, Panel, last_update
 from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import NORMAL_95
 
-NORMAL_95 = 1.96  # standard errors to each side of a 95 % interval
 MAP_ROWS = 120
 
 GATE = (

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,8 +62,9 @@ class RunRows:
 
     @property
     def late_ratio(self) -> float | None:
-        """The late ratio of its updates."""
-        return late_ratio(self.series("reveal_ratio")[1])
+        """The mean reveal ratio over the last quarter of its updates; None where none revealed anything."""
+        ratios = self.series("reveal_ratio")[1]
+        return late_mean(ratios) if ratios else None
 
     @property
     def seedless(self) -> Config:
@@ -72,9 +72,10 @@ class RunRows:
         return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": 0})})
 
 
-def late_ratio(ratios: Sequence[float]) -> float | None:
-    """The mean over the last quarter of some updates' reveal ratios, of at least one; None without any."""
-    return fmean(ratios[-max(1, len(ratios) // 4) :]) if ratios else None
+def late_mean(ratios: Sequence[float]) -> float:
+    """The mean over the last quarter of some reveal ratios, of at least one."""
+    late = ratios[-max(1, len(ratios) // 4) :]
+    return sum(late) / len(late)
 
 
 def average(row: EvaluationRow) -> float:

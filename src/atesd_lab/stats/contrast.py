@@ -16,6 +16,8 @@ from atesd_lab.stats.differences import Difference, paired_difference
 
 Verdict = Literal["above", "below", "not distinguishable"]
 POINTS = "points"
+NORMAL_95 = 1.96
+"""Standard errors to each side of a 95 % interval of a mean of many."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from atesd.table import Table, render_text
 from atesd.text import MISSING, percent
 from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import results_table
-from atesd_lab.report.rows import late_ratio
+from atesd_lab.report.rows import late_mean
 from atesd_lab.sweep.plan import Cell, stages
 
 NOTES = (
@@ -99,6 +99,7 @@ def scores(folder: Path) -> dict[str, float | None]:
     run = RunFolder.open(folder)
     rows = run.rows("evaluations")
     test, validation = (_by_update(rows, split) for split in ("test", "validation"))
+    ratios = revealed(run.rows("metrics"))
     best = max(validation, key=lambda update: (validation[update], -update), default=None)
     return {
         "base": test[min(test)] if test else None,
@@ -106,7 +107,7 @@ def scores(folder: Path) -> dict[str, float | None]:
         "best": validation[best] if best is not None else None,
         "best_update": best,
         "test": test[max(test)] if test else None,
-        "late_ratio": late_ratio(revealed(run.rows("metrics"))),
+        "late_ratio": late_mean(ratios) if ratios else None,
     }
 
 
