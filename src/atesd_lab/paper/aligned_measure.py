@@ -1,6 +1,6 @@
 """What the arms of `atesd sweep aligned` came to in one world: scores, paired gaps, equal time, verdicts by interval.
 
-All intervals are 95 % over seeds and problems, by `maths.differences`. Where the seeds stand on several starting
+All intervals are 95 % over seeds and problems, by `stats.differences`. Where the seeds stand on several starting
 checkpoints, each gap has a second interval in which a checkpoint counts once, so that it covers a new checkpoint too:
 wide with three, and the stricter reading.
 """
