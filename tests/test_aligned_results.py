@@ -15,8 +15,10 @@ from scipy import stats
 
 from atesd.errors import RunError
 from atesd.runs import RunFolder, new_manifest
-from atesd_lab.paper.aligned_measure import Estimate, Gap, Scored, WorldResult, measure, paces_of
+from atesd_lab.paper.aligned_measure import Gap, Scored, WorldResult, measure, paces_of
 from atesd_lab.paper.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
+from atesd_lab.report.arms import Arms
+from atesd_lab.stats.contrast import Contrast
 from atesd_lab.stats.differences import mean_share, paired_difference
 from atesd_lab.sweep.grid import write_index
 from atesd_lab.sweep.pivot import SweptTable, read_cells, read_tables
@@ -124,13 +126,15 @@ def test_accuracies_and_gaps_are_those_of_the_raw_files(swept: Path, leaps: Worl
     rivals = {"full": "full", "best fixed": "fixed-0.75", "grpo": "grpo"}
     for one in leaps.arms:
         mine = raw(swept, one.arm, "test", UPDATES)
-        assert one.last.value == pytest.approx(mine.sum() / mine.size)
+        assert one.last["value"] == pytest.approx(mine.sum() / mine.size)
         assert one.base == pytest.approx(raw(swept, one.arm, "test", 0).mean())
         assert set(one.gaps) == {name for name, rival in rivals.items() if rival != one.arm}
         for name, gap in one.gaps.items():
             theirs = raw(swept, rivals[name], "test", UPDATES)
             found = paired_difference(theirs, mine)
-            assert (gap.value, gap.low, gap.high) == pytest.approx((float(found.value), found.low, found.high))
+            assert (gap.contrast.value, gap.contrast.low, gap.contrast.high) == pytest.approx(
+                (float(found.value), found.low, found.high)
+            )
             assert gap.seeds == (0, 1, 2, 3)
 
 
@@ -147,10 +151,10 @@ def test_the_interval_of_an_accuracy_covers_seeds_and_problems(swept: Path, leap
     error = np.sqrt((max(ms_seeds, floor) + max(0, ms_problems - ms_rest)) / (s * p))
     gate = leaps.arm("gate")
     assert gate is not None
-    half = gate.last.value - gate.last.low
+    half = gate.last["value"] - gate.last["low"]
     assert stats.t.ppf(0.975, p + s) * error <= half <= stats.t.ppf(0.975, s - 1) * error * (1 + 1e-9)
-    assert gate.last.value == pytest.approx(grand)
-    assert gate.last.high == pytest.approx(min(1, grand + half))
+    assert gate.last["value"] == pytest.approx(grand)
+    assert gate.last["high"] == pytest.approx(min(1, grand + half))
 
 
 def test_the_interval_of_an_accuracy_ends_where_a_share_does():
@@ -159,7 +163,7 @@ def test_the_interval_of_an_accuracy_ends_where_a_share_does():
     shares[0, :4] = 0
     found = paired_difference(np.zeros_like(shares), shares)
     assert found.high > 1
-    assert mean_share(shares) == (float(found.value), float(found.low), 1.0)
+    assert mean_share(shares) == {"value": found.value, "low": found.low, "high": 1.0}
 
 
 def test_a_checkpoint_counts_once_in_the_stricter_interval(swept: Path, leaps: WorldResult):
@@ -181,7 +185,7 @@ def test_the_best_fixed_ratio_is_chosen_on_validation_and_not_on_what_it_is_comp
     best, other = found.arm("best fixed"), found.arm("fixed-0.75")
     assert best is not None
     assert other is not None
-    assert best.last.value < other.last.value
+    assert best.last["value"] < other.last["value"]
 
 
 def test_an_arm_is_a_fixed_ratio_if_nothing_but_its_exposure_differs(leaps: WorldResult):
@@ -205,13 +209,13 @@ def test_at_equal_time_the_slower_arm_is_stopped_between_two_evaluations(swept: 
     gate = leaps.arm("gate")
     assert gate is not None
     assert gate.pace is not None
-    assert gate.pace.value == pytest.approx(2.0)  # 0.2 s against 0.1 s; evaluations do not count
+    assert gate.pace["value"] == pytest.approx(2.0)  # 0.2 s against 0.1 s; evaluations do not count
     timed = gate.timed["grpo"]
     # grpo: 20 updates of 0.15 s are 15 of 0.2 s: half way between the gate's evaluations at 10 and 20.
     assert (timed.baseline_updates, timed.candidate_updates) == pytest.approx((20, 15))
     ours = (raw(swept, "gate", "validation", 10) + raw(swept, "gate", "validation", 20)) / 2
     found = paired_difference(raw(swept, "grpo", "validation", 20), ours)
-    assert (timed.gap.value, timed.gap.low) == pytest.approx((float(found.value), float(found.low)))
+    assert (timed.gap.contrast.value, timed.gap.contrast.low) == pytest.approx((float(found.value), float(found.low)))
     back = leaps.arm("full").timed["grpo"]
     assert (back.baseline_updates, back.candidate_updates) == pytest.approx((20 * 2 / 3, 20))
 
@@ -250,7 +254,7 @@ def test_an_arm_without_a_seed_is_named_and_compared_on_the_seeds_that_it_has(co
     assert gate is not None
     assert gate.seeds == (0, 2)
     differences = (raw(copy, "full", "test", 20) - 0)[[0, 2]].mean()
-    assert gate.gaps["full"].value == pytest.approx(gate.last.value - differences)
+    assert gate.gaps["full"].contrast.value == pytest.approx(gate.last["value"] - differences)
     text = page([found], [], "full")
     assert "| gate | 2 of 4 |" in text
     lost = "leaps-half-a-gate-seed-1 (running), leaps-half-b-gate-seed-3 (not begun)"
@@ -272,6 +276,28 @@ def test_arms_without_a_common_seed_are_not_compared(copy: Path):
         shutil.rmtree(copy / f"leaps-half-{'aabb'[seed]}-{arm}-seed-{seed}")
     details = {one.question: one.detail for one in result_of(copy).verdicts}
     assert details["gate, against GRPO at equal rollouts"] == "gate and grpo have no finished runs of one seed"
+
+
+def test_fixed_ratios_without_a_common_seed_have_no_best_and_that_is_said(copy: Path):
+    for seed, arm in ((0, "full"), (1, "full"), (2, "fixed-0.25"), (3, "fixed-0.25")):
+        shutil.rmtree(copy / f"leaps-half-{'aabb'[seed]}-{arm}-seed-{seed}")
+    found = result_of(copy)
+    assert found.best_fixed is None
+    details = {one.question: (one.answer, one.detail) for one in found.verdicts}
+    assert details["gate, against the best fixed ratio"] == (
+        "not answered",
+        "the fixed ratios have no seed in common",
+    )
+    with pytest.raises(RunError, match="leaps-half: the fixed ratios have no seed in common"):
+        Arms("leaps-half", table_of(copy, "leaps-half").groups).best_fixed({"full": 1.0, "fixed-0.25": 0.25})
+
+
+def test_a_margin_is_not_reached_where_no_noise_was_seen(tmp_path: Path):
+    # Every answer of the gate is right and every other wrong: differences of 100 points, intervals without width.
+    sweep = write_sweep(tmp_path / "s", ONE_WORLD, scored=lambda arm, _split, _update: float(arm == "gate"))
+    found = result_of(sweep)
+    one = next(one for one in found.verdicts if "at least 15 points" in one.question)
+    assert one.answer == "measured yes, not beyond doubt"
 
 
 def test_runs_of_two_commits_or_machines_are_said(copy: Path):
@@ -331,7 +357,8 @@ def test_a_baseline_that_is_no_finished_full_exposure_is_refused(swept: Path):
     ],
 )
 def test_the_word_is_read_from_the_interval(low: float, high: float, seeds: int, word: str):
-    assert Gap((low + high) / 2, low, high, tuple(range(seeds)), {}, None).word == word
+    contrast = Contrast("a - b", (low + high) / 2, low, high, covers_seeds=seeds > 1)
+    assert Gap(contrast, tuple(range(seeds)), {}, None).word == word
 
 
 @pytest.mark.parametrize(("gate", "answer"), [(0.99, "yes"), (0.62, "no"), (0.8, "measured yes, not beyond doubt")])
@@ -403,9 +430,9 @@ def test_an_unfinished_or_foreign_folder_ends_in_an_error_message(tmp_path: Path
 
 def test_a_pace_is_the_median_over_paired_cells(swept: Path):
     paces = paces_of(read_cells(swept), "full")
-    assert paces["full"] == Estimate(1.0, 1.0, 1.0)
-    assert paces["grpo"].value == pytest.approx(1.5)
-    assert fmean([paces["gate"].low, paces["gate"].high]) == pytest.approx(2.0)
+    assert paces["full"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert paces["grpo"]["value"] == pytest.approx(1.5)
+    assert fmean([paces["gate"]["low"], paces["gate"]["high"]]) == pytest.approx(2.0)
 
 
 def test_the_time_table_shows_every_evaluation(leaps: WorldResult):

@@ -350,3 +350,8 @@ def test_the_command_prints_tables_or_json_and_ends_well_whatever_the_verdict(
         else:
             assert "Verdict on this recipe: drifts up" in out
             assert "mend: --set credit." in out
+
+
+def test_a_discount_that_weighs_nothing_is_a_note_of_the_audit():
+    assert any("credit.discount (gamma): no effect" in note for note in audit.notes_of(load_config("micro")))
+    assert not any("gamma" in note for note in audit.notes_of(load_config("micro", ["credit.probe_every=2"])))

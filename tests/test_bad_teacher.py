@@ -5,14 +5,25 @@ from pathlib import Path
 import pytest
 
 from atesd.config import load_config
-from atesd_lab.studies.bad_teacher import ARMS, Ending, draw_endings, endings_table, job_of, read_ending
-from fake_run import write_fake_run
+from atesd_lab.report.arms import Arms
+from atesd_lab.report.groups import RunGroup
+from atesd_lab.report.rows import RunRows
+from atesd_lab.studies.bad_teacher import ARMS, draw_endings, endings_table, job_of
+from fake_run import fake_config
 
 
-def endings() -> list[Ending]:
+def run(seed: int, last: float) -> RunRows:
+    """Eight updates; the last two reveal 0.7 and 0.9."""
+    config = fake_config(8, seed)
+    metrics = tuple({"update": i, "reveal_ratio": ratio} for i, ratio in enumerate((0.2,) * 6 + (0.7, 0.9)))
+    ends = [(split, update, value) for split in ("test", "validation") for update, value in ((0, 0.5), (8, last))]
+    rows = tuple({"split": split, "update": update, "average": {"value": value}} for split, update, value in ends)
+    return RunRows("run", config, {}, metrics, (), rows, ())
+
+
+def endings() -> Arms:
     """Two seeds of every arm: 0.4 and 0.6 at the end, a ratio that rises from 0.2 to 0.8 in the last quarter."""
-    rising = (0.2,) * 6 + (0.7, 0.9)
-    return [Ending(arm, 0.5, last, rising, ((0, 0.5), (100, last))) for arm in ARMS for last in (0.4, 0.6)]
+    return Arms("bad", {arm: RunGroup(arm, (run(0, 0.4), run(1, 0.6))) for arm in ARMS})
 
 
 def test_arms_of_one_seed_differ_in_exposure_and_credit_alone():
@@ -26,17 +37,9 @@ def test_arms_of_one_seed_differ_in_exposure_and_credit_alone():
 
 
 def test_the_table_shows_every_seed_beside_the_mean():
-    text = endings_table(endings(), seeds=2, updates=8)
+    text = endings_table(endings())
     assert text.count("50.0 (40.0, 60.0)") == len(ARMS)
     assert text.count("0.80 (0.80, 0.80)") == len(ARMS)  # the last two of eight updates: 0.7 and 0.9
-
-
-def test_an_ending_is_read_from_a_run_folder(tmp_path: Path):
-    write_fake_run(tmp_path / "run", updates=8)
-    ending = read_ending("random", tmp_path / "run")
-    assert len(ending.ratios) == 8
-    assert 0 <= ending.base <= 1
-    assert ending.validation[0][0] == 0
 
 
 def test_the_figure_is_written_the_same_twice(tmp_path: Path):

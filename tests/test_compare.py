@@ -16,9 +16,10 @@ from atesd import cli
 from atesd.errors import RunError
 from atesd.runs import RunFolder
 from atesd_lab.cli.comparison import print_rich
-from atesd_lab.report.groups import common_updates, group_of, halves_of, selections
+from atesd_lab.report.groups import common_updates, group_of, selections
 from atesd_lab.report.honest import Report, compare_groups, comparison_table, markdown, results_table
 from atesd_lab.stats.differences import paired_difference
+from atesd_lab.stats.selection import halves_of
 from atesd_lab.sweep.grid import comparisons
 from atesd_lab.sweep.jobs import Job
 from atesd_lab.sweep.plan import Cell
@@ -79,16 +80,16 @@ def arms(tmp_path: Path) -> tuple[list[Path], list[Path]]:
 
 def test_the_last_checkpoint_is_compared_on_test_and_paired_by_seed(arms: tuple[list[Path], list[Path]]):
     last = compared(*arms).comparisons[0]
-    assert (last.rule, last.split, last.paired, last.covers_seeds) == ("fixed last", "test", True, True)
+    assert (last.rule, last.split, last.paired, last.contrast.covers_seeds) == ("fixed last", "test", True, True)
     # By hand: 126, then 161 correct of 240.
     assert (last.baseline, last.candidate) == pytest.approx((126 / 240, 161 / 240))
-    assert last.difference == pytest.approx(35 / 240)
+    assert last.contrast.value == pytest.approx(35 / 240)
     shares = [
         np.array([[run[f"p{i}"] / 2 for i in sorted(range(40), key=str)] for run in side])
         for side in ([counts_of(n, shift=7 * s) for s, n in enumerate(lasts)] for lasts in ([40, 42, 44], [52, 53, 56]))
     ]
     found = paired_difference(*shares)
-    assert last.interval == pytest.approx((float(found.low), float(found.high)))
+    assert (last.contrast.low, last.contrast.high) == pytest.approx((found.low, found.high))
 
 
 def test_a_checkpoint_chosen_on_validation_is_scored_on_test_where_test_was_evaluated_there(tmp_path: Path):
@@ -161,7 +162,7 @@ def test_the_halves_depend_on_the_number_of_problems_alone_and_are_even():
 
 def test_no_difference_is_not_distinguishable_and_says_what_would_settle_it(tmp_path: Path):
     one = compared(write_arm(tmp_path, "a", [40, 42, 44]), write_arm(tmp_path, "b", [43, 40, 44])).comparisons[0]
-    assert not one.distinguishable
+    assert one.contrast.verdict == "not distinguishable"
     assert one.verdict.startswith("not distinguishable: +0.4 points [")
     assert f"to settle 1.0 point takes about {one.settles_point.seeds} seeds of these 40 problems x 2" in one.verdict
     assert one.settles_observed.seeds is None or one.settles_observed.seeds > one.settles_point.seeds
@@ -179,9 +180,24 @@ def test_other_seeds_are_not_paired_and_that_is_said(arms: tuple[list[Path], lis
     assert report.notes[0].startswith("Not paired: baseline has seeds 0, 1, 2, candidate seeds 0, 1.")
 
 
+def test_two_sides_whose_folders_have_the_same_names_are_two_sides(tmp_path: Path):
+    (a,), (b,) = (write_arm(tmp_path / side, "run", [last]) for side, last in (("a", 40), ("b", 52)))
+    assert a.name == b.name
+    assert compared([a], [b]).comparisons[0].contrast.value == pytest.approx(12 / 80)
+
+
+def test_where_every_problem_gives_the_same_difference_nothing_is_distinguished(tmp_path: Path):
+    a, b = write_arm(tmp_path, "a", [0, 0]), write_arm(tmp_path, "b", [80, 80])
+    report = compared(a, b)
+    last = report.comparisons[0]
+    assert (last.contrast.low, last.contrast.high) == (1.0, 1.0)
+    assert "has no width" in last.verdict
+    assert [row[-1] for row in comparison_table(report).rows][-1] == "not distinguishable"
+
+
 def test_one_seed_a_side_says_nothing_of_another_seed(arms: tuple[list[Path], list[Path]]):
     report = compared(arms[0][:1], arms[1][:1])
-    assert not report.comparisons[0].covers_seeds
+    assert not report.comparisons[0].contrast.covers_seeds
     assert "not of another seed" in report.comparisons[0].verdict
     assert any("says nothing of another seed" in note for note in report.notes)
 
@@ -253,7 +269,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_told(tmp_path: Path):
 
 def test_a_table_of_arms_has_the_three_selections_differences_and_the_papers_number(tmp_path: Path):
     lasts = {"full": [40, 42, 44], "learned": [52, 53, 56], "single": [41]}
-    groups = {name: [RunFolder.open(path) for path in write_arm(tmp_path, name, n)] for name, n in lasts.items()}
+    groups = {name: group_of(name, write_arm(tmp_path, name, n)) for name, n in lasts.items()}
     table = results_table(groups, "full", paper={"full": "61.7", "learned": "62.6"})
     assert table.columns[:3] == ("arm", "paper", "seeds")
     assert [column.partition(" (")[0] for column in table.columns[3:7]] == [
@@ -288,7 +304,7 @@ def test_a_sweep_compares_its_groups_with_the_first_or_says_why_not(arms: tuple[
 
 
 def test_a_baseline_that_is_no_arm_is_named(tmp_path: Path):
-    groups = {"full": [RunFolder.open(path) for path in write_arm(tmp_path, "a", [40])]}
+    groups = {"full": group_of("full", write_arm(tmp_path, "a", [40]))}
     with pytest.raises(RunError, match="'fulll' is none of the arms: full"):
         results_table(groups, "fulll")
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,44 @@ import pytest
 from atesd.config import load_config
 from atesd.errors import RunError
 from atesd.runs import RunFolder
+from atesd_lab.report.arms import Arms
+from atesd_lab.report.groups import RunGroup
+from atesd_lab.report.rows import RunRows
 from atesd_lab.studies import demo
-from atesd_lab.studies.demo import ARMS, Arm, Scores, best_fixed, curve, demo_text, job_of, run_demo
+from atesd_lab.studies.demo import ARMS, Arm, demo_text, job_of, run_demo
 from atesd_lab.studies.demo_figure import draw_demo
 from atesd_lab.sweep import jobs
-from fake_run import write_fake_run
+from fake_run import fake_config, write_fake_run
 from quick import SMALL_LEARNED as SMALL
 
 
-def row(value: float) -> dict[str, Any]:
+def row(split: str, update: int, value: float) -> dict[str, Any]:
     """An evaluation on 10 problems with 2 samples each."""
     correct = round(20 * value)
     return {
+        "split": split,
+        "update": update,
         "average": {"value": value, "low": value - 0.05, "high": value + 0.05},
         "samples": 2,
         "correct_counts": {str(i): min(2, max(0, correct - 2 * i)) for i in range(10)},
     }
 
 
-def score(arm: Arm, test: float, validation: float | None = None) -> Scores:
-    return Scores(arm, row(0.4), row(test), row(test if validation is None else validation), (0.5,) * 6 + (0.7, 0.9))
+def run(test: float, validation: float) -> RunRows:
+    """Eight updates, of which the last two reveal 0.7 and 0.9."""
+    metrics = tuple({"update": i, "reveal_ratio": ratio} for i, ratio in enumerate((0.5,) * 6 + (0.7, 0.9)))
+    rows = row("test", 0, 0.4), row("test", 8, test), row("validation", 8, validation)
+    return RunRows("run", fake_config(8), {}, metrics, (), rows, ())
 
 
-def scores(**by_ratio: float) -> list[Scores]:
-    return [score(arm, by_ratio.get(f"r{arm.ratio}", 0.5)) for arm in ARMS]
+def world(name: str, test: Mapping[str, float], validation: Mapping[str, float] | None = None) -> Arms:
+    accuracies = {arm.ratio: test.get(arm.ratio, 0.5) for arm in ARMS}
+    runs = {ratio: run(value, (validation or test).get(ratio, 0.5)) for ratio, value in accuracies.items()}
+    return Arms(name, {ratio: RunGroup(ratio, (one,)) for ratio, one in runs.items()})
+
+
+def worlds(**by_ratio: float) -> list[Arms]:
+    return [world(name, {ratio.removeprefix("r"): value for ratio, value in by_ratio.items()}) for name in demo.WORLDS]
 
 
 def test_the_demo_compares_opsd_three_fixed_ratios_and_atesd_in_both_worlds():
@@ -63,15 +78,15 @@ def test_every_arm_differs_from_its_recipe_in_the_exposure_alone(arm: Arm):
 def test_the_best_fixed_ratio_is_picked_on_validation_and_not_on_test():
     validation = {"0.25": 0.5, "0.5": 0.8, "0.75": 0.6}
     test = {"0.25": 0.9, "0.5": 0.3, "0.75": 0.9}
-    assert best_fixed({r: score(Arm("leaps", r), test[r], validation[r]) for r in test}).arm.ratio == "0.5"
+    assert "30.0 [25, 35] at 0.5" in demo_text([world("leaps", test, validation)])
 
 
 def test_the_late_ratio_is_the_mean_of_the_last_quarter():
-    assert scores()[0].late_ratio == pytest.approx(0.8)  # of 8 updates the last two: 0.7 and 0.9
+    assert worlds()[0].late_ratios("learned") == pytest.approx([0.8])  # of 8 updates the last two: 0.7 and 0.9
 
 
 def test_the_table_holds_both_worlds_with_intervals_and_says_what_the_leap_world_is():
-    text = demo_text(scores(r1=0.5, rlearned=0.6, **{"r0.5": 0.7}))
+    text = demo_text(worlds(r1=0.5, rlearned=0.6, **{"r0.5": 0.7}))
     assert text.count("50.0 [45, 55]") == 2
     assert text.count("70.0 [65, 75] at 0.5") == 2
     assert text.count("60.0 [55, 65]") == 2
@@ -84,7 +99,7 @@ def test_the_table_holds_both_worlds_with_intervals_and_says_what_the_leap_world
 def test_the_figure_is_written_the_same_twice(tmp_path: Path):
     files = []
     for _ in range(2):
-        draw_demo([curve(world, scores()) for world in demo.WORLDS], tmp_path)
+        draw_demo(worlds(), tmp_path)
         files.append([(tmp_path / name).read_bytes() for name in ("demo.svg", "demo.png")])
     assert files[0] == files[1]
     assert b"reveal ratio" in files[0][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +10,15 @@ import pytest
 from scipy import stats
 
 from atesd.maths.keyed import generator
+from atesd_lab.stats.contrast import Contrast
 from atesd_lab.stats.differences import (
     Needed,
-    cross_fitted,
     needed,
     paired_difference,
     sampling_noise,
     unpaired_difference,
 )
+from atesd_lab.stats.selection import best_fixed, cross_fitted
 from validation.coverage import Regime, coverage_table, draw_groups, measure, optimism, regimes
 
 
@@ -234,3 +236,31 @@ def test_intervals_cover_in_every_regime_that_users_have():
     shares = [measure(one, 1000).ours for one in regimes(0, 60)]
     assert np.mean([0.93 <= share <= 0.97 for share in shares]) >= 0.9
     assert min(shares) > 0.91
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "verdict"),
+    [
+        (0.01, 0.2, 0.0, "above"),
+        (-0.2, -0.01, 0.0, "below"),
+        (-0.01, 0.2, 0.0, "not distinguishable"),
+        (0.1, 0.1, 0.0, "not distinguishable"),  # all differences are the same: no noise was seen, so none is known
+        (0.1, 0.2, 0.15, "not distinguishable"),
+        (0.16, 0.2, 0.15, "above"),
+        (0.1, 0.14, 0.15, "below"),
+        (-math.inf, math.inf, 0.0, "not distinguishable"),
+    ],
+)
+def test_a_contrast_is_read_from_its_whole_interval(low: float, high: float, margin: float, verdict: str):
+    assert Contrast("a - b", 0.0, low, high).against(margin) == verdict
+
+
+def test_points_are_shares_times_a_hundred_and_other_units_are_as_they_are():
+    assert str(Contrast("a - b", 0.125, 0.01, 0.24)) == "a - b: +12.5 [+1, +24] points"
+    assert str(Contrast("kl", 0.125, 0.01, 0.24, "nats")) == "kl: +0.125 [+0.01, +0.24] nats"
+
+
+def test_the_best_fixed_ratio_is_the_lowest_of_equals_in_whatever_order_they_come():
+    ratios = {"full": 1.0, "half": 0.5, "none": 0.0}
+    assert best_fixed(ratios, {"full": 0.6, "half": 0.6, "none": 0.5}) == "half"
+    assert best_fixed(ratios, {"full": 0.7, "half": 0.6, "none": 0.5}) == "full"

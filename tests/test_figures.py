@@ -17,7 +17,7 @@ from PIL import Image
 from atesd.table import Table, render_text
 from atesd_lab.report import figures
 from atesd_lab.report.canvas import DASHES, PALETTE, Chart, empty_panel, plain, running_mean
-from atesd_lab.report.rows import RunRows, read_run, read_runs
+from atesd_lab.report.rows import RunRows, peak, read_run, read_runs
 from atesd_lab.report.seeds import seeds_table
 from atesd_lab.report.svg import INK, inline_svg
 from atesd_lab.report.tables import (
@@ -26,7 +26,6 @@ from atesd_lab.report.tables import (
     differences_table,
     evaluation_table,
     paired_points,
-    peak,
     results_table,
 )
 from fake_run import begin_run, decision_row, evaluation_row, fake_config, metric_row, write_fake_run
@@ -126,16 +125,6 @@ def test_a_label_is_short_plain_ascii(name: str):
     assert label.isascii()
     assert label.isprintable() or "\t" in label
     assert len(label) <= 30
-
-
-def test_a_figure_can_be_saved_as_png(runs: list[RunRows], tmp_path: Path):
-    chart = figures.accuracy(runs, "test")
-    assert chart is not None
-    chart.save_png(tmp_path / "a.png", dpi=100)
-    with Image.open(tmp_path / "a.png") as image:
-        # 4.6 x 3.1 inches; Matplotlib before 3.11 rounds down, and 4.6 x 100 is a little less than 460.
-        assert image.size in ((460, 310), (459, 310))
-        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_shade_behind_the_ratio_is_the_beta_density(tmp_path: Path):

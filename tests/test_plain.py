@@ -15,7 +15,7 @@ from quick import finished, quick
 
 ROOT = Path(atesd.__file__).parent
 MOST_FRAMES = 10
-MOST_LINES = {atesd: 20_000, atesd_lab: 11_000}
+MOST_LINES = {atesd: 20_000, atesd_lab: 10_650}
 TYPED = ("train", "engine", "models", "control")
 
 

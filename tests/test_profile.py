@@ -28,11 +28,11 @@ from atesd_lab.profile.profile import (
     data_profile,
     default_problems,
     measure_profile,
-    mismatch,
     profiled_config,
 )
 from atesd_lab.profile.report import draw_profile, profile_text, recipe_of, suggested_config, write_profile
 from atesd_lab.profile.suggestion import AlignmentRows, Suggestion, suggest
+from atesd_lab.stats.mismatch import mismatch
 from quick import quick
 from updates import batch_of
 

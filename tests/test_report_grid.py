@@ -127,8 +127,8 @@ def test_a_share_is_the_run_s_own_and_a_mean_is_that_of_its_seeds(swept: Path):
             raw[seed] = sum(last["correct_counts"].values()) / (last["samples"] * last["problems"])
         assert score.shares == pytest.approx(raw)
         assert score.mean is not None
-        assert score.mean.value == pytest.approx(fmean(raw.values()))
-        assert score.mean.low < score.mean.value < score.mean.high
+        assert score.mean["value"] == pytest.approx(fmean(raw.values()))
+        assert score.mean["low"] < score.mean["value"] < score.mean["high"]
 
 
 def test_differences_and_verdicts_are_those_of_compare(swept: Path):
@@ -136,8 +136,8 @@ def test_differences_and_verdicts_are_those_of_compare(swept: Path):
     scores = {score.arm: score for score in score_table(grid_table(swept, ARMS)).scores}
     for arm in ("learned", "same"):
         last = compare_groups(groups["full"], groups[arm]).comparisons[0]
-        low, high = last.interval
-        assert scores[arm].difference == f"{100 * last.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        value, low, high = last.contrast.in_unit
+        assert scores[arm].difference == f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
         assert (scores[arm].verdict, scores[arm].sentence) == (short_verdict(last), last.verdict)
     assert [scores[arm].verdict for arm in ARMS] == ["baseline", "better", "not distinguishable"]
 
@@ -164,7 +164,7 @@ def test_the_interval_of_a_mean_ends_where_a_share_does(tmp_path: Path):
         write_run(tmp_path / f"w-full-{seed}", accuracy, seed)
     (score,) = score_table(grid_table(tmp_path, ("full",), seeds=2)).scores
     assert score.mean is not None
-    assert score.mean.value < score.mean.high == 1
+    assert score.mean["value"] < score.mean["high"] == 1
 
 
 def test_a_shade_is_darker_for_a_higher_share_and_a_flat_grid_has_one():

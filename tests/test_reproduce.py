@@ -15,13 +15,14 @@ from atesd.runs import RunFolder, new_manifest
 from atesd.text import MISSING
 from atesd_lab.cli.reproduce import run_experiments
 from atesd_lab.paper import numbers, sweep, tokens
-from atesd_lab.paper.bench import RATIOS, Bench, shares
-from atesd_lab.paper.claims import Claim, Contrast, over_seeds
+from atesd_lab.paper.bench import RATIOS, read_bench
+from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
 from atesd_lab.paper.scale import Scale, budget, cells_for, load_scale
-from atesd_lab.report.groups import halves_of
-from atesd_lab.report.rows import RunRows
+from atesd_lab.report.rows import RunRows, shares
+from atesd_lab.stats.contrast import Contrast, over_seeds
 from atesd_lab.stats.differences import paired_difference
+from atesd_lab.stats.selection import halves_of
 from atesd_lab.sweep.plan import Cell
 from fake_run import decision_row, evaluation_row, metric_row, overwrite_rows, sample_row
 from quick import SMALL_LEARNED as SMALL
@@ -133,8 +134,14 @@ def test_one_seed_distinguishes_nothing():
     assert claim(found).verdict == "not distinguishable"
 
 
+def test_a_claim_is_not_settled_by_the_problems_of_one_seed():
+    one = Contrast("a - b", 0.2, 0.1, 0.3, covers_seeds=False)
+    assert claim(one).verdict == "not distinguishable"
+    assert claim(contrast(-0.3, -0.1), one).verdict == "disagrees"
+
+
 def test_a_claim_is_a_row_with_the_papers_number_beside_ours():
-    table = claims_table([claim(contrast(0.5, 1.5))])
+    table = claims_table([claim(contrast(0.005, 0.015))])
     assert table.columns == ("claim", "whose", "paper", "here: difference [95 % interval]", "verdict")
     assert table.rows == (("a is better than b", "paper", "+2", "a - b: +1 [+0.5, +1.5] points", "agrees"),)
 
@@ -202,7 +209,7 @@ def test_the_papers_numbers_stand_in_a_column_beside_ours(three: tuple[Path, lis
 
 
 def test_a_mismatch_that_rises_in_every_seed_agrees_with_figure_2b(scale: Scale, three: tuple[Path, list[Cell]]):
-    start, late = sweep.mismatch_claims(Bench(three[1], scale.wanted(["tokens"])))
+    start, late = sweep.mismatch_claims(read_bench(three[1], scale.wanted(["tokens"])))
     assert (start.verdict, late.verdict, start.printed) == ("agrees", "agrees", "monotone increasing")
     # write_cell: the mean of 0.01 a, 0.001 and 0.1 a, or 0.101 a, rises by 0.1105 / 12 from ratio to ratio
     assert [one.value for one in start.contrasts] == pytest.approx([0.1105 / 12] * 4)
@@ -210,7 +217,7 @@ def test_a_mismatch_that_rises_in_every_seed_agrees_with_figure_2b(scale: Scale,
 
 def test_at_selected_checkpoints_no_problem_is_scored_where_it_chose(scale: Scale, three: tuple[Path, list[Cell]]):
     # By hand: each half of the validation problems is scored at the update that is best on the other half.
-    bench = Bench(three[1], scale.wanted(["tokens"]))
+    bench = read_bench(three[1], scale.wanted(["tokens"]))
 
     def by_hand(run: RunRows) -> list[float]:
         first, last = (shares([row])[0] for row in run.evaluated("validation")[1:])
@@ -218,11 +225,9 @@ def test_at_selected_checkpoints_no_problem_is_scored_where_it_chose(scale: Scal
         late = [last[halves != half].mean() > first[halves != half].mean() for half in (0, 1)]
         return [float(last[i] if late[halves[i]] else first[i]) for i in range(len(last))]
 
-    scored = [[by_hand(run) for run in bench.runs("leaps", arm)] for arm in ("fixed-0.5", "full")]
-    found, expected = bench.selected("leaps", "fixed-0.5", "full"), paired_difference(*scored)
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (100 * expected.value, 100 * expected.low, 100 * expected.high)
-    )
+    scored = [[by_hand(run) for run in bench["leaps"].runs(arm)] for arm in ("fixed-0.5", "full")]
+    found, expected = bench["leaps"].selected("fixed-0.5", "full"), paired_difference(*scored)
+    assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
 
 
 def test_selection_needs_two_checkpoints(scale: Scale, tmp_path: Path):
@@ -232,7 +237,7 @@ def test_selection_needs_two_checkpoints(scale: Scale, tmp_path: Path):
         rows = [evaluation_row(20, 0.5, np.random.default_rng(0), split) for split in ("validation", "test")]
         overwrite_rows(cell.job.folder, "evaluations", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(RunError, match=r"leaps: fixed-0\.5 and full share fewer than two .* train\.evaluate_every"):
-        Bench(cells, scale.wanted(["tokens"])).selected("leaps", "fixed-0.5", "full")
+        read_bench(cells, scale.wanted(["tokens"]))["leaps"].selected("fixed-0.5", "full")
 
 
 def test_one_rollout_is_followed_through_all_ratios(three: tuple[Path, list[Cell]]):
@@ -260,7 +265,19 @@ def test_no_correct_rollout_is_an_error_that_names_the_setting(scale: Scale, tmp
         text = (cell.job.folder / "samples.jsonl").read_text("utf-8")
         overwrite_rows(cell.job.folder, "samples", text.replace('"verdict": "correct"', '"verdict": "wrong"'))
     with pytest.raises(RunError, match=r"raise train\.log_samples"):
-        tokens.report(Bench(cells, scale.wanted(["tokens"])))
+        tokens.report(read_bench(cells, scale.wanted(["tokens"])))
+
+
+def test_a_mismatch_at_a_skipped_update_is_an_error_that_names_the_run(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
+    for cell in cells:
+        write_cell(cell)
+    path = cells[0].job.folder
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows[10]["top1_disagreement"] = None
+    overwrite_rows(path, "metrics", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(RunError, match=rf"{path.name}: update 10 was skipped"):
+        sweep.mismatch_table(read_bench(cells, scale.wanted(["tokens"])))
 
 
 def test_an_experiment_is_trained_and_written_end_to_end(scale: Scale, tmp_path: Path):

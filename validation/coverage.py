@@ -19,8 +19,8 @@ from scipy.special import expit
 from atesd.maths.keyed import generator
 from atesd.maths.statistics import hierarchical_bootstrap
 from atesd.table import Table, render_text
-from atesd_lab.report.groups import halves_of
-from atesd_lab.stats.differences import Difference, cross_fitted, paired_difference, unpaired_difference
+from atesd_lab.stats.differences import Difference, paired_difference, unpaired_difference
+from atesd_lab.stats.selection import cross_fitted, halves_of
 
 Floats = NDArray[np.float64]
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from atesd.config import ColumnsConfig
 from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_answer, without_mark
-from atesd.data.equivalence import plainly_equal, unreadable
+from atesd.data.equivalence import plainly_equal
+from atesd.data.golds import unreadable
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, row_place, shown
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)

@@ -42,10 +42,6 @@ _OF_Y = re.compile(r"y\s*=(?=[^=])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
 _LISTED_UNIT = rf"\\text\{{\s*(?:{'|'.join(sorted(UNITS))})s?\s*\}}"
 _UNIT_IN_LIST = re.compile(rf"(?<=[\d}}])\s*{_LISTED_UNIT}(?=\s*(?:[,;)\]]|\\text|\\\}}|$))")
-_PROSE_WORD = re.compile(r"[^\W\d_]{2,}")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-MOST_WORDS = 8
-"""Words of two letters or more that an answer may have; a gold with more is an explanation."""
 _OF_X = re.compile(r"\s*[A-Za-z]\s*\(\s*[A-Za-z]\s*\)\s*=(?=[^=])")
 
 
@@ -61,37 +57,22 @@ def judge(gold: str, answer: str, choices: bool = True) -> Judgement | Pairs:
     if (verdict := _plain_verdict(gold, answer)) is not None:
         return verdict
     expected, found = tidy(gold), tidy(answer)
-    if not found or _depth(found) > DEEPEST:
+    if not found or depth(found) > DEEPEST:
         return "unparseable"
-    if not expected or _depth(expected) > DEEPEST:
+    if not expected or depth(expected) > DEEPEST:
         return "wrong"
     if choices and (parts := _without_choices(expected, found)) is not None:
         return parts if isinstance(parts, str) else judge(*parts, choices=False)
     return _pairs(expected, found)
 
 
-def _depth(text: str) -> int:
+def depth(text: str) -> int:
+    """How many brackets stand inside each other at most."""
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return deepest
-
-
-def unreadable(gold: str) -> str | None:
-    """Why no checker can compare anything with this gold; None if one can."""
-    if len(gold) > LONGEST:
-        return f"has {len(gold)} characters, of {LONGEST} that are read"
-    if "####" in gold:
-        return "holds the mark ####, with more than an answer behind it"
-    if "\n" in gold.strip() and r"\begin" not in gold:
-        return f"has {len(gold.strip().splitlines())} lines; name the column that holds the final answer alone"
-    if _depth(gold) > DEEPEST:
-        return f"nests more than {DEEPEST} brackets"
-    words = _PROSE_WORD.findall(_COMMAND.sub(" ", gold))
-    if len(words) > MOST_WORDS:
-        return f"is a text of {len(words)} words, which only the same words would match; allowed are {MOST_WORDS}"
-    return None if re.search(r"[^\W_]|\\[A-Za-z]", tidy(gold)) else "holds neither a number nor a word"
 
 
 def plainly_equal(gold: str, answer: str) -> bool:

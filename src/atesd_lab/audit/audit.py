@@ -261,7 +261,7 @@ class Bench:
 
     def _run(self, credit: CreditConfig, policy: PolicyConfig, seed: int, deviations: dict[str, float]) -> NullResult:
         stats = frozen(self.student.ratios, seed, deviations)
-        return drive(credit, policy, self.decisions, seed, stats, bounds_of(self.config))
+        return drive(credit, policy, self.decisions, seed, stats, self.config.bounds)
 
     def moves(self, credit: CreditConfig) -> bool:
         """Whether anything that is rewarded differs between updates of a frozen student; else all seeds are alike."""
@@ -308,17 +308,11 @@ def one_signal(config: Config) -> CreditConfig:
     return alone.model_copy(update={"shuffle_rewards": config.credit.shuffle_rewards})
 
 
-def bounds_of(config: Config) -> tuple[float, float]:
-    """The lowest and the highest ratio."""
-    return config.bounds
-
-
 def end_means(
     config: Config, credit: CreditConfig, stats_of: Callable[[int], Stats], count: int, seeds: int
 ) -> list[float]:
     """Where the mean ratio of each seed's controller ends after `count` decisions."""
-    bounds = bounds_of(config)
-    return [drive(credit, config.policy, count, seed, stats_of(seed), bounds).end_mean for seed in range(seeds)]
+    return [drive(credit, config.policy, count, seed, stats_of(seed), config.bounds).end_mean for seed in range(seeds)]
 
 
 def faultless(sign: float) -> Stats:

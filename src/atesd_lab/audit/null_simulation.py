@@ -17,6 +17,7 @@ from atesd.control.interface import Measurement
 from atesd.control.learned import LearnedExposure
 from atesd.maths import keyed
 from atesd.records import FinishedDecision, UpdateStats
+from atesd_lab.report.rows import late_mean
 
 FROZEN_PROBE = 1.0
 """A frozen student's probe with keyed samples gives the same number every time; which number does not matter."""
@@ -58,18 +59,13 @@ class MeasuredRatio:
 class NullResult:
     """How a controller behaved under the null.
 
-    `means` and `draws` hold the mean of the Beta and the drawn ratio of each decision; `start_mean` the first mean,
-    `end_mean` and `end_draw` their averages over the last quarter of the decisions. `learned_from` are the decisions
-    that were rewarded in time and consumed.
+    `means` holds the mean of the Beta of each decision, `end_mean` its mean over the last quarter of the decisions.
+    `learned_from` are the decisions that were rewarded in time and consumed.
     """
 
-    start_mean: float
     end_mean: float
-    end_draw: float
     policy_updates: int
-    skipped_policy_updates: int
     means: tuple[float, ...]
-    draws: tuple[float, ...]
     learned_from: tuple[FinishedDecision, ...] = ()
 
 
@@ -177,20 +173,8 @@ def drive(
         wanted = exposure.measurements(update)
         unasked: dict[str, Any] = {name: empty for name, empty in NOT_MEASURED.items() if name not in wanted}
         learned_from += exposure.observe(update, replace(stats(update, exposure.reveal_ratio(update)), **unasked))
-    taken = [*learned_from, *exposure.pending()]
-    means = tuple(_mean_ratio(finished) for finished in taken)
-    draws = tuple(finished.decision.samples[""] for finished in taken)
-    quarter = max(decisions // 4, 1)
-    return NullResult(
-        start_mean=means[0],
-        end_mean=sum(means[-quarter:]) / quarter,
-        end_draw=sum(draws[-quarter:]) / quarter,
-        policy_updates=exposure.policy_updates,
-        skipped_policy_updates=exposure.skipped_policy_updates,
-        means=means,
-        draws=draws,
-        learned_from=tuple(learned_from),
-    )
+    means = tuple(_mean_ratio(finished) for finished in (*learned_from, *exposure.pending()))
+    return NullResult(late_mean(means), exposure.policy_updates, means, tuple(learned_from))
 
 
 def _mean_ratio(finished: FinishedDecision) -> float:

@@ -7,15 +7,15 @@ import sys
 import textwrap
 
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from atesd.cli.options import say
 from atesd.config import Config
-from atesd.table import Table, render_text
+from atesd.table import render_text
 from atesd.text import visible
 from atesd_lab.audit.audit import Audit, run_audit
 from atesd_lab.audit.text import readings_table, rewards_table, sentences
+from atesd_lab.cli.rich_table import rich_table
 
 WIDTH = 120
 COLOURS = {"sound": "green", "drifts up": "red", "drifts down": "red"}
@@ -55,17 +55,8 @@ def print_audit(
 def print_rich(audit: Audit, console: Console) -> None:
     """Both tables, the verdicts in colour, and the sentences."""
     for table in (readings_table(audit), rewards_table(audit)):
-        console.print(_rich(table))
+        console.print(rich_table(table, COLOURS))
         for note in table.notes:
             console.print(Text(visible(note)))
     for line in sentences(audit):
         console.print(Text(visible(line)))
-
-
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(title=Text(visible(table.title)), title_justify="left")
-    for place, column in enumerate(table.columns):
-        shown.add_column(Text(visible(column)), justify="left" if place in (0, len(table.columns) - 1) else "right")
-    for row in table.rows:
-        shown.add_row(*(Text(visible(cell), style=COLOURS.get(cell, "")) for cell in row))
-    return shown

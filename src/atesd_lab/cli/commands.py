@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atesd.cli.options import EXIT_CODES, STOPPED, Recipe, Settings, run_name, say, show_names
 from atesd_lab.cli.sides import Sides
 
+if TYPE_CHECKING:
+    from atesd_lab.sweep.plan import Cell
+
 laboratory = typer.Typer()
+
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: as many as GPUs, else as cores.")]
+PrintCommands = Annotated[
+    bool, typer.Option("--print-commands", help="Print one `atesd train` per cell for a scheduler, and stop.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Give the command line the laboratory's verbs."""
     app.registered_commands.extend(laboratory.registered_commands)
+
+
+@contextmanager
+def stops_with_checkpoints() -> Iterator[None]:
+    """An interrupt ends a set of runs and the command, and says how they go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped, with a checkpoint of every run that was going; the same command goes on")
+        raise typer.Exit(STOPPED) from None
+
+
+def print_command_lines(cells: Sequence[Cell]) -> None:
+    """One `atesd train` a line."""
+    from atesd_lab.sweep.grid import command_lines
+
+    for line in command_lines(cells):
+        say(line)
 
 
 @laboratory.command()
@@ -26,7 +55,7 @@ def profile(
         int | None, typer.Option(min=2, help="Rollouts, one a problem. Default: those of 8 updates, at most 256.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/NAME-profile after the recipe.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Before training: what a teacher would be worth at each reveal ratio; suggests one and writes a recipe."""
     from atesd.config import load_config
@@ -102,11 +131,8 @@ def demo(
     """Train OPSD, fixed ratios and ATESD in both embedded worlds and print what came out. Minutes, on two cores."""
     from atesd_lab.studies.demo import run_demo
 
-    try:
+    with stops_with_checkpoints():
         say(run_demo(out, say, settings or []))
-    except KeyboardInterrupt:
-        say("stopped, with a checkpoint of every run that was going; the same command goes on")
-        raise typer.Exit(STOPPED) from None
 
 
 @laboratory.command(epilog=EXIT_CODES)
@@ -114,12 +140,8 @@ def sweep(
     plan: Annotated[str, typer.Argument(metavar="PLAN_OR_YAML", help="A packaged plan (--list) or a file.")] = "",
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/NAME after the plan.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time. Default: as many as GPUs, else as cores.")
-    ] = None,
-    print_commands: Annotated[
-        bool, typer.Option("--print-commands", help="Print one `atesd train` per cell for a scheduler, and stop.")
-    ] = False,
+    jobs: Jobs = None,
+    print_commands: PrintCommands = False,
     list_plans: Annotated[bool, typer.Option("--list", help="List the packaged plans, and stop.")] = False,
 ) -> None:
     """Train every cell of a plan (axes x seeds), each an ordinary run. Run it again: what is finished stays."""
@@ -134,19 +156,13 @@ def sweep(
     folder = out or Path("runs") / run_name(plan)
     cells = cells_of(load_plan(plan, settings or []), folder, plan)
     if print_commands:
-        from atesd_lab.sweep.grid import command_lines
-
-        for line in command_lines(cells):
-            say(line)
+        print_command_lines(cells)
         return
 
     from atesd_lab.cli.sweep import run_cells
 
-    try:
+    with stops_with_checkpoints():
         text, unfinished = run_cells(cells, jobs, folder)
-    except KeyboardInterrupt:
-        say("stopped, with a checkpoint of every run that was going; the same command goes on")
-        raise typer.Exit(STOPPED) from None
     say(text)
     if unfinished:
         raise typer.Exit(1)
@@ -158,14 +174,10 @@ def reproduce(
     settings: Settings = None,
     scale: Annotated[str, typer.Option(help="Which grid: micro, the embedded worlds.")] = "micro",
     out: Annotated[Path, typer.Option(help="Folder of cells, pages and figures.")] = Path("runs/reproduce"),
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time. Default: as many as GPUs, else as cores.")
-    ] = None,
+    jobs: Jobs = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Paired seeds, from 0. Default: the scale's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells and expected time, and stop.")] = False,
-    print_commands: Annotated[
-        bool, typer.Option("--print-commands", help="Print one `atesd train` per cell for a scheduler, and stop.")
-    ] = False,
+    print_commands: PrintCommands = False,
     list_experiments: Annotated[bool, typer.Option("--list", help="List the experiments, and stop.")] = False,
 ) -> None:
     """The paper's tables and figures, its numbers beside ours, a verdict per claim. Run it again: it goes on."""
@@ -188,19 +200,13 @@ def reproduce(
         say(render_text(budget(grid, names, cells, len(slots(jobs)))), nl=False)
         return
     if print_commands:
-        from atesd_lab.sweep.grid import command_lines
-
-        for line in command_lines(cells):
-            say(line)
+        print_command_lines(cells)
         return
 
     from atesd_lab.cli.reproduce import run_experiments
 
-    try:
+    with stops_with_checkpoints():
         text, whole = run_experiments(grid, names, cells, jobs, out)
-    except KeyboardInterrupt:
-        say("stopped, with a checkpoint of every run that was going; the same command goes on")
-        raise typer.Exit(STOPPED) from None
     say(text)
     if not whole:
         raise typer.Exit(1)
@@ -260,7 +266,7 @@ def audit(
         float | None,
         typer.Option(help="Expected difference of a hold's progress between ratio 0 and 1, in the signal's unit."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Before a long run: whether the reward drifts without any learning, how noisy it is, what the budget affords."""
     from atesd.config import load_config

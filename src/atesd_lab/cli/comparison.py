@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from atesd.cli.options import say
@@ -16,10 +15,12 @@ from atesd.config import method_name
 from atesd.errors import ConfigError
 from atesd.table import render_text
 from atesd.text import visible
+from atesd_lab.cli.rich_table import rich_table
 from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import Report, compare_groups, comparison_table, markdown
 from atesd_lab.report.rows import read_run
 
+COLOURS = {"better": "green", "worse": "red"}
 SIDES = ("baseline", "candidate")
 
 
@@ -52,12 +53,7 @@ def group_names(baseline: Path, candidate: Path) -> tuple[str, str]:
 def print_rich(report: Report, console: Console) -> None:
     """The table with its verdicts in colour, and the notes below."""
     table = comparison_table(report)
-    shown = RichTable(title=Text(visible(table.title)), title_justify="left")
-    for place, column in enumerate(table.columns):
-        shown.add_column(Text(visible(column)), justify="left" if place in (0, len(table.columns) - 1) else "right")
-    for row in table.rows:
-        verdict = Text(row[-1], style={"better": "green", "worse": "red"}.get(row[-1].partition(",")[0], "yellow"))
-        shown.add_row(*(Text(visible(cell)) for cell in row[:-1]), verdict)
-    console.print(shown)
+    verdicts = {row[-1]: COLOURS.get(row[-1].partition(",")[0], "yellow") for row in table.rows}
+    console.print(rich_table(table, verdicts))
     for note in table.notes:
         console.print(Text(visible(note)))

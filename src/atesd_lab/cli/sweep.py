@@ -6,9 +6,9 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol, TextIO, final
+from typing import TextIO, final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -82,7 +82,7 @@ class SweepProgress:
             row = _last_row(entry.job.folder)
             if row is not None:
                 self._rows[entry.job.folder] = row
-                self._done[entry.job.folder] = int(str(row["update"])) + 1
+                self._done[entry.job.folder] = row["update"] + 1
                 if self._done[entry.job.folder] > self._done_before.get(entry.job.folder, 0):
                     self._first.setdefault(entry.job.folder, (self._looked, self._done[entry.job.folder]))
 
@@ -143,7 +143,7 @@ class SweepProgress:
 
 def _updates_done(entry: Entry) -> int:
     row = _last_row(entry.job.folder)
-    return int(str(row["update"])) + 1 if row else 0
+    return row["update"] + 1 if row else 0
 
 
 def _last_row(folder: Path) -> MetricsRow | None:
@@ -217,23 +217,14 @@ class LiveSweep:
             yield Text(fitting(figures, width), no_wrap=True, overflow="ellipsis")
 
 
-class View(Watcher, Protocol):
-    """A watcher that shows what it is told."""
-
-
-def view_for(cells: Sequence[Cell], processes: int) -> AbstractContextManager[View]:
+def view_for(cells: Sequence[Cell], processes: int) -> AbstractContextManager[Watcher]:
     """A bar where stdout is a terminal, lines elsewhere."""
     progress, console = SweepProgress(cells, processes), Console()
-    return _live(progress, console) if console.is_terminal else _plain(progress)
+    return _live(progress, console) if console.is_terminal else nullcontext(PlainSweep(progress))
 
 
 @contextmanager
-def _plain(progress: SweepProgress) -> Iterator[View]:
-    yield PlainSweep(progress)
-
-
-@contextmanager
-def _live(progress: SweepProgress, console: Console) -> Iterator[View]:
+def _live(progress: SweepProgress, console: Console) -> Iterator[Watcher]:
     view = LiveSweep(progress, console)
     with Live(view, console=console, refresh_per_second=2):
         yield view

@@ -61,7 +61,7 @@ def _draw_world(axes: Axes, world: WorldResult, rows: Sequence[str]) -> None:
             axes.annotate("no run", (2, place), va="center", fontsize=8)
             continue
         ink = colour(_kind(name))
-        low, value, high = (100 * number for number in (one.last.low, one.last.value, one.last.high))
+        low, value, high = (100 * one.last[key] for key in ("low", "value", "high"))
         axes.plot([low, high], [place, place], color=ink, linewidth=1.8)
         axes.plot([value], [place], "o", color=ink, markersize=5)
         if name == BEST_FIXED and one.ratio is not None:
@@ -107,15 +107,15 @@ def _draw_cell(axes: Axes, column: int, row: int, one: ArmResult | None, is_best
     gap = one.gaps.get(BEST_FIXED)
     axes.fill_between((column - 0.48, column + 0.48), row - 0.46, row + 0.46, color=_shade(gap), linewidth=0)
     below = "best fixed" if is_best_fixed else "" if gap is None else _ends(gap)
-    axes.text(column, row - 0.17, f"{100 * one.last.value:.1f}", ha="center", va="center", fontsize=9)
+    axes.text(column, row - 0.17, f"{100 * one.last['value']:.1f}", ha="center", va="center", fontsize=9)
     axes.text(column, row + 0.24, below, ha="center", va="center", fontsize=6.8)
 
 
 def _shade(gap: Gap | None) -> tuple[float, float, float, float] | str:
     if gap is None or gap.word not in ("ahead", "behind"):
         return "#f3f4f6"
-    return BEHIND_TO_AHEAD(0.5 + 0.5 * max(-1.0, min(1.0, gap.value / FULL_COLOUR)))
+    return BEHIND_TO_AHEAD(0.5 + 0.5 * max(-1.0, min(1.0, gap.contrast.value / FULL_COLOUR)))
 
 
 def _ends(gap: Gap) -> str:
-    return f"{100 * gap.value:+.0f} [{100 * gap.low:+.0f}, {100 * gap.high:+.0f}]"
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*gap.contrast.in_unit)

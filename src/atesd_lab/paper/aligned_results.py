@@ -21,14 +21,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from atesd.errors import AtesdError, RunError
 from atesd.runs import write_atomic
 from atesd.table import Table
-from atesd.text import MISSING, duration, percent
+from atesd.text import MISSING, duration, percent, percent_interval
 from atesd_lab.paper.aligned_figure import draw_main, draw_worlds
 from atesd_lab.paper.aligned_measure import BEST_FIXED, GRPO, ArmResult, TimedGap, WorldResult, measure, paces_of
-from atesd_lab.report.honest import markdown
+from atesd_lab.report.honest import capital, markdown
 from atesd_lab.sweep.pivot import SweptTable, commits_of, machine_of, read_cells, read_tables
 
 WORLDS = {
@@ -97,7 +98,11 @@ def write_results(folders: Sequence[Path], baseline: str, path: Path, timed: Seq
     path.parent.mkdir(parents=True, exist_ok=True)
     text = page(worlds, lines, baseline)
     write_atomic(path.with_name(f"{path.name}.md"), text.encode())
-    numbers = {"baseline": baseline, "provenance": lines, "worlds": [asdict(world) for world in worlds]}
+    numbers = {
+        "baseline": baseline,
+        "provenance": lines,
+        "worlds": [asdict(world, dict_factory=_flat) for world in worlds],
+    }
     write_atomic(path.with_name(f"{path.name}.json"), (json.dumps(numbers, indent=1) + "\n").encode())
     names = {world.world: _name(world.world) for world in worlds}
     draw_main(worlds, names, baseline, path)
@@ -118,10 +123,10 @@ def verdict_lines(worlds: Sequence[WorldResult]) -> list[str]:
     answers: dict[str, dict[str, list[str]]] = {}
     for world in worlds:
         for one in world.verdicts:
-            number = f" ({one.gap})" if one.gap else f" ({one.detail})"
+            number = f" ({one.gap.contrast.in_points})" if one.gap else f" ({one.detail})"
             answers.setdefault(one.question, {}).setdefault(one.answer, []).append(_name(world.world) + number)
     return [
-        f"{_capital(question)}: {'; '.join(f'{answer} in ' + ', '.join(some) for answer, some in by_answer.items())}."
+        f"{capital(question)}: {'; '.join(f'{answer} in ' + ', '.join(some) for answer, some in by_answer.items())}."
         for question, by_answer in answers.items()
     ]
 
@@ -134,7 +139,7 @@ def verdict_table(worlds: Sequence[WorldResult]) -> Table:
             for one in (one for one in world.verdicts if one.question == question):
                 gap = one.gap
                 over = MISSING if gap is None or gap.over_blocks is None else _ends(*gap.over_blocks)
-                number = str(gap) if gap else MISSING
+                number = gap.contrast.in_points if gap else MISSING
                 rows.append((question, _name(world.world), one.answer, one.detail, number, over))
     columns = ("question", "world", "answer", "rival", "difference, points", "interval, a checkpoint counted once")
     notes = (
@@ -154,7 +159,9 @@ def overview(worlds: Sequence[WorldResult]) -> Table:
         cells = []
         for world in worlds:
             one = world.arm(arm)
-            cells.append(MISSING if one is None else _accuracy(one) + " (best fixed)" * (arm == world.best_fixed))
+            cells.append(
+                MISSING if one is None else percent_interval(one.last) + " (best fixed)" * (arm == world.best_fixed)
+            )
         rows.append((arm, *cells))
     columns = ("arm", *(_name(world.world) for world in worlds))
     return Table("Average@k on test after the last update, %", columns, tuple(rows), ACCURACY_NOTES[:1])
@@ -168,8 +175,8 @@ def accuracy_table(world: WorldResult, baseline: str) -> Table:
             one.arm,
             _seeds(one),
             percent(one.base),
-            _accuracy(one),
-            *(str(one.gaps[rival]) if rival in one.gaps else MISSING for rival in rivals),
+            percent_interval(one.last),
+            *(one.gaps[rival].contrast.in_points if rival in one.gaps else MISSING for rival in rivals),
             percent(one.kept_share),
         )
         for one in world.arms
@@ -189,7 +196,7 @@ def time_table(world: WorldResult, baseline: str) -> Table:
     rivals, updates = (baseline, BEST_FIXED, GRPO), list(world.arms[0].curve)
     rows = []
     for one in world.arms:
-        pace = MISSING if one.pace is None else f"{one.pace.value:.2f} ({one.pace.low:.2f} to {one.pace.high:.2f})"
+        pace = MISSING if one.pace is None else "{value:.2f} ({low:.2f} to {high:.2f})".format(**one.pace)
         rows.append(
             (
                 one.arm,
@@ -207,19 +214,19 @@ def _against(world: WorldResult, baseline: str) -> tuple[str, str, str]:
 
 
 def _timed(one: TimedGap) -> str:
-    return f"{one.gap} ({one.candidate_updates:.0f} / {one.baseline_updates:.0f})"
-
-
-def _accuracy(one: ArmResult) -> str:
-    return f"{percent(one.last.value)} [{100 * one.last.low:.0f}, {100 * one.last.high:.0f}]"
+    return f"{one.gap.contrast.in_points} ({one.candidate_updates:.0f} / {one.baseline_updates:.0f})"
 
 
 def _seeds(one: ArmResult) -> str:
     return str(len(one.seeds)) if one.seeds == one.wanted else f"{len(one.seeds)} of {len(one.wanted)}"
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _flat(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A record of aligned.json, in which the value and the interval of a contrast stand among its other numbers."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        found |= {end: value[end] for end in ("value", "low", "high")} if name == "contrast" else {name: value}
+    return found
 
 
 def _ends(low: float, high: float) -> str:

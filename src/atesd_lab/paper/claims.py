@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from scipy.stats import t
+from atesd_lab.report.arms import Arms
+from atesd_lab.stats.contrast import Contrast
 
 Verdict = Literal["agrees", "disagrees", "not distinguishable"]
 Origin = Literal["paper", "ours"]
 
 
 @dataclass(frozen=True, slots=True)
-class Contrast:
-    """A difference that the claim says is above 0, with its 95 % interval, in points or in another unit."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    unit: str = "points"
-
-    def __str__(self) -> str:
-        numbers = f"{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
-        return f"{self.name}: {numbers} {self.unit}"
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
-    """What is claimed, by whom, which number the paper prints for it ("-": none), and what was measured here."""
+    """What is claimed, by whom, which number the paper prints for it ("-": none), and what was measured here.
+
+    The claim says that every contrast is above 0.
+    """
 
     text: str
     origin: Origin
@@ -42,20 +28,14 @@ class Claim:
     def verdict(self) -> Verdict:
         """agrees: every interval is above 0. disagrees: one is below 0. Otherwise not distinguishable.
 
-        An interval without width, from differences that are all the same, says nothing.
+        A claim is about methods: an interval over the problems of one seed is for none and against none.
         """
-        told = [one for one in self.contrasts if one.low < one.high]
-        if any(one.high < 0 for one in told):
+        found = [one.verdict if one.covers_seeds else "not distinguishable" for one in self.contrasts]
+        if "below" in found:
             return "disagrees"
-        if told and len(told) == len(self.contrasts) and all(one.low > 0 for one in told):
-            return "agrees"
-        return "not distinguishable"
+        return "agrees" if set(found) == {"above"} else "not distinguishable"
 
 
-def over_seeds(name: str, values: Sequence[float], unit: str) -> Contrast:
-    """The mean of one number per seed with Student's 95 % interval; unbounded for a single seed."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Contrast(name, mean, -math.inf, math.inf, unit)
-    reach = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-    return Contrast(name, mean, mean - reach, mean + reach, unit)
+def ends_above(arms: Arms, better: str, worse: str, words: str, origin: Origin = "ours", printed: str = "-") -> Claim:
+    """The claim, in words after the world's name, that one arm ends above another on test after the last update."""
+    return Claim(f"{arms.name}: {words}", origin, printed, (arms.difference(worse, better),))

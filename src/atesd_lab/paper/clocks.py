@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 from atesd.table import Table
 from atesd.text import percent
 from atesd_lab.paper.bench import Bench, Findings
-from atesd_lab.paper.claims import Claim, Contrast, over_seeds
+from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.report.canvas import colour, plain, styled
+from atesd_lab.stats.contrast import POINTS, Contrast, over_seeds
 
 WEIGHTS: Mapping[str, str] = {"steps": "frozen", "ema": "EMA", "refresh": "refresh", "live": "live"}
 ARMS = ("full", "fixed-0.5", "sound")
@@ -33,7 +35,7 @@ def report(bench: Bench) -> Findings:
     ]
     return Findings(
         "Exposure and the teacher's weights: two clocks",
-        (clock_table(bench), *(bench.table(world, ARMS, "full") for world in bench.worlds)),
+        (clock_table(bench), *(bench[world].table(ARMS, "full") for world in bench)),
         {"clocks": _draw(bench)},
         tuple(claims),
         ("The paper keeps the teacher's weights frozen. All in the steps world.",),
@@ -46,9 +48,9 @@ def clock_table(bench: Bench) -> Table:
     for world, name in WEIGHTS.items():
         cells = []
         for arm in ARMS:
-            values = bench.accuracies(world, arm)
+            values = bench[world].accuracies(arm)
             cells.append(f"{percent(fmean(values))} ({percent(min(values))} to {percent(max(values))})")
-        rows.append((name, *cells, f"{fmean(bench.late_ratios(world, 'sound')):.2f}"))
+        rows.append((name, *cells, f"{fmean(bench[world].late_ratios('sound')):.2f}"))
     columns = ("teacher's weights", *ARMS, "late ratio of sound")
     return Table("Average@k on test after the last update, %: mean and range over seeds", columns, tuple(rows))
 
@@ -56,15 +58,17 @@ def clock_table(bench: Bench) -> Table:
 def interaction(bench: Bench, world: str) -> Contrast:
     """(full - fixed 0.5) under these weights minus the same under frozen weights, over seeds."""
     full, half, frozen_full, frozen_half = (
-        bench.accuracies(where, arm) for where in (world, "steps") for arm in ("full", "fixed-0.5")
+        bench[where].accuracies(arm) for where in (world, "steps") for arm in ("full", "fixed-0.5")
     )
-    gaps = [100 * ((a - b) - (c - d)) for a, b, c, d in zip(full, half, frozen_full, frozen_half, strict=True)]
-    return over_seeds(f"{WEIGHTS[world]}: (full - 0.5) - the same with frozen weights", gaps, "points")
+    gaps = [(a - b) - (c - d) for a, b, c, d in zip(full, half, frozen_full, frozen_half, strict=True)]
+    return over_seeds(f"{WEIGHTS[world]}: (full - 0.5) - the same with frozen weights", gaps, POINTS)
 
 
 def _two_sided(one: Contrast) -> Contrast:
     """A difference of either sign speaks for an interaction: the contrast with the sign that it has."""
-    return one if one.value >= 0 else Contrast(f"minus {one.name}", -one.value, -one.high, -one.low, one.unit)
+    if one.value >= 0:
+        return one
+    return replace(one, name=f"minus {one.name}", value=-one.value, low=-one.high, high=-one.low)
 
 
 @styled
@@ -72,7 +76,7 @@ def _draw(bench: Bench) -> Figure:
     figure, all_axes = panels(len(WEIGHTS), width=3.4)
     for axes, (world, name) in zip(all_axes, WEIGHTS.items(), strict=True):
         for index, arm in enumerate(ARMS):
-            rows = [run.evaluated("validation") for run in bench.runs(world, arm)]
+            rows = [run.evaluated("validation") for run in bench[world].runs(arm)]
             updates = [int(row["update"]) for row in rows[0]]
             values = [[100 * row["average"]["value"] for row in some] for some in rows]
             axes.plot(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atesd_lab.paper.bench import Bench, Findings
-from atesd_lab.paper.claims import Claim
+from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import accuracy_dots
 
 CONTROLS = {
@@ -19,19 +19,19 @@ def report(bench: Bench) -> Findings:
     """A table per world against full exposure, a figure, and for each control what the true reference adds to it."""
     arms = ["full", *CONTROLS]
     claims = [
-        Claim(f"{world}: full exposure ends above {words}", "ours", "-", (bench.difference(world, arm, "full"),))
-        for world in bench.worlds
+        ends_above(arms_of_world, "full", arm, f"full exposure ends above {words}")
+        for arms_of_world in bench.values()
         for arm, words in CONTROLS.items()
     ]
     claims += [
-        Claim(f"{world}: training with {words} gains over the base model", "ours", "-", (bench.gain(world, arm),))
-        for world in bench.worlds
+        Claim(f"{world}: training with {words} gains over the base model", "ours", "-", (bench[world].gain(arm),))
+        for world in bench
         for arm, words in CONTROLS.items()
     ]
     return Findings(
         "What in the reference helps",
-        tuple(bench.table(world, arms, "full") for world in bench.worlds),
-        {"accuracy": accuracy_dots(bench, bench.worlds, arms, {})},
+        tuple(bench[world].table(arms, "full") for world in bench),
+        {"accuracy": accuracy_dots(bench, list(bench), arms, {})},
         tuple(claims),
         (
             "The paper has no such controls. fixed-0: the teacher sees the answer and no segment.",

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from atesd.text import number
 from atesd_lab.paper.bench import Bench, Findings
-from atesd_lab.paper.claims import Claim
+from atesd_lab.paper.claims import ends_above
 from atesd_lab.paper.drawing import accuracy_dots
 from atesd_lab.paper.numbers import printed
 
@@ -20,21 +20,23 @@ STEPS = {
 
 def report(bench: Bench) -> Findings:
     """One table, one figure, and each step of the ladder as a claim."""
-    (world,) = bench.worlds
+    (world,) = bench
     values = {arm: float(printed("credit_ablation_aime24", key)) for arm, key in STEPS.items()}
     claims = tuple(
-        Claim(
-            f"{world}: {better} ends above {worse}",
+        ends_above(
+            bench[world],
+            better,
+            worse,
+            f"{better} ends above {worse}",
             "paper",
             f"{values[better] - values[worse]:+.2f}",
-            (bench.difference(world, worse, better),),
         )
         for worse, better in pairwise(STEPS)
     )
     column = {arm: number(value, 4) for arm, value in values.items()}
     return Findings(
         "How a decision is rewarded: ablation 1",
-        (bench.table(world, list(STEPS), "one-step", column),),
+        (bench[world].table(list(STEPS), "one-step", column),),
         {"accuracy": accuracy_dots(bench, [world], list(STEPS), values)},
         claims,
         (

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from atesd_lab.paper.bench import Bench
-from atesd_lab.paper.claims import Contrast
 from atesd_lab.report.canvas import colour, dash, plain, save_figure, styled
+from atesd_lab.report.rows import average
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import Contrast
 
 DENSE = 12  # points; longer lines have no markers
 
@@ -28,13 +29,13 @@ def panels(count: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure,
 @styled
 def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str], paper: dict[str, float]) -> Figure:
     """Accuracy of each arm: a dot for every seed, a bar at their mean, a star for the paper's number if it has one."""
-    shown = [[arm for arm in arms if arm in bench.arms(world)] for world in worlds]
+    shown = [[arm for arm in arms if arm in bench[world].groups] for world in worlds]
     figure, all_axes = panels(len(worlds), height=1.3 + 0.3 * max(map(len, shown)))
     for axes, world, some in zip(all_axes, worlds, shown, strict=True):
-        base = 100 * np.mean([row["average"]["value"] for row in bench.base_test(world)])
+        base = 100 * float(np.mean(list(map(average, bench[world].base_test()))))
         axes.axvline(base, color=INK, linestyle=":", linewidth=1)
         for place, arm in enumerate(some):
-            values = 100 * np.array(bench.accuracies(world, arm))
+            values = 100 * np.array(bench[world].accuracies(arm))
             axes.plot(values, [place] * len(values), "o", color=colour(0), alpha=0.45, markersize=4)
             axes.plot([values.mean()], [place], "|", color=colour(0), markersize=13, markeredgewidth=2.2)
             if arm in paper:
@@ -56,9 +57,10 @@ def contrast_bars(title: str, contrasts: Sequence[Contrast]) -> Figure:
     figure, (axes,) = panels(1, width=6.4, height=1.1 + 0.28 * len(contrasts))
     axes.axvline(0, color=INK, linewidth=0.8)
     for place, one in enumerate(contrasts):
-        ends = [end for end in (one.low, one.high) if np.isfinite(end)]
+        value, *interval = one.in_unit
+        ends = [end for end in interval if np.isfinite(end)]
         axes.plot(ends, [place] * len(ends), color=colour(0), linewidth=1.6)
-        axes.plot([one.value], [place], "o", color=colour(0), markersize=5)
+        axes.plot([value], [place], "o", color=colour(0), markersize=5)
     axes.set_yticks(range(len(contrasts)), [one.name for one in contrasts])
     axes.invert_yaxis()
     axes.set(title=title, xlabel=f"{contrasts[0].unit if contrasts else ''} (95 % interval over seeds and problems)")

@@ -14,16 +14,17 @@ from matplotlib.figure import Figure
 
 from atesd.config import CreditConfig, PolicyConfig
 from atesd.table import Table
-from atesd.text import MISSING, number, points_interval
+from atesd.text import MISSING, number
 from atesd_lab.audit.null_simulation import NullBand, null_band
-from atesd_lab.paper.bench import RATIOS, Bench, Findings
-from atesd_lab.paper.claims import Claim, Contrast
+from atesd_lab.paper.bench import RATIOS, Bench, Findings, best_fixed
+from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import accuracy_dots, draw_seeds, panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import running_mean, styled
 from atesd_lab.report.decisions import policies
 from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import Contrast
 
 LEARNED = ("sound", "paper", "bandit", "aligned")
 OURS = {"bandit": "the bandit", "aligned": "the aligned exposure"}
@@ -42,9 +43,9 @@ def report(bench: Bench) -> Findings:
     numbers = printed("exposure_ablation_aime24")
     return Findings(
         "Learned exposure and its controls: ablation 2",
-        (*(_world_table(bench, world) for world in bench.worlds), optimum_table(bench), selected_table(bench)),
+        (*(_world_table(bench, world) for world in bench), optimum_table(bench), selected_table(bench)),
         {
-            "accuracy": accuracy_dots(bench, bench.worlds, bench.arms("leaps"), {}),
+            "accuracy": accuracy_dots(bench, list(bench), list(bench["leaps"].groups), {}),
             "ratios": _draw_ratios(bench),
         },
         (*_claims(bench, numbers), *_own_claims(bench)),
@@ -64,22 +65,24 @@ def _world_table(bench: Bench, world: str) -> Table:
     column = {arm: number(numbers[arm], 4) for arm in ("full", "random")}
     column["fixed-0.5"] = f"{number(numbers['best_fixed_0.5'], 4)} (its best fixed)"
     column["paper"] = column["sound"] = number(numbers["learned"], 4)
-    return bench.table(world, bench.arms(world), "full", column)
+    return bench[world].table(list(bench[world].groups), "full", column)
 
 
 def optimum_table(bench: Bench) -> Table:
     """Per world and controller: late ratio beside the best fixed ratio, and differences from its rivals at the last."""
     rows = []
-    for world in bench.worlds:
-        best = bench.best_fixed(world)
+    for world in bench:
+        best = best_fixed(bench[world])
         as_good = [
-            ratio for arm, ratio in RATIOS.items() if arm == best or bench.difference(world, best, arm).high >= 0
+            ratio
+            for arm, ratio in RATIOS.items()
+            if arm == best or bench[world].difference(best, arm).verdict != "below"
         ]
         for arm in LEARNED:
-            late = bench.late_ratios(world, arm)
+            late = bench[world].late_ratios(arm)
             off = fmean(late) - RATIOS[best]
             near = min(abs(fmean(late) - ratio) for ratio in as_good)
-            rivals = _against(bench.difference, world, arm, best)
+            rivals = _against(bench[world].difference, arm, best)
             spread = f"{fmean(late):.2f} ({min(late):.2f} to {max(late):.2f})"
             rows.append(
                 (
@@ -114,8 +117,8 @@ def optimum_table(bench: Bench) -> Table:
 def selected_table(bench: Bench) -> Table:
     """Per world and controller: the same differences where every run may stop at its own best checkpoint."""
     rows = [
-        (world, arm, *_against(bench.selected, world, arm, bench.best_fixed(world)))
-        for world in bench.worlds
+        (world, arm, *_against(bench[world].selected, arm, best_fixed(bench[world])))
+        for world in bench
         for arm in LEARNED
     ]
     notes = (
@@ -130,21 +133,17 @@ def selected_table(bench: Bench) -> Table:
     )
 
 
-def _against(difference: Callable[[str, str, str], Contrast], world: str, arm: str, best: str) -> list[str]:
+def _against(difference: Callable[[str, str], Contrast], arm: str, best: str) -> list[str]:
     """The differences from the best fixed ratio, the rivals, and the controller's own controls where it has them."""
     own = [PREFIX[arm] + control if arm in PREFIX else None for control in SHUFFLED]
-    return [MISSING if one is None else _cell(difference(world, one, arm)) for one in (best, *RIVALS, *own)]
-
-
-def _cell(one: Contrast) -> str:
-    return points_interval(one.value / 100, one.low / 100, one.high / 100)
+    return [MISSING if one is None else difference(one, arm).in_points for one in (best, *RIVALS, *own)]
 
 
 def _claims(bench: Bench, numbers: dict[str, float]) -> list[Claim]:
     """The paper's: learned is above full, best fixed and random. In every world, for both rewards."""
     claims = []
-    for world in bench.worlds:
-        best = bench.best_fixed(world)
+    for world in bench:
+        best = best_fixed(bench[world])
         for arm in ("paper", "sound"):
             for rival, key, name in (
                 ("full", "full", "full exposure"),
@@ -152,26 +151,24 @@ def _claims(bench: Bench, numbers: dict[str, float]) -> list[Claim]:
                 ("random", "random", "random exposure"),
             ):
                 gap = f"{numbers['learned'] - numbers[key]:+.2f}"
-                text = f"{world}: learned ({arm}) ends above {name}"
-                claims.append(Claim(text, "paper", gap, (bench.difference(world, rival, arm),)))
+                claims.append(ends_above(bench[world], arm, rival, f"learned ({arm}) ends above {name}", "paper", gap))
     return claims
 
 
 def _own_claims(bench: Bench) -> list[Claim]:
     """Ours: what is learned is adaptive, not merely varied, drifted, or a distribution of ratios."""
     claims = []
-    for world in bench.worlds:
-        controls = [arm for arm in CONTROLS if arm in bench.arms(world)]
+    for world in bench:
+        controls = [arm for arm in CONTROLS if arm in list(bench[world].groups)]
         for control in controls:
-            text = f"{world}: learned (sound) ends above its control {control}"
-            claims.append(Claim(text, "ours", "-", (bench.difference(world, control, "sound"),)))
+            words = f"learned (sound) ends above its control {control}"
+            claims.append(ends_above(bench[world], "sound", control, words))
         for arm, name in OURS.items():
             for rival in ("full", "random"):
-                text = f"{world}: {name} ends above {rival} exposure"
-                claims.append(Claim(text, "ours", "-", (bench.difference(world, rival, arm),)))
+                claims.append(ends_above(bench[world], arm, rival, f"{name} ends above {rival} exposure"))
             for control in (f"{PREFIX[arm]}{control}" for control in SHUFFLED):
-                text = f"{world}: {name} ends above its control {control.removeprefix(PREFIX[arm])}"
-                claims.append(Claim(text, "ours", "-", (bench.difference(world, control, arm),)))
+                words = f"{name} ends above its control {control.removeprefix(PREFIX[arm])}"
+                claims.append(ends_above(bench[world], arm, control, words))
     return claims
 
 
@@ -183,9 +180,9 @@ def _null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int) -> Nu
 
 @styled
 def _draw_ratios(bench: Bench) -> Figure:
-    figure, all_axes = panels(len(bench.worlds), width=3.9, height=3.6)
-    for axes, world in zip(all_axes, bench.worlds, strict=True):
-        runs = bench.runs(world, "sound")
+    figure, all_axes = panels(len(bench), width=3.9, height=3.6)
+    for axes, world in zip(all_axes, bench, strict=True):
+        runs = bench[world].runs("sound")
         config = runs[0].config
         updates, means = policy_means(runs[0])
         band = _null_band(config.credit, config.policy, len(means))
@@ -194,14 +191,14 @@ def _draw_ratios(bench: Bench) -> Figure:
             updates, middle - reach, middle + reach, color=INK, alpha=0.12, linewidth=0, label="null band"
         )
         for index, arm in enumerate(LEARNED):
-            mine = bench.runs(world, arm)
+            mine = bench[world].runs(arm)
             if arm in OURS:
                 ratios = [running_mean(np.array(run.series("reveal_ratio")[1]), SMOOTH).tolist() for run in mine]
                 draw_seeds(axes, mine[0].series("reveal_ratio")[0], ratios, index, f"{arm}, mean of {SMOOTH} updates")
             else:
                 curves = [policy_means(run) for run in mine]
                 draw_seeds(axes, curves[0][0], [means for _, means in curves], index, f"{arm}, mean of the Beta")
-        axes.axhline(RATIOS[bench.best_fixed(world)], color=INK, linestyle=":", linewidth=1.4, label="best fixed")
+        axes.axhline(RATIOS[best_fixed(bench[world])], color=INK, linestyle=":", linewidth=1.4, label="best fixed")
         axes.set(title=world, xlabel="update", ylim=(-0.03, 1.03))
     all_axes[0].set_ylabel("reveal ratio")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

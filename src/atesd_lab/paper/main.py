@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from atesd.text import number
 from atesd_lab.paper.bench import Bench, Findings
-from atesd_lab.paper.claims import Claim
+from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import accuracy_dots
 from atesd_lab.paper.numbers import printed
+from atesd_lab.report.arms import Arms
 
 ROWS = {"base": "base", "sft": "sft", "grpo": "grpo", "full": "opsd", "paper": "atesd", "sound": "atesd"}
 ARMS = ("sft", "grpo", "full", "paper", "sound")
@@ -17,11 +18,11 @@ def report(bench: Bench) -> Findings:
     """A table per world, a figure, and table 1's order of the methods as claims."""
     averages = {arm: float(printed("main", MODEL, row)[3]) for arm, row in ROWS.items()}
     column = {arm: number(value, 4) for arm, value in averages.items()}
-    claims = [claim for world in bench.worlds for claim in _claims(bench, world, averages)]
+    claims = [claim for arms in bench.values() for claim in _claims(arms, averages)]
     return Findings(
         "The methods: table 1 of the paper",
-        tuple(bench.table(world, ARMS, "full", column) for world in bench.worlds),
-        {"accuracy": accuracy_dots(bench, bench.worlds, ARMS, averages)},
+        tuple(bench[world].table(ARMS, "full", column) for world in bench),
+        {"accuracy": accuracy_dots(bench, list(bench), ARMS, averages)},
         tuple(claims),
         (
             f"Paper: average of three benchmarks, {MODEL}, Average@12. full: OPSD. "
@@ -31,7 +32,7 @@ def report(bench: Bench) -> Findings:
     )
 
 
-def _claims(bench: Bench, world: str, averages: dict[str, float]) -> list[Claim]:
+def _claims(arms: Arms, averages: dict[str, float]) -> list[Claim]:
     orders = [("full", "paper"), ("full", "sound"), ("grpo", "full"), ("sft", "full")]
     names = {
         **{arm: arm.upper() for arm in ("sft", "grpo")},
@@ -40,16 +41,18 @@ def _claims(bench: Bench, world: str, averages: dict[str, float]) -> list[Claim]
         "sound": "ATESD (sound)",
     }
     claims = [
-        Claim(
-            f"{world}: {names[better]} ends above {names[worse]}",
+        ends_above(
+            arms,
+            better,
+            worse,
+            f"{names[better]} ends above {names[worse]}",
             "paper",
             f"{averages[better] - averages[worse]:+.2f}",
-            (bench.difference(world, worse, better),),
         )
         for worse, better in orders
     ]
     printed_gain = f"{averages['full'] - averages['base']:+.2f}"
     return [
         *claims,
-        Claim(f"{world}: OPSD ends above the base model", "paper", printed_gain, (bench.gain(world, "full"),)),
+        Claim(f"{arms.name}: OPSD ends above the base model", "paper", printed_gain, (arms.gain("full"),)),
     ]

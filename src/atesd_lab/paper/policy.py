@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +13,7 @@ from scipy.stats import beta
 from atesd.table import Table
 from atesd.text import MISSING
 from atesd_lab.paper.bench import Bench, Findings
-from atesd_lab.paper.claims import Claim, over_seeds
+from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.paper.exposure import policy_means
 from atesd_lab.paper.numbers import printed
@@ -19,27 +21,28 @@ from atesd_lab.report.canvas import colour, styled
 from atesd_lab.report.decisions import moments, policies
 from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import over_seeds
 
 GRID = (np.arange(400) + 0.5) / 400
 
 
 def report(bench: Bench) -> Findings:
     """Mean, mode and mass of the density at moments of training; the ridge; whether it moves up as the paper's does."""
-    (world,) = bench.worlds
+    (world,) = bench
     paper = printed("policy_over_training")
     claims = []
-    for arm in bench.arms(world):
-        moves = [means[-1] - means[0] for _, means in map(policy_means, bench.runs(world, arm))]
+    for arm in list(bench[world].groups):
+        moves = [means[-1] - means[0] for _, means in map(policy_means, bench[world].runs(arm))]
         contrast = over_seeds("last mean - first mean", moves, "of ratio")
         printed_move = f"{paper['start_mean']} to a mode of {paper['late_mode']}"
         claims.append(Claim(f"{world}: the policy ({arm}) moves up over training", "paper", printed_move, (contrast,)))
     return Findings(
         "The policy over training: figure 4B",
-        tuple(density_table(bench, world, arm) for arm in bench.arms(world)),
+        tuple(density_table(bench, world, arm) for arm in list(bench[world].groups)),
         {"ridge": _draw_ridges(bench, world)},
         tuple(claims),
         (
-            f"The densities of all {len(bench.seeds)} seeds are averaged. A movement inside the "
+            f"The densities of all {len(bench[world].seeds)} seeds are averaged. A movement inside the "
             "null band of `exposure` says nothing.",
         ),
     )
@@ -47,7 +50,7 @@ def report(bench: Bench) -> Findings:
 
 def density_table(bench: Bench, world: str, arm: str) -> Table:
     """The mixture density of an arm at a few decisions."""
-    runs = bench.runs(world, arm)
+    runs = bench[world].runs(arm)
     paper = printed("policy_over_training")
     rows = []
     held = policies(runs[0])
@@ -67,7 +70,7 @@ def density_table(bench: Bench, world: str, arm: str) -> Table:
     return Table(f"{world}, {arm}: the policy's density over training", columns, tuple(rows))
 
 
-def mixture(runs: list[RunRows], place: int) -> NDArray[np.float64]:
+def mixture(runs: Sequence[RunRows], place: int) -> NDArray[np.float64]:
     """The mean over runs of the Beta density at a decision, on `GRID`."""
     each = [policies(run)[place] for run in runs]
     density: NDArray[np.float64] = np.mean(
@@ -78,16 +81,16 @@ def mixture(runs: list[RunRows], place: int) -> NDArray[np.float64]:
 
 @styled
 def _draw_ridges(bench: Bench, world: str) -> Figure:
-    arms = bench.arms(world)
+    arms = list(bench[world].groups)
     figure, all_axes = panels(len(arms), width=4.4, height=4.6)
     for index, (axes, arm) in enumerate(zip(all_axes, arms, strict=True)):
-        _draw_ridge(axes, bench.runs(world, arm), index)
+        _draw_ridge(axes, bench[world].runs(arm), index)
         axes.set(title=f"{world}, {arm}", xlabel="reveal ratio", xlim=(0, 1))
     all_axes[0].set_ylabel("update")
     return figure
 
 
-def _draw_ridge(axes: Axes, runs: list[RunRows], index: int) -> None:
+def _draw_ridge(axes: Axes, runs: Sequence[RunRows], index: int) -> None:
     held = policies(runs[0])
     places = moments(len(held))
     densities = [mixture(runs, place) for place in places]

@@ -22,7 +22,7 @@ from atesd_lab.paper import (
     sweep,
     tokens,
 )
-from atesd_lab.paper.bench import Bench, Findings
+from atesd_lab.paper.bench import Bench, Findings, read_bench
 from atesd_lab.paper.claims import Claim, Verdict
 from atesd_lab.paper.drawing import write_figure
 from atesd_lab.paper.numbers import source
@@ -84,7 +84,7 @@ def _write(name: str, scale: Scale, cells: Sequence[Cell], finished: Set[Path], 
     if left:
         return Written(name, None, f"{len(left)} of {len(mine)} cells are not finished, such as {left[0].job.name}")
     try:
-        findings = EXPERIMENTS[name](Bench(mine, pairs))
+        findings = EXPERIMENTS[name](read_bench(mine, pairs))
     except AtesdError as error:
         return Written(name, None, str(error))
     for key, figure in findings.figures.items():

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from operator import attrgetter
 from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from atesd.errors import RunError
 from atesd.table import Table
 from atesd.text import MISSING, number, percent
-from atesd_lab.paper.bench import RATIOS, Bench, Findings, shares
-from atesd_lab.paper.claims import Claim, Contrast, over_seeds
+from atesd_lab.paper.bench import RATIOS, Bench, Findings
+from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import draw_seeds, log_axis, panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import colour, dash, styled
-from atesd_lab.report.rows import RunRows, natural
+from atesd_lab.report.rows import RunRows, average, natural, shares
+from atesd_lab.stats.contrast import Contrast, over_seeds
+from atesd_lab.stats.mismatch import Mismatch, mismatch
+from atesd_lab.stats.selection import best_fixed
 
 ARMS = tuple(RATIOS)
-TAIL = 0.95
 CLASSES = ("easy", "medium", "hard")
-MEASURES: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "mean": lambda kl: float(np.mean(kl)),
-    "p95": lambda kl: float(np.quantile(kl, TAIL)),
-    "p99": lambda kl: float(np.quantile(kl, 0.99)),
-    "tail mean": lambda kl: float(np.mean(np.sort(kl)[int(TAIL * len(kl)) :])),
+MEASURES: Mapping[str, Callable[[Mismatch], float]] = {
+    "mean": attrgetter("mean"),
+    "p95": attrgetter("p95"),
+    "p99": attrgetter("p99"),
+    "tail mean": attrgetter("tail_mean"),
 }
 
 
@@ -34,7 +38,7 @@ def report(bench: Bench) -> Findings:
     return Findings(
         "Fixed ratios: figure 2 of the paper",
         (
-            *(bench.table(world, ARMS, "full", _paper_column()) for world in bench.worlds),
+            *(bench[world].table(ARMS, "full", _paper_column()) for world in bench),
             optimum_table(bench),
             mismatch_table(bench),
             difficulty_table(bench, "leaps"),
@@ -63,11 +67,11 @@ def _paper_column() -> dict[str, str]:
 def optimum_table(bench: Bench) -> Table:
     """Which fixed ratio is best after how many updates, on validation: where the optimum is, and whether it moves."""
     rows = []
-    for world in bench.worlds:
-        tested = {arm: [run.evaluated("validation") for run in bench.runs(world, arm)] for arm in ARMS}
+    for world in bench:
+        tested = {arm: [run.evaluated("validation") for run in bench[world].runs(arm)] for arm in ARMS}
         for place, first in enumerate(tested["full"][0]):
-            means = {arm: fmean(rows[place]["average"]["value"] for rows in some) for arm, some in tested.items()}
-            best = f"{RATIOS[max(means, key=lambda arm: means[arm])]:g}" if first["update"] else MISSING
+            means = {arm: fmean(average(rows[place]) for rows in some) for arm, some in tested.items()}
+            best = f"{RATIOS[best_fixed(RATIOS, means)]:g}" if first["update"] else MISSING
             rows.append((world, str(first["update"]), *map(percent, means.values()), best))
     columns = ("world", "update", *(f"{ratio:g}" for ratio in RATIOS.values()), "best")
     notes = ("Means over seeds; equal before the first update. The lowest of equals is called best.",)
@@ -75,26 +79,26 @@ def optimum_table(bench: Bench) -> Table:
 
 
 def token_kl(run: RunRows, update: int) -> list[float]:
-    """KL of every logged token of an update's rollouts."""
-    return [kl for row in run.samples if row["update"] == update for kl in row["token_kl"]]
+    """KL of every logged token of an update's rollouts, those aside at which it was not finite."""
+    return [kl for row in run.samples if row["update"] == update for kl in row["token_kl"] if kl is not None]
 
 
 def logged_updates(bench: Bench, world: str) -> list[int]:
     """The updates whose rollouts were logged."""
-    return sorted({int(row["update"]) for row in bench.runs(world, "full")[0].samples})
+    return sorted({int(row["update"]) for row in bench[world].runs("full")[0].samples})
 
 
 def mismatch_table(bench: Bench) -> Table:
     """Measures of the per-token KL and top-1 disagreement, per ratio, at the first and last logged update."""
     rows = []
-    for world in bench.worlds:
+    for world in bench:
         updates = logged_updates(bench, world)
         for arm, ratio in RATIOS.items():
             cells = [world, f"{ratio:g}"]
             for update in (updates[0], updates[-1]):
-                by_seed = [token_kl(run, update) for run in bench.runs(world, arm)]
+                by_seed = [mismatch(token_kl(run, update)) for run in bench[world].runs(arm)]
                 cells += [number(fmean(map(measure, by_seed))) for measure in MEASURES.values()]
-                cells.append(percent(fmean(_disagreement(run, update) for run in bench.runs(world, arm))))
+                cells.append(percent(fmean(_disagreement(run, update) for run in bench[world].runs(arm))))
             rows.append(tuple(cells))
     names = (*MEASURES, "top-1 %")
     columns = ("world", "ratio", *(f"{name}, start" for name in names), *(f"{name}, late" for name in names))
@@ -103,12 +107,15 @@ def mismatch_table(bench: Bench) -> Table:
 
 
 def _disagreement(run: RunRows, update: int) -> float:
-    return float(next(row["top1_disagreement"] for row in run.metrics if row["update"] == update))
+    measured = dict(zip(*run.series("top1_disagreement"), strict=True))
+    if update not in measured:
+        raise RunError(f"{run.name}: update {update} was skipped, so that its disagreement is unknown; train it anew")
+    return measured[update]
 
 
 def difficulty_classes(bench: Bench, world: str) -> dict[str, list[str]]:
     """Test problems in thirds by the base model's pass rate over all seeds, the most often solved first."""
-    rows = bench.base_test(world)
+    rows = bench[world].base_test()
     names = sorted(rows[0]["correct_counts"])
     rate = dict(zip(names, shares(rows, names).mean(axis=0), strict=True))
     ordered = sorted(names, key=lambda name: (-rate[name], name))
@@ -121,8 +128,8 @@ def difficulty_table(bench: Bench, world: str) -> Table:
     classes = difficulty_classes(bench, world)
     rows = []
     for name, problems in classes.items():
-        base = percent(shares(bench.base_test(world), problems).mean())
-        cells = [percent(shares(bench.last_test(world, arm), problems).mean()) for arm in ARMS]
+        base = percent(shares(bench[world].base_test(), problems).mean())
+        cells = [percent(shares(bench[world].last_test(arm), problems).mean()) for arm in ARMS]
         rows.append((name, _preferred(name), str(len(problems)), base, *cells))
     columns = ("class", "paper: best ratio", "problems", "base", *(f"{ratio:g}" for ratio in RATIOS.values()))
     return Table(f"{world}: Average@k in % by the base model's pass rate and the fixed ratio", columns, tuple(rows))
@@ -130,11 +137,11 @@ def difficulty_table(bench: Bench, world: str) -> Table:
 
 def level_table(bench: Bench, world: str) -> Table:
     """Accuracy by the world's own level (clauses) and ratio."""
-    base = bench.base_test(world)
+    base = bench[world].base_test()
     levels = sorted(base[0]["by_difficulty"], key=natural)
     rows = []
     for level in levels:
-        tested = [base, *(bench.last_test(world, arm) for arm in ARMS)]
+        tested = [base, *(bench[world].last_test(arm) for arm in ARMS)]
         values = [fmean(row["by_difficulty"][level]["average"]["value"] for row in some) for some in tested]
         rows.append((level, str(base[0]["by_difficulty"][level]["problems"]), *map(percent, values)))
     columns = ("clauses", "problems", "base", *(f"{ratio:g}" for ratio in RATIOS.values()))
@@ -148,29 +155,16 @@ def _preferred(name: str) -> str:
 def _accuracy_claims(bench: Bench) -> list[Claim]:
     """An interior ratio beats full exposure: in each world the best interior one, picked on validation."""
     paper = printed("exposure_ablation_aime24")
-    claims = []
-    for world in bench.worlds:
-        best = best_interior(bench, world)
-        gap = f"{paper['best_fixed_0.5'] - paper['full']:+.2f}"
-        text = f"{world}: a fixed ratio inside (0, 1) beats full exposure (2A)"
-        claims.append(Claim(text, "paper", gap, (bench.difference(world, "full", best),)))
-    return claims
-
-
-def best_interior(bench: Bench, world: str) -> str:
-    """The best fixed ratio strictly inside (0, 1), by mean validation after the last update."""
-    inside = [arm for arm, ratio in RATIOS.items() if 0 < ratio < 1]
-
-    def validated(arm: str) -> float:
-        return fmean(float(run.evaluated("validation")[-1]["average"]["value"]) for run in bench.runs(world, arm))
-
-    return max(inside, key=validated)
+    gap = f"{paper['best_fixed_0.5'] - paper['full']:+.2f}"
+    inside = {arm: ratio for arm, ratio in RATIOS.items() if 0 < ratio < 1}
+    words = "a fixed ratio inside (0, 1) beats full exposure (2A)"
+    return [ends_above(arms, arms.best_fixed(inside), "full", words, "paper", gap) for arms in bench.values()]
 
 
 def mismatch_claims(bench: Bench) -> list[Claim]:
     """The mean KL per token rises from each ratio to the next: at the first and at the last logged update."""
     claims = []
-    for world in bench.worlds:
+    for world in bench:
         updates = logged_updates(bench, world)
         for when, update in (("at the start", updates[0]), ("late in training", updates[-1])):
             text = f"{world}: the mean KL per token rises with the ratio, {when} (2B)"
@@ -180,7 +174,7 @@ def mismatch_claims(bench: Bench) -> list[Claim]:
 
 def _steps(bench: Bench, world: str, update: int) -> tuple[Contrast, ...]:
     """The rise of the mean KL from each ratio to the next, over seeds."""
-    means = {arm: [fmean(token_kl(run, update)) for run in bench.runs(world, arm)] for arm in ARMS}
+    means = {arm: [fmean(token_kl(run, update)) for run in bench[world].runs(arm)] for arm in ARMS}
     return tuple(
         over_seeds(
             f"{RATIOS[low]:g} to {RATIOS[high]:g}",
@@ -197,7 +191,7 @@ def _difficulty_claims(bench: Bench, world: str) -> list[Claim]:
     claims = []
     for name, problems in difficulty_classes(bench, world).items():
         best = named[_preferred(name)]
-        contrasts = tuple(bench.difference(world, arm, best, problems) for arm in ARMS if arm != best)
+        contrasts = tuple(bench[world].difference(arm, best, problems) for arm in ARMS if arm != best)
         text = f"{world}: {name} problems do best at the ratio {_preferred(name)} (2C)"
         claims.append(Claim(text, "paper", _preferred(name), contrasts))
     return claims
@@ -206,8 +200,8 @@ def _difficulty_claims(bench: Bench, world: str) -> list[Claim]:
 @styled
 def _draw_accuracy(bench: Bench) -> Figure:
     figure, (axes,) = panels(1, width=5.6, height=3.8)
-    for index, world in enumerate(bench.worlds):
-        by_seed = np.array([[100 * value for value in bench.accuracies(world, arm)] for arm in ARMS]).T
+    for index, world in enumerate(bench):
+        by_seed = np.array([[100 * value for value in bench[world].accuracies(arm)] for arm in ARMS]).T
         draw_seeds(axes, list(RATIOS.values()), by_seed.tolist(), index, world)
     axes.set(title="Accuracy by fixed ratio", xlabel="reveal ratio", ylabel="Average@k on test, %")
     figure.legend(loc="outside lower center", ncols=4)
@@ -221,14 +215,15 @@ def _draw_mismatch(bench: Bench, world: str) -> Figure:
     for axes, update, when in ((early, updates[0], "start"), (late, updates[-1], f"update {updates[-1]}")):
         for index, (name, measure) in enumerate(MEASURES.items()):
             by_seed = [
-                [measure(token_kl(bench.runs(world, arm)[seed], update)) for arm in ARMS] for seed in _seeds(bench)
+                [measure(mismatch(token_kl(bench[world].runs(arm)[seed], update))) for arm in ARMS]
+                for seed in range(len(bench[world].seeds))
             ]
             draw_seeds(axes, list(RATIOS.values()), by_seed, index, name)
         log_axis(axes)
         axes.set(title=f"KL per token, {when}", xlabel="reveal ratio", ylabel="nats")
     figure.legend(*early.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     for index, (arm, ratio) in enumerate(RATIOS.items()):
-        series = [run.series("top1_disagreement") for run in bench.runs(world, arm)]
+        series = [run.series("top1_disagreement") for run in bench[world].runs(arm)]
         smooth = 100 * np.mean([values for _, values in series], axis=0)
         width = max(1, len(smooth) // 10)
         kernel = np.convolve(smooth, np.ones(width) / width, mode="valid")
@@ -240,15 +235,11 @@ def _draw_mismatch(bench: Bench, world: str) -> Figure:
     return figure
 
 
-def _seeds(bench: Bench) -> range:
-    return range(len(bench.seeds))
-
-
 @styled
 def _draw_difficulty(bench: Bench, world: str) -> Figure:
     figure, (axes,) = panels(1, width=5.6, height=3.8)
     for index, (name, problems) in enumerate(difficulty_classes(bench, world).items()):
-        by_seed = np.array([100 * shares(bench.last_test(world, arm), problems).mean(axis=1) for arm in ARMS]).T
+        by_seed = np.array([100 * shares(bench[world].last_test(arm), problems).mean(axis=1) for arm in ARMS]).T
         draw_seeds(axes, list(RATIOS.values()), by_seed.tolist(), index, f"{name} (paper: {_preferred(name)})")
     axes.set(title=f"{world}: by the base model's pass rate", xlabel="reveal ratio", ylabel="Average@k on test, %")
     axes.legend()

@@ -13,25 +13,27 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from atesd.errors import RunError
+from atesd.rows import SampleRow
 from atesd.table import Table
 from atesd.text import MISSING, number
 from atesd_lab.paper.bench import RATIOS, Bench, Findings
-from atesd_lab.paper.claims import Claim, over_seeds
+from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import plain, styled
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import over_seeds
 
 LOW = "fixed-0.25"
 
 
 def report(bench: Bench) -> Findings:
     """Mean, max and argmax per ratio of the fixed rollout; the heat map; the same over all correct rollouts."""
-    (world,) = bench.worlds
-    chosen = the_rollout(bench.runs(world, "full"))
+    (world,) = bench
+    chosen = the_rollout(bench[world].runs("full"))
     seed, place = chosen
-    shown = {arm: _correct(bench.runs(world, arm)[seed])[place] for arm in RATIOS}
+    shown = {arm: _correct(bench[world].runs(arm)[seed])[place] for arm in RATIOS}
     paper = printed("one_rollout_kl")
     return Findings(
         "One rollout under several ratios: figure 4A",
@@ -62,7 +64,7 @@ def the_rollout(runs: Sequence[RunRows]) -> tuple[int, int]:
     return seed, place
 
 
-def rollout_table(shown: dict[str, Row]) -> Table:
+def rollout_table(shown: dict[str, SampleRow]) -> Table:
     """Per ratio: mean, max, and the token at which the KL is largest."""
     paper = {"full": printed("one_rollout_kl", "ratio_1.0"), LOW: printed("one_rollout_kl", "ratio_0.3")}
     rows = []
@@ -84,7 +86,7 @@ def all_rollouts_table(bench: Bench, world: str) -> Table:
     """Mean over all correct rollouts of the first update of the rollout's mean, max and their ratio."""
     rows = []
     for arm, ratio in RATIOS.items():
-        some = [np.array(row["token_kl"]) for run in bench.runs(world, arm) for row in _correct(run)]
+        some = [np.array(row["token_kl"]) for run in bench[world].runs(arm) for row in _correct(run)]
         peaked = fmean(float(kl.max() / kl.mean()) for kl in some if kl.mean() > 0)
         mean, most = fmean(float(kl.mean()) for kl in some), fmean(float(kl.max()) for kl in some)
         rows.append((f"{ratio:g}", str(len(some)), number(mean), number(most), number(peaked)))
@@ -92,7 +94,7 @@ def all_rollouts_table(bench: Bench, world: str) -> Table:
     return Table(f"{world}: KL per token of every correct rollout of the first update, nats", columns, tuple(rows))
 
 
-def _correct(run: RunRows) -> list[Row]:
+def _correct(run: RunRows) -> list[SampleRow]:
     first = min(int(row["update"]) for row in run.samples)
     return [row for row in run.samples if row["update"] == first and row["verdict"] == "correct"]
 
@@ -101,10 +103,11 @@ def _claim(bench: Bench, world: str, what: str, words: str) -> Claim:
     """The mean (or max) of the KL over a correct rollout is larger at full exposure than at the low ratio."""
 
     def of(run: RunRows) -> float:
-        values = [np.mean(row["token_kl"]) if what == "mean" else np.max(row["token_kl"]) for row in _correct(run)]
+        each = [np.array(row["token_kl"], dtype=float) for row in _correct(run)]
+        values = [kl.mean() if what == "mean" else kl.max() for kl in each]
         return float(np.mean(values)) if values else float("nan")
 
-    gaps = [of(full) - of(low) for full, low in zip(bench.runs(world, "full"), bench.runs(world, LOW), strict=True)]
+    gaps = [of(full) - of(low) for full, low in zip(bench[world].runs("full"), bench[world].runs(LOW), strict=True)]
     known = [gap for gap in gaps if np.isfinite(gap)]
     contrast = over_seeds(f"{what} at 1 - at {RATIOS[LOW]:g}", known, "nats per token")
     text = f"{world}: the {what} of a correct rollout's KL per token is larger at full exposure"
@@ -112,7 +115,7 @@ def _claim(bench: Bench, world: str, what: str, words: str) -> Claim:
 
 
 @styled
-def _draw_heat(shown: dict[str, Row]) -> Figure:
+def _draw_heat(shown: dict[str, SampleRow]) -> Figure:
     tokens = [plain(token.strip()) for token in next(iter(shown.values()))["tokens"]]
     kl = np.array([row["token_kl"] for row in shown.values()])
     figure, (axes,) = panels(1, width=max(5.0, 1.6 + 0.34 * len(tokens)), height=0.42 * len(shown) + 1.7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import tempfile
@@ -13,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 
 from atesd.config import AlignedSettings, Config, with_overrides
@@ -39,28 +37,12 @@ from atesd_lab.profile.measure import (
     teacher_verdicts,
 )
 from atesd_lab.profile.suggestion import Suggestion, suggest
-
-TAIL = 0.05
-"""Share of the tokens, those of the largest KL, that the concentration is about."""
+from atesd_lab.stats.mismatch import Mismatch, mismatch
 
 MOST_PROBLEMS = 256
 VIEWS_MEASURED = 512  # training problems whose whole reference is rendered, for the over-long share
 PLAIN = ("exposure.kind=full", "loss.gate=none", "train.grpo_weight=0", "data.on_bad_row=skip")
 """Distillation of one rollout a problem, with nothing around it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """How the KL is spread over tokens, nats: mean, quantiles, mean of the largest 5 %, and the share these carry.
-
-    `tail_share` is None where all KL is 0.
-    """
-
-    mean: float
-    p95: float
-    p99: float
-    tail_mean: float
-    tail_share: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +184,6 @@ def measure_profile(
         cost=cost,
         seconds=watch.laps,
     )
-
-
-def mismatch(kl: Sequence[float]) -> Mismatch:
-    """How the KL of these tokens, nats, is spread. The tail is the largest ceil(0.05 n) of them."""
-    values = np.sort(np.array(kl, dtype=np.float64))
-    tail = values[-math.ceil(TAIL * len(values) - 1e-9) :]
-    total = float(values.sum())
-    p95, p99 = np.quantile(values, [0.95, 0.99])
-    share = float(tail.sum()) / total if total > 0 else None
-    return Mismatch(float(values.mean()), float(p95), float(p99), float(tail.mean()), share)
 
 
 def data_profile(components: Components) -> DataProfile:

@@ -20,9 +20,9 @@ from atesd.text import MISSING, duration, number, percent
 from atesd_lab.profile.measure import ALL, FIRST_TOKENS, AlignmentProfile
 from atesd_lab.profile.profile import Profile, RatioProfile, measure_profile, profiled_config, ratios_of
 from atesd_lab.report.canvas import PALETTE, colour, dash, plain, save_figure, styled
+from atesd_lab.stats.contrast import NORMAL_95
 
 FIRST_COLUMNS = tuple(f"first {count}, %" for count in FIRST_TOKENS)
-INTERVAL = 1.96  # standard errors on each side
 FEW_SEGMENTS = 2  # with so few the ratio is a step function
 TEACHER_COLUMNS = (
     "student right, %",
@@ -252,7 +252,7 @@ def _draw_alignment(axes: Axes, alignment: AlignmentProfile | str, groups: Mappi
         return
     for place, (group, index) in enumerate(groups.items()):
         found = alignment.groups[group]
-        reach = [INTERVAL * error for error in found.errors]
+        reach = [NORMAL_95 * error for error in found.errors]
         beside = 0.012 * (place - (len(groups) - 1) / 2)
         ratios = [ratio + beside for ratio in found.ratios]
         axes.errorbar(ratios, found.values, yerr=reach, capsize=2, linewidth=_width(group), color=colour(index))

@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from atesd.maths.statistics import paired_bootstrap
+from atesd_lab.stats.contrast import students_interval
 
 LEVEL = 0.95
 
@@ -67,7 +67,7 @@ def _by_alignment(ratios: Sequence[float], alignment: AlignmentRows | str) -> tu
         return None, f"alignment: not measurable, {alignment}"
     rows, halves = np.array(alignment.rows), np.array(alignment.halves)
     best = int(rows.mean(0).argmax())
-    low, high = _interval(rows[:, best], comparisons=1)
+    low, high = students_interval(rows[:, best], LEVEL)
     named = f"{_written(ratios[best])} has the largest mean, {rows[:, best].mean():.3g} [{low:.3g}, {high:.3g}]"
     if low <= 0:
         return None, f"alignment: {named}, which is not above 0: no ratio would help, as far as can be seen"
@@ -81,14 +81,12 @@ def _by_alignment(ratios: Sequence[float], alignment: AlignmentRows | str) -> tu
 
 
 def _is_ahead(differences: NDArray[np.float64], halves: NDArray[np.int64], comparisons: int) -> bool:
-    """Whether paired differences lie above 0 beyond their noise, and their mean does in each half (own directions)."""
-    return _interval(differences, comparisons)[0] > 0 and all(differences[halves == half].mean() > 0 for half in (0, 1))
+    """Whether paired differences lie above 0 beyond their noise, and their mean does in each half (own directions).
 
-
-def _interval(values: NDArray[np.float64], comparisons: int) -> tuple[float, float]:
-    """Student's t on the mean, at `LEVEL` for all comparisons together (Bonferroni)."""
-    reach = stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean() - reach), float(values.mean() + reach)
+    At `LEVEL` for all comparisons together (Bonferroni).
+    """
+    low, _ = students_interval(differences, 1 - (1 - LEVEL) / comparisons)
+    return low > 0 and all(differences[halves == half].mean() > 0 for half in (0, 1))
 
 
 def _by_teacher(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sized
 from dataclasses import dataclass
 
 from atesd.text import finite, number, percent
-from atesd_lab.report.rows import RunRows
+from atesd_lab.report.rows import RunRows, average, peak
 
 # Thresholds are ours. They are meant to make a reader look, not to judge.
 LENGTH_COLLAPSE = 0.5  # share of the early completion length
@@ -75,12 +75,11 @@ def _decline(run: RunRows) -> list[Alarm]:
     alarms = []
     for split in run.splits:
         rows = run.evaluated(split)
-        peak, last = max(rows, key=lambda row: float(row["average"]["value"])), rows[-1]
-        fall = peak["average"]["value"] - last["average"]["value"]
-        if fall > DECLINE:
+        best, last = peak(rows), rows[-1]
+        if best and average(best) - average(last) > DECLINE:
             detail = (
-                f"On {split} from {percent(peak['average']['value'])} % at update {peak['update']} "
-                f"to {percent(last['average']['value'])} % at update {last['update']}. "
+                f"On {split} from {percent(average(best))} % at update {best['update']} "
+                f"to {percent(average(last))} % at update {last['update']}. "
                 "OPSD decays after 100 to 200 updates; but a maximum of noisy evaluations also falls by itself."
             )
             alarms.append(Alarm("Decline after a peak", detail))

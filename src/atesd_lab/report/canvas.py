@@ -76,12 +76,6 @@ class Chart:
         self._settle()
         return inline_svg(self.figure, self.key, self.description)
 
-    @styled
-    def save_png(self, path: Path, dpi: int = 160) -> None:
-        """Write the panel on white."""
-        self._settle()
-        self.figure.savefig(path, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-
     def _settle(self) -> None:
         """Lay the panel out once: a second pass starts from the first one's result and moves it by a hair."""
         if self.figure.get_layout_engine() is not None:

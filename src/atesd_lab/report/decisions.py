@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from scipy.special import digamma, logit
 from scipy.stats import beta
 
+from atesd.rows import DecisionRow
 from atesd.table import Table
 from atesd.text import finite, number, signed
 from atesd_lab.report.canvas import PALETTE, Chart, empty_panel, fit_vertical, stacked_panels, styled
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
 
 LATEST = 30  # decisions on the timeline, and in the table that is open
@@ -50,12 +51,12 @@ def policies(run: RunRows) -> list[Policy]:
     return found
 
 
-def finished(run: RunRows) -> list[Row]:
+def finished(run: RunRows) -> list[DecisionRow]:
     """Decisions that a policy update has used; the credit of the others may not be whole."""
     return [row for row in run.decisions if row.get("status") != "pending"]
 
 
-def push(row: Row) -> float | None:
+def push(row: DecisionRow) -> float | None:
     """Which way a decision pushed the policy's mean: advantage x mean over its draws of [logit(x) - E logit(x)].
 
     The derivative of advantage x log Beta(x; c1 + m, c0 - m) in m at 0, with E logit(x) = digamma(c1) - digamma(c0).
@@ -149,7 +150,7 @@ def timeline(run: RunRows, scope: str = "all") -> Chart | None:
     return Chart(f"{scope}-timeline", words, reading, figure)
 
 
-def decisions_table(run: RunRows, rows: Sequence[Row], title: str) -> Table:
+def decisions_table(run: RunRows, rows: Sequence[DecisionRow], title: str) -> Table:
     """What each decision was drawn from, when it held and was watched, what it earned, and where that pushed."""
     means = {policy.start: policy.mean for policy in policies(run)}
     columns = ("before update", "held", "look-ahead", "policy's mean", "ratio", "effective", "progress", "grounding")
@@ -176,13 +177,13 @@ def decisions_table(run: RunRows, rows: Sequence[Row], title: str) -> Table:
     return Table(title, (*columns, "reward", "advantage", "push", "learned after update"), tuple(cells), notes)
 
 
-def _hold(row: Row, run: RunRows) -> tuple[int, int]:
+def _hold(row: DecisionRow, run: RunRows) -> tuple[int, int]:
     """The updates [start, end) that a decision held."""
     start = int(row["update"])
     return start, min(start + run.config.credit.hold_updates, run.config.train.num_updates)
 
 
-def _draw_rewards(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_rewards(axes: Axes, rows: Sequence[DecisionRow]) -> None:
     for row in rows:
         reward = finite(row.get("reward"))
         if reward is None:
@@ -195,7 +196,7 @@ def _draw_rewards(axes: Axes, rows: Sequence[Row]) -> None:
     fit_vertical(axes, is_share=False)
 
 
-def _tone(row: Row) -> tuple[str, str]:
+def _tone(row: DecisionRow) -> tuple[str, str]:
     """Colour and marker of a decision by its advantage."""
     advantage = finite(row.get("advantage"))
     if not advantage:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,11 +31,12 @@ from atesd_lab.report.canvas import (
     styled,
 )
 from atesd_lab.report.decisions import Policy, finished, policies
-from atesd_lab.report.rows import Row, RunRows, natural
+from atesd_lab.report.rows import RunRows, natural
 from atesd_lab.report.svg import INK
 
 DENSITY_ROWS = 60
 MAX_COLUMNS = 400
+ENDS: tuple[Literal["value", "low", "high"], ...] = ("value", "low", "high")
 PHASES = ("sample", "teacher", "student", "loss_backward", "control", "evaluate")
 CROWDED = 200  # updates or decisions; more of them are drawn finer
 
@@ -99,7 +101,8 @@ def accuracy(runs: Sequence[RunRows], split: str) -> Chart | None:
     words = []
     for index, run, rows in shown:
         updates = [int(row["update"]) for row in rows]
-        value, low, high = (_percents(rows, part) for part in ("value", "low", "high"))
+        intervals = [row["average"] for row in rows]
+        value, low, high = ([100 * one[end] for one in intervals] for end in ENDS)
         axes.fill_between(updates, low, high, color=colour(index), alpha=0.16, linewidth=0)
         axes.plot(updates, value, marker="o", markersize=3.6, linewidth=1.7, color=colour(index), linestyle=dash(index))
         if len(rows) == 1:
@@ -312,7 +315,3 @@ def _draw_effective(axes: Axes, run: RunRows, size: float) -> None:
     ]
     moved = [(u, effective) for u, effective, ratio in pairs if effective is not None and effective != ratio]
     axes.scatter([u for u, _ in moved], [ratio for _, ratio in moved], s=size, color=PALETTE[2], zorder=3, linewidths=0)
-
-
-def _percents(rows: Sequence[Row], part: str) -> list[float]:
-    return [100 * float(row["average"][part]) for row in rows]

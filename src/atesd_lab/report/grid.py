@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from atesd.errors import RunError
-from atesd.text import MISSING, percent_interval, points_interval
-from atesd_lab.report.groups import RunGroup, fixed_last, grouped
+from atesd.rows import Estimate, EvaluationRow
+from atesd.text import MISSING
+from atesd_lab.report.groups import RunGroup, common_pair, fixed_last, grouped
 from atesd_lab.report.honest import Comparison, compare_last, short_verdict
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows, average
 from atesd_lab.stats.differences import mean_share
 
 FINISHED = "finished"
@@ -49,18 +50,6 @@ class GridTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """A mean over seeds and problems with its 95 % interval, as shares."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return percent_interval({"value": self.value, "low": self.low, "high": self.high})
-
-
-@dataclass(frozen=True, slots=True)
 class ArmScore:
     """What an arm came to after the last update: the share of each seed, the mean, and the difference in words.
 
@@ -69,7 +58,7 @@ class ArmScore:
 
     arm: str
     shares: Mapping[int, float]
-    mean: Share | None
+    mean: Estimate | None
     difference: str
     verdict: str
     sentence: str = ""
@@ -130,10 +119,10 @@ def score_table(table: GridTable, baseline: str | None = None) -> ScoredTable:
     )
 
 
-def end_row(run: RunRows, split: str) -> Row | None:
+def end_row(run: RunRows, split: str) -> EvaluationRow | None:
     """The evaluation of a split after the last planned update."""
-    end = run.config.train.num_updates
-    return next((row for row in run.evaluated(split) if row["update"] == end and row.get("correct_counts")), None)
+    row = run.at(split, run.config.train.num_updates)
+    return row if row is not None and row.get("correct_counts") else None
 
 
 def _split(table: GridTable) -> str:
@@ -167,14 +156,14 @@ def _score(
     notes: list[str],
 ) -> ArmScore:
     shares = {
-        seed: float(row["average"]["value"])
+        seed: average(row)
         for seed, cell in cells.items()
         if (run := cell.counted) is not None and (row := end_row(run, split)) is not None
     }
     if arm not in groups:
         return ArmScore(arm, shares, None, MISSING, MISSING)
     try:
-        mean = mean_of(groups[arm])
+        mean = mean_share(fixed_last([groups[arm]]).shares[arm])
     except RunError as error:
         notes.append(f"{arm} has no mean: {error}.")
         return ArmScore(arm, shares, None, MISSING, "not compared")
@@ -187,33 +176,20 @@ def _score(
     except RunError as error:
         notes.append(f"{arm} is not compared with {baseline}: {error}.")
         return ArmScore(arm, shares, mean, MISSING, "not compared")
-    difference = points_interval(found.difference, *found.interval)
-    return ArmScore(arm, shares, mean, difference, short_verdict(found), found.verdict)
-
-
-def mean_of(group: RunGroup) -> Share:
-    """Average@k after the last update over seeds and problems, its interval cut to [0, 1].
-
-    Raises `RunError` for runs that cannot be averaged.
-    """
-    return Share(*mean_share(fixed_last([group]).shares[group.name]))
+    return ArmScore(arm, shares, mean, found.contrast.in_points, short_verdict(found), found.verdict)
 
 
 def _against(baseline: RunGroup, candidate: RunGroup, notes: list[str]) -> Comparison:
     """The comparison after the last update, over the seeds that both have, if there are any."""
-    common = set(baseline.seeds) & set(candidate.seeds)
-    if common and set(baseline.seeds) != set(candidate.seeds):
-        seeds = ", ".join(map(str, sorted(common)))
+    pair = common_pair(baseline, candidate)
+    if pair and baseline.seeds != candidate.seeds:
+        baseline, candidate = pair
+        seeds = ", ".join(map(str, baseline.seeds))
         notes.append(f"{candidate.name} against {baseline.name}: seeds {seeds}, which both have finished.")
-        baseline, candidate = (_kept(group, common) for group in (baseline, candidate))
     found = compare_last(baseline, candidate)
     if not found.paired:
         notes.append(f"{candidate.name} against {baseline.name}: not paired, as they differ in seeds or problems.")
     return found
-
-
-def _kept(group: RunGroup, seeds: set[int]) -> RunGroup:
-    return RunGroup(group.name, tuple(run for run in group.runs if run.config.train.seed in seeds))
 
 
 def absent(tables: Sequence[ScoredTable]) -> Iterator[tuple[str, str, str]]:

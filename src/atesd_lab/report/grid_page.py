@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from atesd.table import Table
-from atesd.text import MISSING, percent
+from atesd.text import MISSING, percent, percent_interval
 from atesd_lab.report.grid import ArmScore, GridCell, GridTable, ScoredTable, absent, score_table
 from atesd_lab.report.grid_figures import Multiples, accuracies, ratios
 from atesd_lab.report.page import Figure, content_policy, figures_of, page_environment
@@ -145,7 +145,7 @@ def _overview(tables: Sequence[ScoredTable], scale: Scale) -> HeatTable:
 def _mean(score: ArmScore | None, scale: Scale) -> HeatCell:
     if score is None or score.mean is None:
         return HeatCell(MISSING)
-    return HeatCell(str(score.mean), scale.style(score.mean.value))
+    return HeatCell(percent_interval(score.mean), scale.style(score.mean["value"]))
 
 
 def _view(part: Part, scale: Scale, anchor: str, parts: int) -> PartView:

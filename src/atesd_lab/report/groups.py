@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from atesd.config import Config, dump_config
+from atesd.config import dump_config
 from atesd.errors import RunError
-from atesd.maths.keyed import generator
-from atesd_lab.report.rows import Row, RunRows, read_runs
-from atesd_lab.stats.differences import cross_fitted
+from atesd.rows import EvaluationRow
+from atesd_lab.report.rows import RunRows, read_runs, shares
+from atesd_lab.stats.selection import biased_peaks, cross_fitted, fair_peaks, halves_of
 
 Floats = NDArray[np.float64]
 
@@ -66,8 +66,21 @@ def group_of(name: str, paths: Sequence[Path]) -> RunGroup:
         raise RunError(f"no run folder for {name}; expected at least one, as in: atesd compare RUN... -- RUN...")
     runs = read_runs(list(paths))
     for run, path in zip(runs, paths, strict=True):
-        _require_evaluated(run, path)
+        require_evaluated(run, path)
     return grouped(name, runs)
+
+
+def require_evaluated(run: RunRows, path: Path) -> None:
+    """Refuse a run that is not finished, or was not evaluated after its last update."""
+    status = run.manifest["status"]
+    if status != "finished":
+        raise RunError(f"{path} is {status}; let `atesd train` finish it, or leave it out")
+    end = run.config.train.num_updates
+    if not any(row["update"] == end for row in run.evaluations):
+        raise RunError(
+            f"{path} has no evaluation after its last update, {end}; run `atesd evaluate {path}`, or train with "
+            "train.evaluate_every above 0"
+        )
 
 
 def grouped(name: str, runs: Sequence[RunRows]) -> RunGroup:
@@ -89,6 +102,18 @@ def grouped(name: str, runs: Sequence[RunRows]) -> RunGroup:
     return group
 
 
+def common_pair(baseline: RunGroup, candidate: RunGroup) -> tuple[RunGroup, RunGroup] | None:
+    """Both groups cut to the seeds that both have; None where there is no such seed."""
+    common = set(baseline.seeds) & set(candidate.seeds)
+    if not common:
+        return None
+    first, second = (
+        RunGroup(group.name, tuple(run for run in group.runs if run.config.train.seed in common))
+        for group in (baseline, candidate)
+    )
+    return first, second
+
+
 def selections(groups: Sequence[RunGroup]) -> list[Scores]:
     """Scores by every rule that the evaluations allow: fixed last, best common checkpoint, each run's own peak.
 
@@ -106,7 +131,7 @@ def selections(groups: Sequence[RunGroup]) -> list[Scores]:
 def fixed_last(groups: Sequence[RunGroup]) -> Scores:
     """Scores after the last update, which nothing has chosen: on test where every run has it, else on validation."""
     for split in ("test", "validation"):
-        if all(_row(run, split, group.last) is not None for group in groups for run in group.runs):
+        if all(run.at(split, group.last) is not None for group in groups for run in group.runs):
             tables = shares_at(groups, split, {group.name: group.last for group in groups})
             samples = _samples(groups, split, {group.name: [group.last] for group in groups})
             return Scores("fixed last", f"last ({split})", split, True, tables, samples)
@@ -119,8 +144,13 @@ def common_updates(groups: Sequence[RunGroup]) -> list[int]:
     return sorted(set.intersection(*each) - {0}) if each else []
 
 
-def shares_at(groups: Sequence[RunGroup], split: str, updates: Mapping[str, int]) -> dict[str, Floats]:
-    """Shares correct [seeds, problems] by group, problems in the order of their names. Refuses what differs in kind."""
+def shares_at(
+    groups: Sequence[RunGroup], split: str, updates: Mapping[str, int], only: Sequence[str] | None = None
+) -> dict[str, Floats]:
+    """Shares correct [seeds, problems] by group, of `only` these problems or of all, in the order of their names.
+
+    Raises `RunError` for evaluations of other problems or with other samplers.
+    """
     rows = [(run.name, _found(run, split, updates[group.name])) for group in groups for run in group.runs]
     first_name, first = rows[0]
     problems = sorted(first["correct_counts"])
@@ -135,21 +165,17 @@ def shares_at(groups: Sequence[RunGroup], split: str, updates: Mapping[str, int]
                 f"{first_name} and {name} were evaluated with different samplers: {_sampler(first)} and "
                 f"{_sampler(row)}; run `atesd evaluate RUN --split {split} --set evaluation...` for both alike"
             )
-    shares = {name: [row["correct_counts"][problem] / row["samples"] for problem in problems] for name, row in rows}
-    return {group.name: np.array([shares[run.name] for run in group.runs]) for group in groups}
-
-
-def halves_of(problems: int) -> NDArray[np.int64]:
-    """A split of problems in two that depends on their number alone: 0 or 1 for each, in the order of their names."""
-    sides: NDArray[np.int64] = generator(0, "compare halves", problems).permutation(problems) % 2
-    return sides
+    return {
+        group.name: shares([_found(run, split, updates[group.name]) for run in group.runs], only or problems)
+        for group in groups
+    }
 
 
 def notes_on(groups: Sequence[RunGroup]) -> list[str]:
     """What is odd about groups that can be compared all the same."""
     notes = []
     for group in groups:
-        settings = {dump_config(_seedless(run)) for run in group.runs}
+        settings = {dump_config(run.seedless) for run in group.runs}
         if len(settings) > 1:
             notes.append(f"{group.name}: its runs differ in more than the seed; they are taken as one method anyway.")
     if len({group.last for group in groups}) > 1:
@@ -163,24 +189,12 @@ def notes_on(groups: Sequence[RunGroup]) -> list[str]:
     return notes
 
 
-def _require_evaluated(run: RunRows, path: Path) -> None:
-    status = run.manifest["status"]
-    if status != "finished":
-        raise RunError(f"{path} is {status}; let `atesd train` finish it, or leave it out")
-    end = run.config.train.num_updates
-    if not any(row["update"] == end for row in run.evaluations):
-        raise RunError(
-            f"{path} has no evaluation after its last update, {end}; run `atesd evaluate {path}`, or train with "
-            "train.evaluate_every above 0"
-        )
-
-
 def _best_common(groups: Sequence[RunGroup], updates: Sequence[int]) -> Scores:
     """One update for all runs, by the mean over groups on validation, so that no arm chooses for itself."""
     tables = _over_updates(groups, updates)
     by_group = np.stack([table.mean(axis=1) for table in tables.values()], axis=1)
     best = updates[int(by_group.mean(axis=(1, 2)).argmax())]
-    if all(_row(run, "test", best) is not None for group in groups for run in group.runs):
+    if all(run.at("test", best) is not None for group in groups for run in group.runs):
         held_out = shares_at(groups, "test", {group.name: best for group in groups})
         rule = f"best common checkpoint: update {best}, chosen on validation, scored on test"
         samples = _samples(groups, "test", {group.name: [best] for group in groups})
@@ -196,11 +210,8 @@ def _best_common(groups: Sequence[RunGroup], updates: Sequence[int]) -> Scores:
 
 def _peaks(groups: Sequence[RunGroup], updates: Sequence[int]) -> list[Scores]:
     """Each run's own best checkpoint: scored on the half that did not choose it, and on the problems that did."""
-    fair, peak = {}, {}
-    for name, table in _over_updates(groups, updates).items():
-        halves, runs = halves_of(table.shape[2]), range(table.shape[1])
-        fair[name] = np.concatenate([cross_fitted(table[:, [run]], halves)[0] for run in runs])
-        peak[name] = np.stack([table[table[:, run].mean(axis=1).argmax(), run] for run in runs])
+    tables = _over_updates(groups, updates)
+    fair, peak = ({name: score(table) for name, table in tables.items()} for score in (fair_peaks, biased_peaks))
     samples = _samples(groups, "validation", {group.name: updates for group in groups})
     rule = "peak of each run: chosen on one half of validation, scored on the other"
     biased = "peak of each run: chosen and scored on the same validation problems, so too high"
@@ -229,20 +240,12 @@ def _samples(groups: Sequence[RunGroup], split: str, updates: Mapping[str, Seque
     return found
 
 
-def _row(run: RunRows, split: str, update: int) -> Row | None:
-    return next((row for row in run.evaluated(split) if row["update"] == update), None)
-
-
-def _found(run: RunRows, split: str, update: int) -> Row:
-    row = _row(run, split, update)
+def _found(run: RunRows, split: str, update: int) -> EvaluationRow:
+    row = run.at(split, update)
     if row is None or not row.get("correct_counts"):
         raise RunError(f"{run.name}: no evaluation of {split} with correct_counts after update {update}")
     return row
 
 
-def _sampler(row: Row) -> dict[str, float | int]:
+def _sampler(row: EvaluationRow) -> dict[str, float | int]:
     return {key: value for key, value in row["sampler"].items() if key != "seed"}
-
-
-def _seedless(run: RunRows) -> Config:
-    return run.config.model_copy(update={"train": run.config.train.model_copy(update={"seed": 0})})

@@ -13,20 +13,14 @@ from typing import Any
 import numpy as np
 
 from atesd.errors import RunError
-from atesd.runs import RunFolder
 from atesd.table import Table
-from atesd.text import MISSING, percent, points_interval
-from atesd_lab.report.groups import RunGroup, Scores, fixed_last, group_of, notes_on, selections
-from atesd_lab.stats.differences import (
-    Difference,
-    Needed,
-    needed,
-    paired_difference,
-    sampling_noise,
-    unpaired_difference,
-)
+from atesd.text import MISSING, percent
+from atesd_lab.report.groups import RunGroup, Scores, fixed_last, notes_on, selections
+from atesd_lab.stats.contrast import Contrast, Verdict, contrast_of
+from atesd_lab.stats.differences import Needed, needed, paired_difference, sampling_noise, unpaired_difference
 
 POINT = 0.01
+WORDS: Mapping[Verdict, str] = {"above": "better", "below": "worse"}
 MARKDOWN_SPECIAL = str.maketrans({"|": "\\|", "\n": " "})
 
 
@@ -45,10 +39,8 @@ class Comparison:
     honest: bool
     baseline: float
     candidate: float
-    difference: float
-    interval: tuple[float, float]
+    contrast: Contrast
     paired: bool
-    covers_seeds: bool
     seeds: tuple[int, int]
     problems: int
     samples: tuple[int, int]
@@ -58,11 +50,14 @@ class Comparison:
     settles_point: Needed
     verdict: str
 
-    @property
-    def distinguishable(self) -> bool:
-        """Whether the interval leaves out 0."""
-        low, high = self.interval
-        return low > 0 or high < 0
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, those of the contrast among the others."""
+        found = asdict(self)
+        contrast = found.pop("contrast")
+        names = ("rule", "short", "split", "honest", "baseline", "candidate")
+        first = {name: found.pop(name) for name in names}
+        interval = {"difference": contrast["value"], "interval": (contrast["low"], contrast["high"])}
+        return {**first, **interval, "paired": found.pop("paired"), "covers_seeds": contrast["covers_seeds"], **found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "comparisons": [one.as_json() for one in self.comparisons]}
 
 
 def compare_groups(baseline: RunGroup, candidate: RunGroup) -> Report:
@@ -112,7 +107,7 @@ def comparison_table(report: Report) -> Table:
             one.short,
             percent(one.baseline),
             percent(one.candidate),
-            points_interval(one.difference, *one.interval),
+            one.contrast.in_points,
             _noise(one),
             short_verdict(one),
         )
@@ -127,7 +122,7 @@ def comparison_table(report: Report) -> Table:
         "verdict",
     )
     title = f"Average@k in %: {report.candidate} against {report.baseline}"
-    verdicts = [f"{_capital(one.rule)}: {one.verdict}" for one in report.comparisons if one.honest]
+    verdicts = [f"{capital(one.rule)}: {one.verdict}" for one in report.comparisons if one.honest]
     return Table(title, columns, rows, (*verdicts, *report.notes))
 
 
@@ -135,15 +130,13 @@ def short_verdict(one: Comparison) -> str:
     """The verdict in a word or two."""
     if not one.honest:
         return "none: selected on itself"
-    if not one.distinguishable:
-        return "not distinguishable"
-    word = "better" if one.difference > 0 else "worse"
-    return word if one.covers_seeds else f"{word}, for this seed"
+    word = WORDS.get(one.contrast.verdict)
+    if word is None:
+        return one.contrast.verdict
+    return word if one.contrast.covers_seeds else f"{word}, for this seed"
 
 
-def results_table(
-    groups: Mapping[str, Sequence[RunFolder]], baseline: str, paper: Mapping[str, str] | None = None
-) -> Table:
+def results_table(groups: Mapping[str, RunGroup], baseline: str, paper: Mapping[str, str] | None = None) -> Table:
     """One row per arm: seeds, accuracy under each rule, differences from the arm `baseline` with 95 % intervals.
 
     `paper` gives the paper's number of an arm, as it is to be printed. Raises `RunError` for runs that cannot share a
@@ -151,30 +144,29 @@ def results_table(
     """
     if baseline not in groups:
         raise RunError(f"baseline {baseline!r} is none of the arms: {', '.join(groups)}")
-    read = {name: group_of(name, [folder.path for folder in folders]) for name, folders in groups.items()}
-    found = selections(list(read.values()))
+    found = selections(list(groups.values()))
     fair = [scores for scores in found if scores.honest]
     rows = []
-    for name, group in read.items():
+    for name, group in groups.items():
         cells = [name, *([(paper or {}).get(name, MISSING)] if paper is not None else []), str(len(group.seeds))]
         cells += [percent(float(scores.shares[name].mean())) for scores in reversed(found)]
-        against = [] if name == baseline else _against(fair, read[baseline], group)
-        cells += [points_interval(one.difference, *one.interval) for one in reversed(against)] or [MISSING] * len(fair)
+        against = [] if name == baseline else _against(fair, groups[baseline], group)
+        cells += [one.contrast.in_points for one in reversed(against)] or [MISSING] * len(fair)
         cells += [_noise(against[0]), short_verdict(against[0])] if against else [MISSING, MISSING]
         rows.append(tuple(cells))
     columns = ["arm", *(["paper"] if paper is not None else []), "seeds", *(one.short for one in reversed(found))]
     columns += [f"{one.short} - {baseline}, points" for one in reversed(fair)]
     columns += ["sampling noise of the last difference, points", "verdict at the last"]
     notes = [
-        _pairing_note((read[baseline], group), are_paired(read[baseline], group))
-        for name, group in read.items()
+        _pairing_note((groups[baseline], group), are_paired(groups[baseline], group))
+        for name, group in groups.items()
         if name != baseline
     ]
     return Table(
         f"Average@k in %, against {baseline}",
         tuple(columns),
         tuple(rows),
-        (*dict.fromkeys(notes), *_notes(list(read.values()), found)),
+        (*dict.fromkeys(notes), *_notes(list(groups.values()), found)),
     )
 
 
@@ -195,8 +187,8 @@ def _compare(scores: Scores, baseline: RunGroup, candidate: RunGroup, paired: bo
     found = paired_difference(a, b) if paired else unpaired_difference(a, b)
     noises = [sampling_noise(scores.shares[name] * scores.samples[name], scores.samples[name]) for name in names]
     seeds, problems = (len(baseline.runs), len(candidate.runs)), a.shape[1]
-    size = float(found.value)
-    settles = [needed(found, min(seeds), problems, effect, paired=paired) for effect in (size, POINT)]
+    contrast = contrast_of(f"{candidate.name} - {baseline.name}", found)
+    settles = [needed(found, min(seeds), problems, effect, paired=paired) for effect in (contrast.value, POINT)]
     samples = (scores.samples[baseline.name], scores.samples[candidate.name])
     return Comparison(
         rule=scores.rule,
@@ -205,10 +197,8 @@ def _compare(scores: Scores, baseline: RunGroup, candidate: RunGroup, paired: bo
         honest=scores.honest,
         baseline=float(a.mean()),
         candidate=float(b.mean()),
-        difference=size,
-        interval=(float(found.low), float(found.high)),
+        contrast=contrast,
         paired=paired,
-        covers_seeds=found.covers_seeds,
         seeds=seeds,
         problems=problems,
         samples=samples,
@@ -216,24 +206,24 @@ def _compare(scores: Scores, baseline: RunGroup, candidate: RunGroup, paired: bo
         noise_is_exact=all(exact for _, exact in noises),
         settles_observed=settles[0],
         settles_point=settles[1],
-        verdict=_verdict(found, names, seeds, problems, samples, settles),
+        verdict=_verdict(contrast, names, seeds, problems, samples, settles),
     )
 
 
 def _verdict(
-    found: Difference,
+    found: Contrast,
     names: tuple[str, str],
     seeds: tuple[int, int],
     problems: int,
     samples: tuple[int, int],
     settles: Sequence[Needed],
 ) -> str:
-    size, low, high = (100 * float(number) for number in (found.value, found.low, found.high))
+    size, low, high = found.in_unit
     beyond = "" if found.covers_seeds else " One seed a side: true of these problems, not of another seed."
     if low == high:
         return "every problem gave the same difference; the interval has no width and says nothing." + beyond
-    if low > 0 or high < 0:
-        word = "better" if size > 0 else "worse"
+    word = WORDS.get(found.verdict)
+    if word is not None:
         return f"{names[1]} is {word} than {names[0]} by {abs(size):.1f} points [{low:+.1f}, {high:+.1f}]." + beyond
     ways = [_ways(one, min(seeds), problems, max(samples)) for one in settles]
     text = f"not distinguishable: {size:+.1f} points [{low:+.1f}, {high:+.1f}]; to settle 1.0 point takes {ways[1]}"
@@ -249,7 +239,8 @@ def _ways(one: Needed, seeds: int, problems: int, samples: int) -> str:
     return " or ".join(ways) or "more problems and more seeds together"
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """The text with a capital at its beginning."""
     return text[:1].upper() + text[1:]
 
 

@@ -9,13 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
+from atesd.rows import AlignmentRow
 from atesd.text import number
 from atesd_lab.report.canvas import PALETTE, SMOOTH_FROM, Chart, empty_panel, fit_updates, stacked_panels, styled
 from atesd_lab.report.figures import MAX_COLUMNS, Panel, last_update
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
+from atesd_lab.stats.contrast import NORMAL_95
 
-NORMAL_95 = 1.96  # standard errors to each side of a 95 % interval
 MAP_ROWS = 120
 
 GATE = (
@@ -56,7 +57,7 @@ def looks(run: RunRows) -> list[Look]:
     return [_look(int(row["update"]), found) for row in run.metrics if (found := row.get("alignment"))]
 
 
-def _look(update: int, found: Row) -> Look:
+def _look(update: int, found: AlignmentRow) -> Look:
     """Lowest ratio first, however they were logged."""
     order = np.argsort(found["ratios"])
     ratios, values, errors = (np.array(found[name], float)[order] for name in ("ratios", "values", "errors"))

@@ -22,7 +22,7 @@ from atesd_lab.report import figures, lookahead
 from atesd_lab.report.alarms import Alarm, find_alarms
 from atesd_lab.report.canvas import Chart
 from atesd_lab.report.decisions import LATEST, decisions_table, ridge, timeline
-from atesd_lab.report.rows import Row, RunRows, read_runs
+from atesd_lab.report.rows import Manifest, RunRows, read_runs
 from atesd_lab.report.samples import ALIGNMENT_LEVELS, KL_LEVELS, RATIO_LEVELS, SampleView, sample_views
 from atesd_lab.report.seeds import seeds_table
 from atesd_lab.report.tables import changed_settings, differences_table, evaluation_table, results_table
@@ -163,7 +163,7 @@ def _short_hash(value: Any) -> str:
     return digest[:12] + plus + suffix
 
 
-def _sessions(sessions: Sequence[Row]) -> str:
+def _sessions(sessions: Sequence[Manifest]) -> str:
     """How often the run was taken up again, and what had changed by then."""
     notes = [str(note) for session in sessions for note in session.get("notes") or []]
     return "; ".join([str(len(sessions)), *notes])
@@ -231,11 +231,8 @@ def _unrewarded(run: RunRows) -> str:
 
 def figures_of(charts: Iterable[Chart | None]) -> tuple[Figure, ...]:
     """Drawn charts; those without anything to show are left out."""
-    return tuple(_figure(chart) for chart in charts if chart is not None)
-
-
-def _figure(chart: Chart) -> Figure:
-    return Figure(Markup(chart.svg()), chart.reading)  # matplotlib's own markup, its texts escaped there
+    drawn = (chart for chart in charts if chart is not None)
+    return tuple(Figure(Markup(chart.svg()), chart.reading) for chart in drawn)  # matplotlib escapes its texts
 
 
 def page_environment() -> Environment:

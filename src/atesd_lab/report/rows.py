@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from atesd.config import Config
 from atesd.errors import RunError
+from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, SampleRow
 from atesd.runs import RunFolder
 from atesd.text import finite
 
-Row = Mapping[str, Any]
+Manifest = Mapping[str, Any]
+R = TypeVar("R", MetricsRow, DecisionRow, EvaluationRow, SampleRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +29,11 @@ class RunRows:
 
     name: str
     config: Config
-    manifest: Row
-    metrics: tuple[Row, ...]
-    decisions: tuple[Row, ...]
-    evaluations: tuple[Row, ...]
-    samples: tuple[Row, ...]
+    manifest: Manifest
+    metrics: tuple[MetricsRow, ...]
+    decisions: tuple[DecisionRow, ...]
+    evaluations: tuple[EvaluationRow, ...]
+    samples: tuple[SampleRow, ...]
 
     @property
     def updates_done(self) -> int:
@@ -40,7 +46,7 @@ class RunRows:
         found = {str(row["split"]) for row in self.evaluations}
         return tuple(sorted(found, key=lambda split: (split != "test", split)))
 
-    def evaluated(self, split: str) -> tuple[Row, ...]:
+    def evaluated(self, split: str) -> tuple[EvaluationRow, ...]:
         """The evaluations of one split, by update."""
         return tuple(row for row in self.evaluations if row["split"] == split)
 
@@ -49,6 +55,43 @@ class RunRows:
         pairs = [(int(row["update"]), finite(row.get(key))) for row in self.metrics]
         kept = [(update, value) for update, value in pairs if value is not None]
         return [update for update, _ in kept], [value for _, value in kept]
+
+    def at(self, split: str, update: int) -> EvaluationRow | None:
+        """The evaluation of a split after so many updates, if there is one."""
+        return next((row for row in self.evaluated(split) if row["update"] == update), None)
+
+    @property
+    def late_ratio(self) -> float | None:
+        """The mean reveal ratio over the last quarter of its updates; None where none revealed anything."""
+        ratios = self.series("reveal_ratio")[1]
+        return late_mean(ratios) if ratios else None
+
+    @property
+    def seedless(self) -> Config:
+        """Its config with seed 0: equal for runs that differ in the seed alone."""
+        return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": 0})})
+
+
+def late_mean(ratios: Sequence[float]) -> float:
+    """The mean over the last quarter of some reveal ratios, of at least one."""
+    late = ratios[-max(1, len(ratios) // 4) :]
+    return sum(late) / len(late)
+
+
+def average(row: EvaluationRow) -> float:
+    """Average@k of an evaluation, a share."""
+    return float(row["average"]["value"])
+
+
+def peak(evaluations: Sequence[EvaluationRow]) -> EvaluationRow | None:
+    """The evaluation with the highest Average@k, the earliest of equals; it is selected on the data it reports."""
+    return max(evaluations, key=average, default=None)
+
+
+def shares(rows: Sequence[EvaluationRow], problems: Sequence[str] | None = None) -> NDArray[np.float64]:
+    """Shares correct [rows, problems] of evaluations; without `problems` those of the first row, by name."""
+    names = sorted(rows[0]["correct_counts"]) if problems is None else problems
+    return np.array([[row["correct_counts"][name] / row["samples"] for name in names] for row in rows])
 
 
 def read_run(path: Path, name: str | None = None) -> RunRows:
@@ -59,9 +102,9 @@ def read_run(path: Path, name: str | None = None) -> RunRows:
         name=name or path.resolve().name,
         config=folder.config,
         manifest=folder.manifest,
-        metrics=_newest_by(folder.whole_rows("metrics"), "update"),
-        decisions=_newest_by(folder.whole_rows("decisions"), "update"),
-        evaluations=_newest_by(folder.whole_rows("evaluations"), "update", "split"),
+        metrics=_newest_by(folder.whole_rows("metrics"), itemgetter("update")),
+        decisions=_newest_by(folder.whole_rows("decisions"), itemgetter("update")),
+        evaluations=_newest_by(folder.whole_rows("evaluations"), itemgetter("update", "split")),
         samples=tuple(folder.whole_rows("samples")),
     )
 
@@ -81,7 +124,7 @@ def natural(text: str) -> tuple[tuple[float, str], ...]:
     return tuple((int(digits) if digits else math.inf, word) for digits, word in re.findall(r"(\d+)|(\D+)", text))
 
 
-def _newest_by(rows: Sequence[Row], *keys: str) -> tuple[Row, ...]:
-    """One row per key, the last written: a decision logged as pending may come again as finished."""
-    newest = {tuple(row[key] for key in keys): row for row in rows}
-    return tuple(sorted(newest.values(), key=lambda row: int(row["update"])))
+def _newest_by(rows: Sequence[R], key: Callable[[R], Hashable]) -> tuple[R, ...]:
+    """One row per key, the last written, by update: a decision logged as pending may come again as finished."""
+    newest = {key(row): row for row in rows}
+    return tuple(sorted(newest.values(), key=itemgetter("update")))

@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from atesd.rows import SampleRow
 from atesd.text import MISSING, finite, number, signed, spelt
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows
 
 KL_LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats per token, logarithmic: most tokens lie near 0, a few decide
 ALIGNMENT_LEVELS = (0.01, 0.1, 0.5)  # shares of the largest magnitude in the rollout: its scale changes over training
@@ -123,7 +124,7 @@ def _shared_length(one: Sequence[str], other: Sequence[str]) -> int:
     return next(differing, min(len(one), len(other)))
 
 
-def _view(row: Row, gated: bool) -> SampleView:
+def _view(row: SampleRow, gated: bool) -> SampleView:
     tokens = _measured(row, gated)
     kls = [token.kl for token in tokens if token.kl is not None]
     kept = [token.kept for token in tokens if token.kept is not None]
@@ -150,10 +151,11 @@ def _view(row: Row, gated: bool) -> SampleView:
     )
 
 
-def _measured(row: Row, gated: bool) -> list[Measured]:
+def _measured(row: SampleRow, gated: bool) -> list[Measured]:
     """The tokens of a row; those beyond the measured ones have no values."""
     texts = row.get("tokens") or []
-    columns = [list(row.get(name) or [])[: len(texts)] for name in ("token_kl", "token_alignment", "token_ratio")]
+    lists = (row.get("token_kl"), row.get("token_alignment"), row.get("token_ratio"))
+    columns = [list(values or [])[: len(texts)] for values in lists]
     padded = [[*map(finite, column), *[None] * (len(texts) - len(column))] for column in columns]
     return [
         Measured(place, text, kl, alignment, ratio, alignment > 0 if gated and alignment is not None else None)

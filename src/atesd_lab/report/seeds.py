@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atesd.config import dump_config, method_name
+from atesd.rows import EvaluationRow
 from atesd.table import Table
-from atesd.text import percent_interval, points_interval
-from atesd_lab.report.rows import Row, RunRows
-from atesd_lab.stats.differences import mean_share, paired_difference
+from atesd.text import percent_interval
+from atesd_lab.report.rows import RunRows, shares
+from atesd_lab.stats.contrast import paired
+from atesd_lab.stats.differences import mean_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,14 @@ def seeds_table(runs: Sequence[RunRows], split: str) -> Table | None:
     groups = seed_groups(runs, split)
     if not groups:
         return None
-    rows = [(group.name, str(len(group.seeds)), str(group.update), _estimate(group)) for group in groups]
+    rows = [
+        (group.name, str(len(group.seeds)), str(group.update), percent_interval(mean_share(group.correct)))
+        for group in groups
+    ]
     for first, second in itertools.combinations(groups, 2):
         if (first.seeds, first.problems, first.update) == (second.seeds, second.problems, second.update):
-            name = f"{second.name} - {first.name}, points"
-            rows.append((name, str(len(first.seeds)), str(first.update), _difference(first, second)))
+            name, found = f"{second.name} - {first.name}, points", paired("", first.correct, second.correct)
+            rows.append((name, str(len(first.seeds)), str(first.update), found.in_points))
     notes = ("Last common update; 95 % interval over seeds and problems (Student's t on the crossed mean squares).",)
     return Table(f"Over seeds, on {split}, %", ("runs", "seeds", "update", "Average@k"), tuple(rows), notes)
 
@@ -45,8 +50,7 @@ def seed_groups(runs: Sequence[RunRows], split: str) -> list[SeedGroup]:
     """The groups of at least two runs that differ in `train.seed` alone and share evaluated problems."""
     by_config: dict[str, dict[int, RunRows]] = {}
     for run in runs:
-        seedless = run.config.model_copy(update={"train": run.config.train.model_copy(update={"seed": 0})})
-        by_config.setdefault(dump_config(seedless), {})[run.config.train.seed] = run
+        by_config.setdefault(dump_config(run.seedless), {})[run.config.train.seed] = run
     groups = [_group([members[seed] for seed in sorted(members)], split) for members in by_config.values()]
     return [group for group in groups if group is not None]
 
@@ -56,20 +60,11 @@ def _group(runs: Sequence[RunRows], split: str) -> SeedGroup | None:
     common = set.intersection(*map(set, by_update))
     if len(runs) < 2 or not common:
         return None
-    rows: list[Row] = [evaluations[max(common)] for evaluations in by_update]
+    rows: list[EvaluationRow] = [evaluations[max(common)] for evaluations in by_update]
     problems = tuple(sorted(set.intersection(*(set(row.get("correct_counts") or {}) for row in rows))))
     if len(problems) < 2:
         return None
-    correct = np.array([[row["correct_counts"][problem] / row["samples"] for problem in problems] for row in rows])
     seeds = tuple(run.config.train.seed for run in runs)
-    return SeedGroup(f"{method_name(runs[0].config)} as {runs[0].name}", seeds, max(common), problems, correct)
-
-
-def _estimate(group: SeedGroup) -> str:
-    value, low, high = mean_share(group.correct)
-    return percent_interval({"value": value, "low": low, "high": high})
-
-
-def _difference(first: SeedGroup, second: SeedGroup) -> str:
-    found = paired_difference(first.correct, second.correct)
-    return points_interval(float(found.value), float(found.low), float(found.high))
+    return SeedGroup(
+        f"{method_name(runs[0].config)} as {runs[0].name}", seeds, max(common), problems, shares(rows, problems)
+    )

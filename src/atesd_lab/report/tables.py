@@ -8,9 +8,10 @@ from typing import Any
 
 from atesd.config import Config, describe_settings, method_name
 from atesd.maths.statistics import paired_bootstrap
+from atesd.rows import EvaluationRow
 from atesd.table import Table
 from atesd.text import MISSING, number, percent, percent_interval, points_interval
-from atesd_lab.report.rows import Row, RunRows
+from atesd_lab.report.rows import RunRows, average, peak
 
 PEAK_COLUMN = "peak (selected on the same data)"
 
@@ -23,10 +24,10 @@ def results_table(runs: Sequence[RunRows], split: str) -> Table:
     rows = []
     for run in runs:
         evaluations = run.evaluated(split)
-        base, last = _at(evaluations, 0), evaluations[-1] if evaluations else None
+        base, last = run.at(split, 0), evaluations[-1] if evaluations else None
         trained = last if last is not base else None
         cells = [run.name, method_name(run.config), _average(base), _dated(trained), paired_points(base, trained)]
-        cells += [_average(_at(evaluations, common))] if common is not None else []
+        cells += [_average(run.at(split, common))] if common is not None else []
         rows.append((*cells, _dated(peak(evaluations) if trained else None)))
     return Table(
         f"Average@k on {split}, %", (*columns, PEAK_COLUMN), tuple(rows), tuple(result_notes(runs, split, common))
@@ -54,7 +55,7 @@ def result_notes(runs: Sequence[RunRows], split: str, common: int | None) -> lis
         notes.append(f"The runs end at different updates ({', '.join(map(str, sorted(lasts)))}).")
     if len({str(sorted((key, value) for key, value in row["sampler"].items() if key != "seed")) for row in rows}) > 1:
         notes.append("The evaluations did not all use the same sampler settings.")
-    if any(run.config.data.source == "world" and _leaps(run.config) for run in runs):
+    if any(run.config.data.source == "world" and run.config.data.leaps for run in runs):
         notes.append("The leap world is designed so that the best ratio is interior: no evidence on language models.")
     return notes
 
@@ -103,21 +104,16 @@ def changed_settings(config: Config) -> Table:
     return Table("Settings that differ from the defaults", ("setting", "value", "default"), tuple(rows))
 
 
-def peak(evaluations: Sequence[Row]) -> Row | None:
-    """The evaluation with the highest Average@k, the earliest of equals; it is selected on the data it reports."""
-    return max(evaluations, key=lambda row: float(row["average"]["value"]), default=None)
-
-
 def best_common_update(runs: Sequence[RunRows], split: str) -> int | None:
     """The trained update, evaluated in every one of several runs on the same data, with the highest mean Average@k."""
     if len(runs) < 2 or any(run.config.data != runs[0].config.data for run in runs):
         return None
-    scores = [{int(row["update"]): float(row["average"]["value"]) for row in run.evaluated(split)} for run in runs]
+    scores = [{int(row["update"]): average(row) for row in run.evaluated(split)} for run in runs]
     common = set.intersection(*map(set, scores)) - {0}
     return max(sorted(common), key=lambda update: sum(score[update] for score in scores), default=None)
 
 
-def paired_points(before: Row | None, after: Row | None) -> str:
+def paired_points(before: EvaluationRow | None, after: EvaluationRow | None) -> str:
     """The difference of two evaluations in points with its interval, over the problems that both hold."""
     shared = _shared_problems(before, after) if before and after else []
     if before is None or after is None or not shared:
@@ -127,25 +123,17 @@ def paired_points(before: Row | None, after: Row | None) -> str:
     return points_interval((sum(new) - sum(old)) / len(shared), low, high)
 
 
-def _shared_problems(before: Row, after: Row) -> list[str]:
+def _shared_problems(before: EvaluationRow, after: EvaluationRow) -> list[str]:
     counts = before.get("correct_counts") or {}
     return sorted(set(counts) & set(after.get("correct_counts") or {}))
 
 
-def _at(evaluations: Sequence[Row], update: int | None) -> Row | None:
-    return next((row for row in evaluations if row["update"] == update), None)
-
-
-def _average(row: Row | None) -> str:
+def _average(row: EvaluationRow | None) -> str:
     return percent_interval(row["average"]) if row else MISSING
 
 
-def _dated(row: Row | None) -> str:
+def _dated(row: EvaluationRow | None) -> str:
     return f"{_average(row)} @{row['update']}" if row else MISSING
-
-
-def _leaps(config: Config) -> bool:
-    return config.data.leaps
 
 
 def _value(value: Any) -> str:

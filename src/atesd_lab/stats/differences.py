@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from atesd.rows import Estimate
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Reduced = Floats | np.float64  # an array over the leading axes; a number where there are none
@@ -94,10 +96,10 @@ def paired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: float
     )
 
 
-def mean_share(shares: ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
-    """The mean of shares [seeds, problems] and the ends of its interval, the difference from nothing, cut to [0, 1]."""
+def mean_share(shares: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """The mean of shares [seeds, problems] with its interval, the difference from nothing, cut to [0, 1]."""
     found = paired_difference(np.zeros_like(shares), shares, level=level)
-    return float(found.value), max(0.0, float(found.low)), min(1.0, float(found.high))
+    return {"value": float(found.value), "low": max(0.0, float(found.low)), "high": min(1.0, float(found.high))}
 
 
 def unpaired_difference(baseline: ArrayLike, candidate: ArrayLike, *, level: float = 0.95) -> Difference:
@@ -210,17 +212,6 @@ def _first(counts: Integers, enough: NDArray[np.bool_]) -> int | None:
     """The first count that is enough; None if none is."""
     found = counts[enough]
     return int(found[0]) if found.size else None
-
-
-def cross_fitted(scores: ArrayLike, halves: ArrayLike) -> tuple[Floats, tuple[int, int]]:
-    """The scores of the checkpoint that the other half of the problems chose: [seeds, problems], and which two.
-
-    `scores` is [checkpoints, seeds, problems], `halves` [problems] of 0 and 1. The checkpoint with the highest mean
-    over one half (the earliest of equals) is scored on the other, both ways, so that no problem judges what it chose.
-    """
-    table, half = np.asarray(scores, dtype=np.float64), np.asarray(halves)
-    chosen = [int(table[:, :, half == 1 - side].mean(axis=(1, 2)).argmax()) for side in (0, 1)]
-    return np.where(half == 0, table[chosen[0]], table[chosen[1]]), (chosen[0], chosen[1])
 
 
 def _table(values: ArrayLike, like: ArrayLike | None = None) -> Floats:

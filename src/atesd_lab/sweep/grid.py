@@ -11,11 +11,13 @@ from typing import Any
 from filelock import FileLock
 
 from atesd.errors import RunError
+from atesd.rows import EvaluationRow, revealed
 from atesd.runs import RunFolder, write_atomic
 from atesd.table import Table, render_text
 from atesd.text import MISSING, percent
+from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import results_table
-from atesd_lab.report.rows import Row
+from atesd_lab.report.rows import late_mean
 from atesd_lab.sweep.plan import Cell, stages
 
 NOTES = (
@@ -78,15 +80,16 @@ def comparisons(cells: Sequence[Cell]) -> Iterator[str]:
 
     Where runs cannot share a table, the reason stands in its place.
     """
-    by_problems: dict[str, dict[str, list[RunFolder]]] = {}
+    by_problems: dict[str, dict[str, list[Path]]] = {}
     for cell in cells:
         if cell.job.is_finished():
-            run = RunFolder.open(cell.job.folder)
-            by_problems.setdefault(run.manifest["data_fingerprint"], {}).setdefault(cell.group, []).append(run)
+            fingerprint = RunFolder.open(cell.job.folder).manifest["data_fingerprint"]
+            by_problems.setdefault(fingerprint, {}).setdefault(cell.group, []).append(cell.job.folder)
     for arms in by_problems.values():
         if len(arms) > 1:
             try:
-                yield render_text(results_table(arms, next(iter(arms))))
+                groups = {name: group_of(name, folders) for name, folders in arms.items()}
+                yield render_text(results_table(groups, next(iter(groups))))
             except RunError as error:
                 yield f"{', '.join(arms)} are not compared: {error}\n"
 
@@ -96,20 +99,19 @@ def scores(folder: Path) -> dict[str, float | None]:
     run = RunFolder.open(folder)
     rows = run.rows("evaluations")
     test, validation = (_by_update(rows, split) for split in ("test", "validation"))
+    ratios = revealed(run.rows("metrics"))
     best = max(validation, key=lambda update: (validation[update], -update), default=None)
-    ratios = [row["reveal_ratio"] for row in run.rows("metrics") if row["reveal_ratio"] is not None]
-    late = ratios[-max(1, len(ratios) // 4) :]
     return {
         "base": test[min(test)] if test else None,
         "validation": validation[max(validation)] if validation else None,
         "best": validation[best] if best is not None else None,
         "best_update": best,
         "test": test[max(test)] if test else None,
-        "late_ratio": fmean(late) if late else None,
+        "late_ratio": late_mean(ratios) if ratios else None,
     }
 
 
-def _by_update(rows: Sequence[Row], split: str) -> dict[int, float]:
+def _by_update(rows: Sequence[EvaluationRow], split: str) -> dict[int, float]:
     """The first evaluation at each update: later ones, with other samples, were asked for by hand."""
     found: dict[int, float] = {}
     for row in rows:

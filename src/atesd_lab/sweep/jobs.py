@@ -9,12 +9,12 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, final
+from typing import Literal, Protocol, final
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +26,9 @@ from atesd_lab.sweep.workers import Ending, Worker, slots, wait
 
 Status = Literal["waiting", "running", "held", "finished", "failed", "blocked"]
 """held: another process trains it; blocked: a run that it needs has failed."""
+
+Say = Callable[[str], object]
+"""Prints a line."""
 
 INTERRUPTED = 130  # exit code after a second interrupt
 LOG_LINES = 5
@@ -185,14 +188,6 @@ def train_all(jobs: Sequence[Job], processes: int, say: Say) -> None:
     Raises `RunError` if one fails. Whatever ends this call early ends the children too, each with a checkpoint.
     """
     run_all(jobs, slots(processes), _Saying(processes, say))
-
-
-class Say(Protocol):
-    """Prints a line."""
-
-    def __call__(self, text: str, /) -> Any:
-        """Print it."""
-        ...
 
 
 @final

@@ -17,7 +17,6 @@ combinations do without, because nothing would read them there: `{world: ema, ar
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import itertools
 import os
@@ -30,6 +29,7 @@ from typing import Annotated, Any
 from pydantic import Field, Strict, ValidationError, field_validator
 
 from atesd.config import Component, parse_yaml, shared_overrides, yaml_value
+from atesd.config.explain import nearest
 from atesd.errors import ConfigError, IdleSettingError
 from atesd_lab.sweep.jobs import Job
 
@@ -85,7 +85,7 @@ class _Axis:
         if name not in self.points:
             allowed = [next(iter(o.values())) for o in self.points.values()] if self.by_value else list(self.points)
             raise ConfigError(
-                f"{where}: axis {self.name} has no point {written!r}{_nearest(str(written), map(str, allowed))}; "
+                f"{where}: axis {self.name} has no point {written!r}{nearest(str(written), map(str, allowed))}; "
                 f"allowed: {', '.join(map(str, allowed))}"
             )
         return name
@@ -108,7 +108,7 @@ def plan_text(plan: str) -> str:
         except (UnicodeDecodeError, OSError) as error:
             raise ConfigError(f"{plan}: cannot be read: {error}") from None
     names = plan_names()
-    raise ConfigError(f"'{plan}' is neither a file nor a plan{_nearest(plan, names)}; plans: {', '.join(names)}")
+    raise ConfigError(f"'{plan}' is neither a file nor a plan{nearest(plan, names)}; plans: {', '.join(names)}")
 
 
 def load_plan(plan: str, overrides: Iterable[str] = ()) -> Plan:
@@ -257,7 +257,7 @@ def _spared(
     for setting in listed:
         if setting not in set_anywhere:
             raise ConfigError(
-                f"{where}: settings: {setting!r} is set nowhere in the plan{_nearest(str(setting), set_anywhere)}"
+                f"{where}: settings: {setting!r} is set nowhere in the plan{nearest(str(setting), set_anywhere)}"
             )
     rest = {axis: points for axis, points in entry.items() if axis != "settings"}
     return _combination(rest, plan, axes, where), frozenset(listed)
@@ -272,7 +272,7 @@ def _omitted(
 
 def _known_axis(axis: str, axes: Mapping[str, _Axis], where: str) -> _Axis:
     if axis not in axes:
-        raise ConfigError(f"{where}: there is no axis {axis!r}{_nearest(axis, axes)}; axes: {', '.join(axes)}, seed")
+        raise ConfigError(f"{where}: there is no axis {axis!r}{nearest(axis, axes)}; axes: {', '.join(axes)}, seed")
     return axes[axis]
 
 
@@ -418,14 +418,9 @@ def _explain(item: Any) -> str:
     """One pydantic error as: key, value, what is allowed, nearest key."""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(where, _keys())}; allowed: {', '.join(_keys())}"
+        return f"{where}: unknown key{nearest(where, _keys())}; allowed: {', '.join(_keys())}"
     if item["type"] == "missing":
         return f"{where}: is missing; a plan names its recipe"
     if item["type"] == "value_error":
         return f"{where}: {item['ctx']['error']}"
     return f"{where}: {item['input']!r} is not allowed; {item['msg'].replace('Input should', 'it should')}"
-
-
-def _nearest(word: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
