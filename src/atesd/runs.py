@@ -38,7 +38,13 @@ from atesd.shapes import RowsWritten, require_manifest, require_row
 EndStatus = Literal["finished", "stopped", "failed"]
 
 FORMAT = "atesd-run-1"
-MAY_CHANGE = ("train.num_updates", "train.keep_checkpoints", "evaluation.")
+_WHERE = ("urls", "folder", "drift_limit", "timeout", "retries", "retry_wait")
+MAY_CHANGE = (
+    "train.num_updates",
+    "train.keep_checkpoints",
+    "evaluation.",
+    *(f"sampling.server.{name}" for name in _WHERE),
+)
 """Settings that a resumed run may change: none of them enters an update. `train.num_updates` may only grow."""
 
 _CONFIG, _MANIFEST, _LOCK, _OWNER = "config.yaml", "manifest.json", ".lock", ".owner.json"

@@ -106,6 +106,28 @@ def _show_plan(config: Config) -> None:
 
 
 @app.command()
+def serve(
+    recipe: Recipe,
+    settings: Settings = None,
+    gpus: Annotated[str, typer.Option(metavar="ID,ID", help="GPUs for the servers, dealt out in order.")] = "",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share one server's model.")] = 1,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds until all must be healthy.")] = 900.0,
+    show: Annotated[bool, typer.Option("--print", help="Print the commands, and stop.")] = False,
+) -> None:
+    """The vLLM servers that a recipe's rollouts need (sampling.engine: server): started, watched, ended with Ctrl-C."""
+    from atesd.cli import serve as servers
+    from atesd.config import load_config
+
+    config = load_config(recipe, settings or [])
+    commands = servers.commands_of(config, [name for name in gpus.split(",") if name], tensor_parallel)
+    if show:
+        for command in commands:
+            say(command.line)
+        return
+    servers.serve(commands, wait, say)
+
+
+@app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder, or a hub id.")],
     data: Annotated[

@@ -38,6 +38,9 @@ def plan_lines(components: Components) -> Iterator[str]:
     yield from _contexts(components)
     yield segment_line([len(problem.segments) for problem in problems["train"]])
     yield f"updates: {train.num_updates}, with {train.num_updates * train.batch_size:,} rollouts ({train.method})"
+    if config.sampling.engine == "server":
+        server = config.sampling.server
+        yield f"rollouts: from {', '.join(server.urls)}, which answer; draws: {server.draws}, weights: {server.publish}"
     yield _evaluations(components)
     if config.decides:
         finished, updates = affordable(train.num_updates, config.credit, config.policy)

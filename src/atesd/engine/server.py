@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypedDict, final
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +35,21 @@ from atesd.refusals import refusals_told, remove
 
 _AT_ONCE = 64  # requests on their way to one server; it batches them itself
 _SCORED = 64  # rollouts of a call on which drift is measured where nothing else asks for scores
+
+
+class _Served(TypedDict):
+    """What a server says of itself: the name of its base model, and its longest sequence."""
+
+    name: str
+    room: float
+
+
+class _Share(TypedDict):
+    """What one rank has of a call: its rollouts as JSON, and the sum of the gaps over so many scored tokens."""
+
+    gap: float
+    scored: int
+    rollouts: list[dict[str, object]]
 
 
 @final
@@ -99,7 +114,7 @@ class ServerEngine:
 
     # What the servers are
 
-    def _served(self) -> dict[str, Any]:
+    def _served(self) -> _Served:
         """The name of the base model on all servers and the longest sequence that all of them take."""
         found = [self._served_by(wire) for wire in self._wires]
         names = {one["name"] for one in found}
@@ -110,7 +125,7 @@ class ServerEngine:
             )
         return {"name": found[0]["name"], "room": min(one["room"] for one in found)}
 
-    def _served_by(self, wire: Wire) -> dict[str, Any]:
+    def _served_by(self, wire: Wire) -> _Served:
         wire.get("/health")
         listed = wire.get("/v1/models")
         cards = listed.get("data") if isinstance(listed, dict) else None
@@ -204,9 +219,9 @@ class ServerEngine:
 
         return ask
 
-    def _how(self, key: Key, params: SamplingParams) -> dict[str, Any]:
+    def _how(self, key: Key, params: SamplingParams) -> dict[str, object]:
         """Everything that a server might otherwise take from the model's folder is written out."""
-        asked: dict[str, Any] = {
+        asked: dict[str, object] = {
             "max_tokens": params.completion_tokens,
             "stop_token_ids": sorted(self._loaded.end_ids),
             "logprobs": 0,
@@ -267,7 +282,7 @@ class ServerEngine:
 
     # Drift
 
-    def _completed(self, requests: Sequence[Request], params: SamplingParams) -> dict[str, Any]:
+    def _completed(self, requests: Sequence[Request], params: SamplingParams) -> _Share:
         """The rollouts of one rank, as JSON, with how far their log-probabilities are from its own, over how many.
 
         A server's are those before temperature and filters; at another temperature all rollouts are scored here.

@@ -17,6 +17,7 @@ KL_HISTORY = 20  # updates
 DECLINE = 0.05  # Average@k below the peak, absolute
 UNVERIFIED = 0.10  # of completions without a verdict on the answer
 SATURATED = 0.05  # mean reveal ratio from either end
+DRIFT = 0.05  # nats per token between a server's log-probabilities and the trainer's
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,21 @@ def _saturated(run: RunRows) -> list[Alarm]:
     return [Alarm("Exposure at its bound", f"Mean reveal ratio {late:.2f} late in the run: it hardly explores.")]
 
 
+def _drift(run: RunRows) -> list[Alarm]:
+    updates, drifts = run.series("rollout_drift")
+    far = [(drift, update) for update, drift in zip(updates, drifts, strict=True) if drift > DRIFT]
+    if not far:
+        return []
+    worst, update = max(far)
+    return [
+        Alarm(
+            "Rollouts drift",
+            f"In {_count(far, 'update')} the server's log-probabilities were more than {DRIFT:g} nats per token from "
+            f"the trainer's own, {number(worst)} in update {update}: rounding, or not the student's weights.",
+        )
+    ]
+
+
 _CHECKS: tuple[Callable[[RunRows], list[Alarm]], ...] = (
     _failed,
     _length_collapse,
@@ -125,6 +141,7 @@ _CHECKS: tuple[Callable[[RunRows], list[Alarm]], ...] = (
     _skipped,
     _unverified,
     _saturated,
+    _drift,
 )
 
 
