@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any, final
 
-from atesd.config import Config
+from atesd.config import Config, ReplaySettings
 from atesd.control.factory import make_exposure
 from atesd.control.interface import Measurement
 from atesd.control.settings import Granularity, group_of
@@ -83,12 +84,11 @@ class Handle:
 
     def __init__(self, config: Config, *, max_delay: int = 0) -> None:
         self.config, self.lost = config, 0
-        replay = revealed(RunFolder.open(config.exposure.replay_run).whole_rows("metrics")) if _replays(config) else ()
-        self.exposure = make_exposure(config, config.train.num_updates, config.train.seed, replay)
+        self.exposure = make_exposure(config, config.train.num_updates, config.train.seed, _replayed(config))
         self._reference, self._max_delay, self._lock = _Reference(config), max_delay, threading.RLock()
         self._next = 0
         self._asked: dict[int, dict[str, float]] = {}
-        self._seen: dict[int, list[float]] = {}  # of an update's views: how many, sum of ratios, of effective ratios
+        self._seen: dict[int, list[tuple[float, float]]] = {}  # ratio and effective ratio of each view of an update
         self._graded: dict[int, list[tuple[str, int, float]]] = {}
         self._waiting: dict[int, Feedback] = {}
 
@@ -122,8 +122,7 @@ class Handle:
         view = self.view(problem, ratio)
         with self._lock:
             for served in range(update, update + updates):
-                seen = self._seen.setdefault(served, [0.0, 0.0, 0.0])
-                self._seen[served] = [seen[0] + 1, seen[1] + ratio, seen[2] + view.effective_ratio]
+                self._seen.setdefault(served, []).append((ratio, view.effective_ratio))
         return view
 
     def grade(self, update: int, verdicts: Iterable[tuple[str, int, float]], updates: int = 1) -> None:
@@ -160,7 +159,7 @@ class Handle:
                 "next": self._next,
                 "lost": self.lost,
                 "asked": {str(update): dict(ratios) for update, ratios in self._asked.items()},
-                "seen": {str(update): list(sums) for update, sums in self._seen.items()},
+                "seen": {str(update): [list(pair) for pair in pairs] for update, pairs in self._seen.items()},
                 "graded": {str(update): [list(one) for one in graded] for update, graded in self._graded.items()},
                 "waiting": {str(update): asdict(feedback) for update, feedback in self._waiting.items()},
             }
@@ -171,7 +170,7 @@ class Handle:
             self.exposure.load_state_dict(state["exposure"])
             self._next, self.lost = state["next"], state["lost"]
             self._asked = {int(update): dict(ratios) for update, ratios in state["asked"].items()}
-            self._seen = {int(update): list(sums) for update, sums in state["seen"].items()}
+            self._seen = {int(update): [(r, e) for r, e in pairs] for update, pairs in state["seen"].items()}
             graded = {int(update): [(n, d, right) for n, d, right in some] for update, some in state["graded"].items()}
             self._graded = graded
             self._waiting = {int(update): Feedback(**values) for update, values in state["waiting"].items()}
@@ -182,14 +181,14 @@ class Handle:
 
     def _tell(self, update: int) -> Told:
         feedback, self._next = self._waiting.pop(update, None), update + 1
-        asked, seen = self._asked.pop(update, {}), self._seen.pop(update, None)
+        asked, seen = self._asked.pop(update, {}), self._seen.pop(update, [])
         graded = tuple(self._graded.pop(update, ()))
         if feedback is None:
             self.lost += 1
             return Told(update, None, None)
-        ratios = list(asked.values()) or [self.exposure.reveal_ratio(update)]
-        count, shown, effective = seen or (len(ratios), sum(ratios), sum(ratios))
-        stats = _stats(feedback, graded, shown / count, effective / count, self.config.granularity)
+        asked = asked or {"": self.exposure.reveal_ratio(update)}
+        ratios, effective = zip(*(seen or [(ratio, ratio) for ratio in asked.values()]), strict=True)
+        stats = _stats(feedback, graded, fmean(ratios), fmean(effective), self.config.granularity)
         return Told(update, feedback, stats, self.exposure.observe(update, stats))
 
 
@@ -208,7 +207,8 @@ def _stats(
         kl=feedback.loss if feedback.kl is None else feedback.kl,
         train_success=tuple((level, right) for _, level, right in graded),
         group_success=tuple((group_of(granularity, name, level), right) for name, level, right in graded),
-        **{name: feedback.measured.get(name, 0.0) for name in _MEANS},
+        top1_disagreement=feedback.measured.get("top1_disagreement", 0.0),
+        student_confidence=feedback.measured.get("student_confidence", 0.0),
         **{name: feedback.measured.get(name) for name in _PROBES},
     )
 
@@ -219,5 +219,11 @@ def _copied(config: Config, max_delay: int, state: Mapping[str, Any]) -> Handle:
     return handle
 
 
-def _replays(config: Config) -> bool:
-    return config.exposure.kind == "replay"
+def _replayed(config: Config) -> Sequence[float]:
+    """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
+    settings = config.exposure
+    return (
+        revealed(RunFolder.open(settings.replay_run).whole_rows("metrics"))
+        if isinstance(settings, ReplaySettings)
+        else ()
+    )

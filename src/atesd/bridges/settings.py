@@ -11,7 +11,7 @@ from atesd.errors import ConfigError
 Settings = Mapping[str, Any] | str
 """The groups `exposure`, `credit`, `views` and `data`, or the name of a YAML file of them."""
 
-_FOLLOWED = {"staircase": {"train_success"}, "setpoint": {"train_kl"}}
+_FOLLOWED: Mapping[str, set[str]] = {"staircase": {"train_success"}, "setpoint": {"train_kl"}}
 """What a controller reads of every update, besides its rewards."""
 _GROUPS = ("exposure", "credit", "views", "data")
 _VIEWS = ("answer", "wording", "partial_note", "answer_text")
@@ -42,9 +42,9 @@ def bridge_config(
             "our own loop (`atesd train`); here choose full, fixed, random, schedule, replay, learned, bandit, "
             "setpoint, staircase or custom, without an ablation"
         )
-    needed = {config.credit.progress_signal} if config.decides and config.exposure.learns_from_rewards else set()
+    rewarded = config.decides and config.exposure.learns_from_rewards
+    needed = set(_FOLLOWED.get(config.exposure.kind, ())) | ({config.credit.progress_signal} if rewarded else set())
     needed |= {"grounding"} if config.decides and config.credit.grounding_weight else set()
-    needed |= _FOLLOWED.get(config.exposure.kind, set())
     if missing := sorted(needed - measurable):
         raise ConfigError(
             f"credit.progress_signal: {config.credit.progress_signal}: {', '.join(missing)} is not measured in "

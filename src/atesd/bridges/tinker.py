@@ -38,7 +38,7 @@ def expose(
     "test/gsm8k/correct"} of an evaluator, or {"train_success": "env/all/reward/total"}. Raises `ConfigError` for a
     setting that will not do, also where `cfg.eval_every` does not evaluate when the exposure wants its probe.
     """
-    measured = dict(metrics or {})
+    measured: dict[str, str] = {str(name): key for name, key in (metrics or {}).items()}
     known = {"train_kl"} if cfg.reverse or cfg.topk == 0 else set()
     num_updates = min(len(dataset), cfg.max_steps if cfg.max_steps is not None else len(dataset))
     facts = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
@@ -61,7 +61,7 @@ class Exposed(TrainerCallback):
     def __init__(self, trainer: Any, settings: Settings, out: Path, measure: Measure, contexts: type[Any]) -> None:
         self.trainer, self._settings, self._out, self._measure = trainer, settings, out, measure
         self._batch_updates = _updates_per_batch(trainer.args, trainer.num_iterations)
-        self.config, self.handle = self._config(1), None
+        self.config, self.handle = self._config(1), cast("Handle | None", None)
         self.contexts = contexts(self)
         self._fingerprint = self.contexts.fingerprint()
 
@@ -78,7 +78,7 @@ class Exposed(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.config = self._config(state.max_steps)
-        self.handle: Handle | None = Handle(self.config)
+        self.handle = Handle(self.config)
         version, first = f"trl {metadata.version('trl')}", self.trainer.accelerator.is_main_process
         self._log = Log(self._out, self.handle, trainer=version, fingerprint=self._fingerprint, first=first)
         if state.global_step:
@@ -87,7 +87,7 @@ class Exposed(TrainerCallback):
         else:
             self._log.begin()
 
-    def on_step_begin(self, _: Any, state: Any, *__: Any, **parts: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **parts: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
         wanted = self.handle.measurements(state.global_step)
         self._measured: dict[str, float] = {name: f() for name, f in self._measure.items() if name in wanted}
@@ -104,7 +104,7 @@ class Exposed(TrainerCallback):
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self._log.save(_checkpoint(args, state), state.global_step)
 
-    def on_train_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self._log.end("finished" if state.global_step >= state.max_steps else "stopped")
         self.contexts.close()
 
@@ -185,7 +185,7 @@ def _updates_per_batch(args: Any, num_iterations: int) -> int:
             f"steps_per_generation x num_iterations = {every} and gradient_accumulation_steps {accumulated}: an update "
             "would have teacher's contexts of two ratios; make one a multiple of the other"
         )
-    return max(every // accumulated, 1)
+    return max(int(every // accumulated), 1)
 
 
 def _is_forward_kl(args: Any) -> bool:
