@@ -59,18 +59,18 @@ def problem_in(prompt: Any, context: Any, segmenter: str, where: str = "a row") 
     return problem_of(message_text(prompt), values["reference"], values.get("answer"), difficulty, segmenter)
 
 
-def require_problems(rows: Iterable[tuple[Any, Any]], config: Config) -> str:
-    """The fingerprint of the problems of all (prompt, reference).
+def require_problems(rows: Iterable[tuple[Any, Any]], config: Config, where: str = "row") -> str:
+    """The fingerprint of the problems of all (prompt, reference); messages call a row `where` and its number.
 
     Raises `DataError` for a row that cannot be used, or whose answer is not known but is to be shown.
     """
     problems = []
     for number, (prompt, context) in enumerate(rows):
-        problems.append(problem_in(prompt, context, config.data.segmenter, f"row {number}"))
+        problems.append(problem_in(prompt, context, config.data.segmenter, f"{where} {number}"))
         if not problems[-1].answer and config.views.answer != "withhold":
             raise DataError(
-                f"row {number}: the reference has no \\boxed{{}} and no answer is stated, but the teacher sees it at "
-                "every ratio; give {'reference': .., 'answer': ..}, or set views.answer: withhold"
+                f"{where} {number}: the reference has no \\boxed{{}} and no answer is stated, but the teacher sees it "
+                "at every ratio; give {'reference': .., 'answer': ..}, or set views.answer: withhold"
             )
     return fingerprint(problems)
 

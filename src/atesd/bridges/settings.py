@@ -64,13 +64,18 @@ def bridge_config(
     return config
 
 
-def require_probes(config: Config, every: int, metrics: Container[str], setting: str) -> None:
-    """Raise `ConfigError` where the trainer, evaluating `every` so many updates, has no probe when one is wanted."""
+def require_probes(config: Config, every: int, metrics: Container[str], setting: str, first: str | None = None) -> None:
+    """Raise `ConfigError` where the trainer, evaluating `every` so many updates, has no probe when one is wanted.
+
+    `first` is the setting that would have it evaluate before update 0, if it does not.
+    """
     signal = config.credit.progress_signal
     if not (config.decides and config.credit.probes and signal in metrics):
         return
     due = (update for update in range(config.train.num_updates) if config.credit.probe_is_due(update))
-    missed = next((update for update in due if every <= 0 or update % every), None)
+    missed = next((update for update in due if every <= 0 or update % every or (first and not update)), None)
+    if missed == 0:
+        raise ConfigError(f"{first or setting}: the exposure wants {signal} before update 0; let it be evaluated there")
     if missed is not None:
         raise ConfigError(
             f"{setting}: {every}: the exposure wants {signal} before update {missed}, where nothing is evaluated; set "
