@@ -56,7 +56,7 @@ def config_of(folder: Path, settings: str = HALF, **mine: Any) -> Any:
     file = Path(inspect.getfile(trainer_base)).parents[2] / "config/_generated_ppo_trainer.yaml"
     config = OmegaConf.load(file)
     (folder / "exposure.yaml").write_text(settings)
-    config.atesd = {"settings": str(folder / "exposure.yaml"), "out": str(folder / "run"), **mine}
+    config.bridge = {"settings": str(folder / "exposure.yaml"), "out": str(folder / "run"), **mine}
     config.trainer.default_local_dir = str(folder / "checkpoints")
     return config
 

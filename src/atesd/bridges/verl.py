@@ -3,7 +3,7 @@ r"""A controller inside verl's on-policy distillation (verl >= 0.9.1, < 0.10; it
     VERL_USE_EXTERNAL_MODULES=atesd.bridges.verl python -m verl.trainer.main_ppo ... \
         trainer.v1.trainer_mode=atesd \
         actor_rollout_ref.rollout.agent.agent_loop_manager_class=atesd.bridges.verl.ExposedManager \
-        +atesd.settings=exposure.yaml +atesd.out=runs/verl
+        +bridge.settings=exposure.yaml +bridge.out=runs/verl
 
 Every row's `extra_info` holds `reference`, and may hold `answer` and `difficulty`. An actor beside the driver owns the
 exposure; each agent-loop worker asks it what the teacher may see, and scores the response behind that.

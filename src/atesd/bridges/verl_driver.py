@@ -63,11 +63,11 @@ class Driver:
 
 
 def own_settings(config: Any) -> dict[str, Any]:
-    """The group `atesd` of verl's config. Raises `ConfigError` for what is missing or not known there."""
-    mine = {"template": _TEMPLATE, "metrics": {}, **dict(config.get("atesd") or {})}
+    """The group `bridge` of verl's config. Raises `ConfigError` for what is missing or not known there."""
+    mine = {"template": _TEMPLATE, "metrics": {}, **dict(config.get("bridge") or {})}
     missing, unknown = [name for name in _KEYS if name not in mine], sorted(set(mine) - {*_KEYS})
     if missing or unknown:
-        raise ConfigError(f"atesd: missing {missing}, unknown {unknown}; allowed are {', '.join(_KEYS)}")
+        raise ConfigError(f"bridge: missing {missing}, unknown {unknown}; allowed are {', '.join(_KEYS)}")
     return {**mine, "metrics": dict(mine["metrics"])}
 
 
