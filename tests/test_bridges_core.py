@@ -15,7 +15,7 @@ import pytest
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log
 from atesd.bridges.problems import Judge, problem_in, problem_of, require_problems
-from atesd.bridges.settings import bridge_config
+from atesd.bridges.settings import bridge_config, updates_per_batch
 from atesd.config import Config
 from atesd.errors import CheckpointError, ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import Graded
@@ -77,6 +77,12 @@ def test_a_setting_that_cannot_act_here_is_refused(settings: dict[str, Any], say
     measurable = frozenset({"train_kl", "train_success"})
     with pytest.raises(ConfigError, match=says):
         bridge_config(settings, FACTS, trainer="some-trainer", measurable=measurable, updates_per_batch=2, processes=2)
+
+
+def test_a_generation_batch_serves_whole_updates():
+    assert (updates_per_batch(4, 2), updates_per_batch(2, 4), updates_per_batch(3, 3)) == (2, 1, 1)
+    with pytest.raises(ConfigError, match="contexts of two ratios"):
+        updates_per_batch(4, 3)
 
 
 def test_settings_may_stand_in_a_file(tmp_path: Path):

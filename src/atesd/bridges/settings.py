@@ -83,6 +83,20 @@ def require_probes(config: Config, every: int, metrics: Container[str], setting:
         )
 
 
+def updates_per_batch(every: int, accumulated: int) -> int:
+    """How many updates a generation batch of `every` micro-batches serves, with `accumulated` of them in an update.
+
+    Raises `ConfigError` where an update would begin in the middle of one.
+    """
+    if every % accumulated and accumulated % every:
+        raise ConfigError(
+            f"a generation batch of {every} micro-batches (steps_per_generation, num_iterations) and "
+            f"gradient_accumulation_steps {accumulated}: an update would have teacher's contexts of two ratios; make "
+            "one a multiple of the other"
+        )
+    return max(every // accumulated, 1)
+
+
 def _refuse_foreign(written: Mapping[str, Any], trainer: str) -> None:
     foreign = [name for name in written if name not in _GROUPS]
     views = written.get("views") or {}

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log
 from atesd.bridges.problems import Judge, problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config
+from atesd.bridges.settings import Settings, bridge_config, updates_per_batch
 from atesd.bridges.trl_sdpo import Rollouts
 from atesd.config import Config
 from atesd.control.interface import Measurement
@@ -60,7 +60,8 @@ class Exposed(TrainerCallback):
 
     def __init__(self, trainer: Any, settings: Settings, out: Path, measure: Measure, contexts: type[Any]) -> None:
         self.trainer, self._settings, self._out, self._measure = trainer, settings, out, measure
-        self._batch_updates = _updates_per_batch(trainer.args, trainer.num_iterations)
+        every = trainer.args.steps_per_generation * trainer.num_iterations
+        self._batch_updates = updates_per_batch(int(every), int(trainer.args.gradient_accumulation_steps))
         self.config, self.handle = self._config(1), cast("Handle | None", None)
         self.contexts = contexts(self)
         self._fingerprint = self.contexts.fingerprint()
@@ -175,17 +176,6 @@ class Demonstrations:
     def _problems(self, prompts: list[Any], contexts: list[Any]) -> list[Problem]:
         segmenter = self._exposed.config.data.segmenter
         return [problem_in(prompt, context, segmenter) for prompt, context in zip(prompts, contexts, strict=True)]
-
-
-def _updates_per_batch(args: Any, num_iterations: int) -> int:
-    """How many updates one generation batch serves. Raises `ConfigError` where some begin in the middle of one."""
-    every, accumulated = args.steps_per_generation * num_iterations, args.gradient_accumulation_steps
-    if every % accumulated and accumulated % every:
-        raise ConfigError(
-            f"steps_per_generation x num_iterations = {every} and gradient_accumulation_steps {accumulated}: an update "
-            "would have teacher's contexts of two ratios; make one a multiple of the other"
-        )
-    return max(int(every // accumulated), 1)
 
 
 def _is_forward_kl(args: Any) -> bool:
