@@ -1,6 +1,6 @@
 """A controller inside ms-swift's on-policy distillation with a teacher's prompt (ms-swift >= 4.6, < 4.7).
 
-    # exposure.py: swift rlhf --rlhf_type gkd --external_plugins exposure.py --callbacks atesd --logging_steps 1 ...
+    # plugin.py: swift rlhf --rlhf_type gkd --external_plugins plugin.py --callbacks atesd --logging_steps 1 ...
     from atesd.bridges.swift import expose
 
     expose({"exposure": {"kind": "bandit"}, "credit": {"progress_signal": "train_kl"}}, out="runs/swift")
@@ -54,7 +54,7 @@ class Exposed(TrainerCallback):
     active: ClassVar[Exposed | None] = None
 
     def __init__(
-        self, settings: Settings, out: Path, template: str, measure: Mapping[str, Any], args: Any, trainer: Any
+        self, settings: Settings, out: Path, template: str, measure: Mapping[Any, Any], args: Any, trainer: Any
     ) -> None:
         if args.logging_steps != 1:
             raise ConfigError(f"logging_steps: {args.logging_steps}: the loss is known only where it is logged; set 1")
