@@ -219,6 +219,31 @@ def test_success_is_what_the_trainer_rewards(model: Path, tmp_path: Path) -> Non
     assert [row["accuracy"] for row in rows] == pytest.approx(rewards)
 
 
+def test_how_often_the_trainer_logs_changes_nothing(model: Path, tmp_path: Path) -> None:
+    for steps in (1, 4):
+        trained(sdft, model, tmp_path / str(steps), "bandit", logging_steps=steps)
+    assert RunFolder.open(tmp_path / "1/run").rows("metrics") == RunFolder.open(tmp_path / "4/run").rows("metrics")
+
+
+def test_epochs_are_counted_in_updates(model: Path, tmp_path: Path) -> None:
+    trained(sdft, model, tmp_path, "learned", max_steps=-1, num_train_epochs=3)
+    run = RunFolder.open(tmp_path / "run")
+    assert (run.config.train.num_updates, len(run.rows("metrics"))) == (3, 3)
+
+
+def test_a_trainer_without_distillation_has_no_loss_to_tell(model: Path, tmp_path: Path) -> None:
+    trained(sdpo, model, tmp_path, "fixed", distillation_weight=0.0)
+    rows = RunFolder.open(tmp_path / "run").rows("metrics")
+    assert [(row["loss"], row["skipped"]) for row in rows] == [(None, None)] * UPDATES
+
+
+def test_a_second_exposure_of_a_trainer_is_refused(model: Path, tmp_path: Path) -> None:
+    trainer = sdft(model, tmp_path / "trainer", Witness())
+    expose(trainer, SETTINGS["full"], tmp_path / "run")
+    with pytest.raises(ConfigError, match="builds contexts by Demonstrations"):
+        expose(trainer, SETTINGS["full"], tmp_path / "run")
+
+
 def test_a_batch_that_serves_two_updates_keeps_its_ratio(model: Path, tmp_path: Path) -> None:
     credit = {**CREDIT, "hold_updates": 2, "lookahead_updates": 2}
     witness = Witness()

@@ -34,7 +34,7 @@ def bridge_config(
     """
     written = (parse_yaml(recipe_text(settings), settings) or {}) if isinstance(settings, str) else settings
     _refuse_foreign(written, trainer)
-    data = {"source": f"rows-of-{trainer}.jsonl", **written.get("data", {})}
+    data = {"source": "name-the-file-of-the-rows-in-data.source.jsonl", **written.get("data", {})}
     config = config_from_mapping({**facts, **written, "data": data}, f"{trainer} bridge")
     if config.exposure.reference_ablation != "off" or config.looks_ahead or config.granularity == "per_token":
         raise ConfigError(

@@ -9,6 +9,7 @@ In SDFT the exposure cuts `privileged_context`, in SDPO the successful rollout a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -98,7 +99,7 @@ class Exposed(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         assert self.handle is not None
         update, losses = state.global_step - 1, self._losses()[self._before :]
-        loss = sum(losses) / len(losses)
+        loss = sum(losses) / len(losses) if losses else math.nan  # SDPO with distillation_weight 0 has none
         feedback = Feedback(loss, loss if _is_forward_kl(args) else None, self._rate, self._measured)
         self._log.write(self.handle.observe(update, feedback))
 
