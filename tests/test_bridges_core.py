@@ -243,7 +243,9 @@ def test_a_resume_without_its_state_or_into_another_run_is_refused(tmp_path: Pat
         opened("bandit", tmp_path / "run")[1].begin()
 
 
-def test_a_state_that_is_older_than_the_trainers_loses_the_updates_between(tmp_path: Path):
+def test_a_state_that_is_older_than_the_trainers_loses_the_updates_between(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     recorded("bandit", tmp_path / "run", saves={10: tmp_path / "there"}, stop=12)
     handle, log = opened("bandit", tmp_path / "run")
     log.resume(tmp_path / "there", 12, may_lose=2)
@@ -252,6 +254,17 @@ def test_a_state_that_is_older_than_the_trainers_loses_the_updates_between(tmp_p
     rows = RunFolder.open(tmp_path / "run").rows("metrics")
     assert [row["update"] for row in rows if row["skipped"] == "its feedback never came"] == [10, 11]
     assert (handle.lost, len(rows)) == (2, UPDATES)
+    assert "2 updates were lost: their feedback never came" in caplog.text
+
+
+def test_decisions_without_a_reward_are_counted_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    handle, log = opened("bandit", tmp_path / "run")
+    log.begin()
+    for update in range(6):  # no rollout is graded: of three decisions, the windows of two close
+        handle.show(update, PROBLEM)
+        log.write(handle.observe(update, Feedback(1.0)))
+    log.end("stopped")
+    assert "2 exposure decisions were dropped without a reward: progress signal not measured" in caplog.text
 
 
 def test_report_and_compare_read_the_run_of_another_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

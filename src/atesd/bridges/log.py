@@ -7,6 +7,7 @@ one it was stands in manifest.json under `trainer`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from atesd.evaluate.benchmark import Graded
 
 _STATE = "atesd"
+_say = logging.getLogger("atesd").warning  # to stderr, unless the trainer has set up something else
 
 
 @final
@@ -44,8 +46,8 @@ class Log:
         self._held.enter_context(run.lock())
         self._run = run
 
-    def resume(self, checkpoint: Path, updates_done: int, may_lose: int = 0) -> list[str]:
-        """Go on from what `save` wrote beside a checkpoint of the trainer. Returns what to tell the user.
+    def resume(self, checkpoint: Path, updates_done: int, may_lose: int = 0) -> None:
+        """Go on from what `save` wrote beside a checkpoint of the trainer; says what is not as it was.
 
         Rows of later updates are cut off. `may_lose`: by how many updates the state may be older than the trainer's;
         their feedback then never comes. Raises `CheckpointError` if there is no such state, `RunError` if folder,
@@ -66,16 +68,16 @@ class Log:
         self._handle.load_state_dict(cast("Mapping[str, Any]", loaded.state))
         if not self._first:
             self._handle.lose(updates_done)
-            return []
+            return
         self._held.enter_context(run.lock())
         self._run = run
         config = self._handle.config
         run.check_config(config)
         run.check_data(self._fingerprint)
         run.truncate_after(loaded.updates_done, loaded.rows)
-        notes = run.begin_session(config, command=sys.argv, updates_done=updates_done)
+        for note in run.begin_session(config, command=sys.argv, updates_done=updates_done):
+            _say("%s: %s", self._out, note)
         self.write(self._handle.lose(updates_done))
-        return notes
 
     def save(self, checkpoint: Path, updates_done: int, keep: int = 1) -> None:
         """Write the controller's state into a folder beside the trainer's own checkpoint, of which `keep` stay."""
@@ -105,9 +107,14 @@ class Log:
         self._append("evaluations", summarise(graded, split=split, update=update, sampler={}, seed=seed))
 
     def end(self, status: EndStatus) -> None:
-        """Write what is still open, and how the session ended."""
+        """Write what is still open, and how the session ended; says what the exposure could not learn from."""
         from atesd.train.rows import decision_row
 
+        lost = {"updates were lost: their feedback never came": self._handle.lost} if self._handle.lost else {}
+        dropped = self._handle.exposure.dropped.items()
+        lost |= {f"exposure decisions were dropped without a reward: {reason}": count for reason, count in dropped}
+        for what, count in lost.items() if self._run is not None else ():
+            _say("%s: %d %s", self._out, count, what)
         if self._run is not None:
             last = self._handle.config.train.num_updates
             for decision in self._handle.exposure.pending() if status == "finished" else ():
