@@ -31,9 +31,11 @@ _say = logging.getLogger("atesd").warning  # to stderr, unless the trainer has s
 class Log:
     """Writes what a handle was told to a run folder. `close` releases the folder; `end` closes it as well."""
 
-    def __init__(self, out: Path | str, handle: Handle, *, trainer: str, fingerprint: str, first: bool = True) -> None:
-        """`first`: whether this process writes; the others of a distributed run only read state."""
-        self._out, self._handle, self._first = Path(out), handle, first
+    def __init__(
+        self, out: Path | str, handle: Handle, *, trainer: str, fingerprint: str, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Of several processes with a copy of the exposure each, rank 0 writes; the others only read state."""
+        self._out, self._handle, self._first, self._ranks = Path(out), handle, rank == 0, ranks
         self._trainer, self._fingerprint = trainer, fingerprint
         self._held, self._run = ExitStack(), cast("RunFolder | None", None)
 
@@ -41,8 +43,9 @@ class Log:
         """Begin a run in a new or empty folder. Raises `RunError` if it holds one."""
         if not self._first:
             return
-        manifest = new_manifest(self._handle.config, data_fingerprint=self._fingerprint, command=sys.argv)
-        run = RunFolder.create(self._out, self._handle.config, {**manifest, "trainer": self._trainer})
+        config, found = self._handle.config, self._fingerprint
+        manifest = new_manifest(config, data_fingerprint=found, command=sys.argv, ranks=self._ranks)
+        run = RunFolder.create(self._out, config, {**manifest, "trainer": self._trainer})
         self._held.enter_context(run.lock())
         self._run = run
 
@@ -75,7 +78,7 @@ class Log:
         run.check_config(config)
         run.check_data(self._fingerprint)
         run.truncate_after(loaded.updates_done, loaded.rows)
-        for note in run.begin_session(config, command=sys.argv, updates_done=updates_done):
+        for note in run.begin_session(config, command=sys.argv, updates_done=updates_done, ranks=self._ranks):
             _say("%s: %s", self._out, note)
         self.write(self._handle.lose(updates_done))
 

@@ -78,9 +78,12 @@ class Exposed(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.config = self._config(args, state.max_steps)
         self.handle = Handle(self.config)
-        named, first = f"ms-swift {metadata.version('ms-swift')}", args.process_index == 0
+        named, places = (
+            f"ms-swift {metadata.version('ms-swift')}",
+            {"rank": args.process_index, "ranks": args.world_size},
+        )
         fingerprint = "of ms-swift's data set, which the bridge reads as it comes"
-        self._log = Log(self._out, self.handle, trainer=named, fingerprint=fingerprint, first=first)
+        self._log = Log(self._out, self.handle, trainer=named, fingerprint=fingerprint, **places)
         if state.global_step:
             resumed = args.resume_from_checkpoint
             self._log.resume(Path(resumed if isinstance(resumed, str) else _checkpoint(args, state)), state.global_step)

@@ -81,8 +81,8 @@ class Exposed(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.config = self._config(state.max_steps)
         self.handle = Handle(self.config)
-        version, first = f"trl {metadata.version('trl')}", self.trainer.accelerator.is_main_process
-        self._log = Log(self._out, self.handle, trainer=version, fingerprint=self._fingerprint, first=first)
+        named, places = f"trl {metadata.version('trl')}", {"rank": args.process_index, "ranks": args.world_size}
+        self._log = Log(self._out, self.handle, trainer=named, fingerprint=self._fingerprint, **places)
         if state.global_step:
             named = args.resume_from_checkpoint
             self._log.resume(Path(named if isinstance(named, str) else _checkpoint(args, state)), state.global_step)
