@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from atesd.bridges.core import Feedback, Handle
-from atesd.bridges.verl_driver import Driver, own_settings, run_config, teacher_messages
+from atesd.bridges.owner import Owner
 from atesd.errors import ConfigError, DataError, TrainingError
 from atesd.runs import RunFolder
 
@@ -35,6 +35,7 @@ try:
         from verl.utils.import_utils import load_class_from_fqn
 
         from atesd.bridges import verl as bridge
+        from atesd.bridges.verl import own_settings, run_config, teacher_messages
 except ImportError as error:
     pytest.skip(f"needs verl and what it imports: {error}; make test-bridges", allow_module_level=True)
 
@@ -64,7 +65,7 @@ def config_of(folder: Path, settings: str = HALF, **mine: Any) -> Any:
 class Actor:
     """Stands for ray's handle on the driver's actor: calls are answered at once."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Owner) -> None:
         self._driver = driver
 
     def __getattr__(self, name: str) -> Any:
@@ -74,10 +75,11 @@ class Actor:
         return SimpleNamespace(remote=answered)
 
 
-def driver_of(folder: Path, settings: str = HALF, updates_done: int = 0) -> Driver:
+def driver_of(folder: Path, settings: str = HALF, updates_done: int = 0) -> Owner:
     config = config_of(folder, settings)
     checkpoint = str(folder / "checkpoints" / f"global_step_{updates_done}")
-    return Driver(run_config(config, own_settings(config), UPDATES), str(folder / "run"), updates_done, checkpoint)
+    made = run_config(config, own_settings(config), UPDATES)
+    return Owner(made, str(folder / "run"), "verl", updates_done, checkpoint)
 
 
 # What the bridge touches.
@@ -170,7 +172,7 @@ class Teacher:
         return ids, -torch.arange(len(sequence_ids), dtype=torch.float32)[:, None]
 
 
-def worker_of(folder: Path, teacher: Teacher, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
+def worker_of(folder: Path, teacher: Teacher, driver: Owner, monkeypatch: pytest.MonkeyPatch) -> Any:
     worker = object.__new__(bridge.ExposedWorker)
     worker.config, worker.tokenizer, worker.teacher_server_manager = config_of(folder), Letters(), teacher
     worker.distillation_enabled, worker.teacher_key = True, "data_source"
@@ -240,7 +242,7 @@ def test_the_last_message_is_worded_and_those_before_it_stay() -> None:
 
 
 def test_a_resumed_run_continues_the_controller(tmp_path: Path) -> None:
-    def play(driver: Driver, first: int, last: int) -> None:
+    def play(driver: Owner, first: int, last: int) -> None:
         for update in range(first, last):
             driver.show(update, "2 + 3 + 4?", {"reference": REFERENCE})
             saved = str(tmp_path / "checkpoints" / f"global_step_{update + 1}") if update + 1 == 3 else None

@@ -15,7 +15,7 @@ from quick import finished, quick
 
 ROOT = Path(atesd.__file__).parent
 MOST_FRAMES = 10
-MOST_LINES = {atesd: 21_370, atesd_lab: 11_000}  # 1,370 of them for `atesd.bridges`
+MOST_LINES = {atesd: 21_380, atesd_lab: 11_000}  # 1,380 of them for `atesd.bridges`
 TYPED = ("train", "engine", "models")
 
 
@@ -75,7 +75,7 @@ def test_no_signature_says_any(path: Path) -> None:
             assert "Any" not in names, f"{path.name}: line {node.lineno}, {node.name}"
 
 
-@pytest.mark.parametrize("name", ["swift", "tinker", "trl", "trl_sdpo", "verl", "verl_driver"])
+@pytest.mark.parametrize("name", ["swift", "tinker", "trl", "trl_sdpo", "verl"])
 def test_a_bridge_stays_short(name: str) -> None:
     assert len((ROOT / "bridges" / f"{name}.py").read_text("utf-8").splitlines()) <= 200
 

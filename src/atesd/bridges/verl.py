@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -24,12 +24,17 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, register_trainer
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from atesd.bridges.owner import Owner
 from atesd.bridges.problems import message_text
-from atesd.bridges.verl_driver import Driver, own_settings, run_config, teacher_messages
+from atesd.bridges.settings import bridge_config, require_probes
+from atesd.config import Config, ViewsConfig
 from atesd.errors import ConfigError, DataError
 
 ACTOR = "atesd_exposure"
 _LOSS = "actor/distillation/loss"
+_KEYS = ("settings", "out", "template", "metrics")
+_VIEWS = ViewsConfig()
+_TEMPLATE = f"{{prompt}}\n\n{_VIEWS.reference_begin}{{reference}}{_VIEWS.reference_end}\n\n{_VIEWS.transition}"
 
 
 @register_trainer("atesd")
@@ -44,8 +49,8 @@ class ExposedTrainer(PPOTrainerSync):
         super()._load_checkpoint()
         self._own = own_settings(self.config)
         config = run_config(self.config, self._own, self.total_training_steps)
-        actor = ray.remote(Driver).options(name=ACTOR)
-        self._exposure = actor.remote(config, self._own["out"], self.global_steps, self._folder())
+        actor, named = ray.remote(Owner).options(name=ACTOR), f"verl {metadata.version('verl')}"
+        self._exposure = actor.remote(config, self._own["out"], named, self.global_steps, self._folder())
         ray.get(self._exposure.__ray_ready__.remote())
 
     def fit(self, agent_loop_manager: Any) -> None:
@@ -132,6 +137,40 @@ class ExposedManager(AgentLoopManagerTQ):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(ExposedWorker)
+
+
+def own_settings(config: Any) -> dict[str, Any]:
+    """The group `bridge` of verl's config. Raises `ConfigError` for what is missing or not known there."""
+    mine = {"template": _TEMPLATE, "metrics": {}, **dict(config.get("bridge") or {})}
+    missing, unknown = [name for name in _KEYS if name not in mine], sorted(set(mine) - {*_KEYS})
+    if missing or unknown:
+        raise ConfigError(f"bridge: missing {missing}, unknown {unknown}; allowed are {', '.join(_KEYS)}")
+    return {**mine, "metrics": dict(mine["metrics"])}
+
+
+def run_config(config: Any, mine: Mapping[str, Any], num_updates: int) -> Config:
+    """What the controller is told, and what verl says of its run."""
+    rollout, metrics = config.actor_rollout_ref.rollout, mine["metrics"]
+    train = {"num_updates": num_updates, "batch_size": config.data.train_batch_size * rollout.n, "evaluate_every": 0}
+    known = () if config.distillation.distillation_loss.use_policy_gradient else ("train_kl",)
+    facts = {
+        "model": {
+            "path": config.actor_rollout_ref.model.path,
+            "max_context_tokens": rollout.prompt_length + rollout.response_length,
+        },
+        "sampling": {"temperature": float(rollout.temperature), "completion_tokens": rollout.response_length},
+        "train": {**train, "learning_rate": float(config.actor_rollout_ref.actor.optim.lr)},
+    }
+    made = bridge_config(mine["settings"], facts, trainer="verl", measurable=frozenset({*known, *metrics}))
+    first = None if config.trainer.get("val_before_train", True) else "trainer.val_before_train"
+    require_probes(made, config.trainer.test_freq, metrics, "trainer.test_freq", first)
+    return made
+
+
+def teacher_messages(prompt: Sequence[Mapping[str, Any]], visible: str, template: str) -> list[dict[str, Any]]:
+    """The student's chat, its last message worded with the visible reference."""
+    last = template.format(prompt=message_text(list(prompt)), reference=visible)
+    return [*map(dict, prompt[:-1]), {"role": "user", "content": last}]
 
 
 def in_students_frame(scored: Tensor, length: int) -> Tensor:
