@@ -18,6 +18,7 @@ import torch
 
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.owner import Owner
+from atesd.config import dump_config
 from atesd.errors import ConfigError, DataError, TrainingError
 from atesd.runs import RunFolder
 
@@ -79,7 +80,7 @@ def driver_of(folder: Path, settings: str = HALF, updates_done: int = 0) -> Owne
     config = config_of(folder, settings)
     checkpoint = str(folder / "checkpoints" / f"global_step_{updates_done}")
     made = run_config(config, own_settings(config), UPDATES)
-    return Owner(made, str(folder / "run"), "verl", updates_done, checkpoint)
+    return Owner(dump_config(made), str(folder / "run"), "verl", updates_done, checkpoint)
 
 
 # What the bridge touches.

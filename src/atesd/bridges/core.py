@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any, final
+from typing import Any, cast, final
 
-from atesd.config import Config, ReplaySettings
+from atesd.config import Config, ReplaySettings, config_from_mapping, dump_config, parse_yaml
 from atesd.control.factory import make_exposure
 from atesd.control.interface import Measurement
 from atesd.control.settings import Granularity, group_of
@@ -176,8 +176,8 @@ class Handle:
             self._waiting = {int(update): Feedback(**values) for update, values in state["waiting"].items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is made anew from config and state: an exposure may hold what cannot be pickled."""
-        return _copied, (self.config, self._max_delay, self.state_dict())
+        """A copy is made anew from the config's text and the state: both may hold what cannot be pickled."""
+        return _copied, (dump_config(self.config), self._max_delay, self.state_dict())
 
     def _tell(self, update: int) -> Told:
         feedback, self._next = self._waiting.pop(update, None), update + 1
@@ -213,8 +213,13 @@ def _stats(
     )
 
 
-def _copied(config: Config, max_delay: int, state: Mapping[str, Any]) -> Handle:
-    handle = Handle(config, max_delay=max_delay)
+def config_from_text(text: str) -> Config:
+    """The config that `dump_config` wrote: how one travels to another process."""
+    return config_from_mapping(cast("dict[str, Any]", parse_yaml(text, "config")))
+
+
+def _copied(config: str, max_delay: int, state: Mapping[str, Any]) -> Handle:
+    handle = Handle(config_from_text(config), max_delay=max_delay)
     handle.load_state_dict(state)
     return handle
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from atesd.bridges.core import Feedback, Handle
+from atesd.bridges.core import Feedback, Handle, config_from_text
 from atesd.bridges.log import Log
 from atesd.bridges.problems import problem_in, require_problems
-from atesd.config import Config
 from atesd.errors import TrainingError
 
 
@@ -17,11 +16,12 @@ from atesd.errors import TrainingError
 class Owner:
     """Everything that workers and driver ask, for one call at a time, as in an actor.
 
-    `folder` is where the trainer's checkpoint of `updates_done` updates lies, if there is one.
+    `config` is what `dump_config` wrote, so that it can travel to the actor; `folder` is where the trainer's checkpoint of
+    `updates_done` updates lies, if there is one.
     """
 
-    def __init__(self, config: Config, out: str, trainer: str, updates_done: int, folder: str) -> None:
-        self._handle, self._failures = Handle(config), list[str]()
+    def __init__(self, config: str, out: str, trainer: str, updates_done: int, folder: str) -> None:
+        self._handle, self._failures = Handle(config_from_text(config)), list[str]()
         fingerprint = f"of the rows of {trainer}, which come one by one"
         self._log = Log(out, self._handle, trainer=trainer, fingerprint=fingerprint)
         if updates_done:

@@ -27,7 +27,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from atesd.bridges.owner import Owner
 from atesd.bridges.problems import message_text
 from atesd.bridges.settings import bridge_config, require_probes
-from atesd.config import Config, ViewsConfig
+from atesd.config import Config, ViewsConfig, dump_config
 from atesd.errors import ConfigError, DataError
 
 ACTOR = "atesd_exposure"
@@ -50,7 +50,7 @@ class ExposedTrainer(PPOTrainerSync):
         self._own = own_settings(self.config)
         config = run_config(self.config, self._own, self.total_training_steps)
         actor, named = ray.remote(Owner).options(name=ACTOR), f"verl {metadata.version('verl')}"
-        self._exposure = actor.remote(config, self._own["out"], named, self.global_steps, self._folder())
+        self._exposure = actor.remote(dump_config(config), self._own["out"], named, self.global_steps, self._folder())
         ray.get(self._exposure.__ray_ready__.remote())
 
     def fit(self, agent_loop_manager: Any) -> None:
