@@ -16,8 +16,8 @@ from atesd.errors import TrainingError
 class Owner:
     """Everything that workers and driver ask, for one call at a time, as in an actor.
 
-    `config` is what `dump_config` wrote, so that it can travel to the actor; `folder` is where the trainer's checkpoint of
-    `updates_done` updates lies, if there is one.
+    `config` is what `dump_config` wrote, so that it can travel to the actor; `folder` is where the trainer's checkpoint
+    of `updates_done` updates lies, if there is one.
     """
 
     def __init__(self, config: str, out: str, trainer: str, updates_done: int, folder: str) -> None:
