@@ -5,7 +5,7 @@ LOCK := requirements/lock.txt
 # For builds too: a new pip reads their constraints from the second variable, an old one from the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo test check format test-slow test-real test-peer test-demo test-fuzz test-window lock bench clean
+.PHONY: demo test check format test-slow test-real test-peer test-bridges test-demo test-fuzz test-window lock bench clean
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -34,9 +34,19 @@ test-real: $(VENV)/installed  ## SmolLM2; fetched first
 	$(BIN)/atesd models fetch smollm2
 	$(BIN)/pytest -m real_model
 
-test-peer: $(VENV)/installed  ## equality with TRL's SDFT trainer
+test-peer: $(VENV)/installed  ## equality with TRL's SDFT trainer; TRL's trainers with the bridge
 	$(LOCKED) $(BIN)/pip install --quiet --editable ".[trl]"
 	$(BIN)/pytest -m peer
+
+BRIDGES := .venv-bridges
+$(BRIDGES)/installed: pyproject.toml $(LOCK) requirements/bridges.txt
+	$(PYTHON) -m venv $(BRIDGES)
+	$(LOCKED) $(BRIDGES)/bin/pip install --quiet --editable ".[dev,trl]"
+	$(BRIDGES)/bin/pip install --quiet --no-deps --requirement requirements/bridges.txt
+	touch $@
+
+test-bridges: $(BRIDGES)/installed  ## the bridges against the released wheels of other trainers, in an environment of their own
+	$(BRIDGES)/bin/pytest -m bridges -n 0
 
 test-demo: $(VENV)/installed  ## the demo's tables are those of the README; about two minutes
 	$(BIN)/pytest -n 0 -m demo
@@ -66,4 +76,4 @@ bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes;
 	$(BIN)/python -m benchmarks table
 
 clean:
-	rm -rf $(VENV) .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-bridges .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache

@@ -261,10 +261,11 @@ def test_control_and_demo_run_end_to_end() -> None:
 def test_every_arm_but_full_exposure_looks_ahead() -> None:
     found = lookahead.run(SMALL)
     assert len(found.goals) == len(lookahead.ARMS) - 1
+    shares = {}
     for arm, own in lookahead.ARMS.items():
         one = lookahead.train_a_little("micro", [*lookahead.SMALL, *own], 8)
-        share = one["control"] / one["update"]
-        assert share < 0.05 if arm == lookahead.BASE else share > 0.1, arm
+        shares[arm] = one["control"] / one["update"]
+    assert shares.pop(lookahead.BASE) < min(shares.values()) / 2
 
 
 def test_a_share_of_the_look_ahead_is_what_an_arm_takes_longer() -> None:

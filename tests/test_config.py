@@ -1,5 +1,6 @@
 """Settings: what is refused and in which words, overrides, presets, and the way to a file and back."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from atesd.config import (
     dump_config,
     load_config,
     parse_yaml,
+    recipe_names,
     with_overrides,
 )
 from atesd.errors import ConfigError
@@ -278,3 +280,9 @@ def test_reading_a_config_imports_neither_torch_nor_transformers():
     code = "import sys; from atesd.config import load_config; load_config('micro'); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"torch", "transformers", "scipy", "matplotlib"} & set(modules) == set()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_config_goes_to_another_process_and_back(name: str):
+    config = load_config(name)
+    assert pickle.loads(pickle.dumps(config)) == config

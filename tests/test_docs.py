@@ -71,7 +71,9 @@ def is_importable(name: str) -> bool:
     for end in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name is not None and not error.name.startswith("atesd"):
+                return True  # it is there, but a bridge imports the trainer that it is for
             continue
         for part in parts[end:]:
             if not hasattr(found, part):

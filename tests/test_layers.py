@@ -26,7 +26,7 @@ ROWS = {
         {"world", "train"},
         {"aligned", "evaluate"},
         {"build"},
-        {"session"},
+        {"session", "bridges"},
         {"cli"},
     ],
     "atesd_lab": [

@@ -317,7 +317,7 @@ def test_the_rollouts_are_uneven_and_some_are_truncated(run_of: RunOf) -> None:
     [
         ("loss", {"temperature": 1.25}),
         ("loss", {"reduction": "token"}),
-        ("loss", {"divergence": {"kind": "reverse_kl"}}),
+        ("loss", LossConfig(divergence="reverse_kl", clip="none")),
         ("loss", {"clip": "per_entry"}),
         ("teacher", LiveTeacher()),
         ("views", {"reference_begin": " "}),

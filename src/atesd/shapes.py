@@ -54,6 +54,7 @@ class Manifest(TypedDict):
     command: NotRequired[Sequence[str]]
     cores: NotRequired[int | None]
     rows: NotRequired[Mapping[str, RowsWritten] | None]
+    trainer: NotRequired[str]
 
 
 _SHAPES: Mapping[RowKind, type] = {

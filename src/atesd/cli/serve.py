@@ -83,7 +83,7 @@ def serve(commands: Sequence[Command], healthy_within: float, say: Callable[[str
     """
     if shutil.which(commands[0].words[0]) is None:
         raise EngineError(
-            "vllm is not installed where this runs; install it in an environment of its own (docs/scale.md), and run\n  "
+            "vllm is not installed where this runs; install it in an environment of its own (docs/scale.md); run\n  "
             + "\n  ".join(command.line for command in commands)
         )
     with ExitStack() as held:

@@ -295,10 +295,11 @@ def _settings_of(divergence: Divergence) -> type[DivergenceSettings]:
         number, most = (int if asked.whole else float), (None if asked.below == math.inf else asked.below)
         least = {"ge": math.floor(asked.above) + 1} if asked.whole else {"gt": asked.above}
         fields[asked.name] = (number, Field(number(asked.default), lt=most, description=asked.description, **least))
-    return create_model(name, __base__=DivergenceSettings, __doc__=divergence.summary, **fields)
+    return create_model(name, __base__=DivergenceSettings, __module__=__name__, __doc__=divergence.summary, **fields)
 
 
 _DIVERGENCE_KINDS = {name: _settings_of(divergence) for name, divergence in DIVERGENCES.items()}
+globals().update(_DIVERGENCE_KINDS)  # where pickle looks for them
 
 
 class NoGate(Component):

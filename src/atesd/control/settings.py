@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 Granularity = Literal["update", "per_difficulty", "per_problem", "per_token"]
 
 
+def group_of(granularity: Granularity, problem_id: str, difficulty: int) -> str:
+    """Which rollouts share a ratio of the exposure: all, those of a difficulty, or those of a problem."""
+    return {"per_difficulty": str(difficulty), "per_problem": problem_id}.get(granularity, "")
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What an exposure is made of besides its own settings.

@@ -58,13 +58,11 @@ class TextRenderer:
         `whole` shows the reference byte for byte (under the answer policy `withhold`, without its closing).
         """
         config = self._config
-        reference = config.reference_begin + self._visible(problem, shown, whole) + config.reference_end
+        reference = config.reference_begin + self.visible(problem, shown, whole) + config.reference_end
         return _joined(self._problem(problem), reference, config.transition, config.instruction)
 
-    def _problem(self, problem: Problem) -> str:
-        return self._config.problem_text.format(problem=problem.text)
-
-    def _visible(self, problem: Problem, shown: int, whole: bool) -> str:
+    def visible(self, problem: Problem, shown: int, whole: bool) -> str:
+        """What stands between the delimiters: the visible part of the reference, a note if it is cut, the answer."""
         config = self._config
         answer = config.answer_text.format(answer=problem.answer)
         if config.answer == "only":
@@ -74,6 +72,9 @@ class TextRenderer:
         note = config.partial_note if config.wording == "adaptive" else ""
         behind = [text for text in (note, answer if config.answer == "keep" else "") if text]
         return _on_new_line("".join(problem.segments[:shown]), "\n".join(behind))
+
+    def _problem(self, problem: Problem) -> str:
+        return self._config.problem_text.format(problem=problem.text)
 
 
 def make_view(problem: Problem, reveal_ratio: float, renderer: Renderer, fits: Callable[[str], bool]) -> View:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from atesd.config import Config
 from atesd.control.interface import Exposure
+from atesd.control.settings import group_of as control_group
 from atesd.maths.advantages import group_advantages
 from atesd.records import Alignment, Problem, View
 from atesd.train.foresight import Foresight
@@ -83,5 +84,4 @@ def likelihood_weights(rollouts: Sequence[GradedRollout], config: Config) -> lis
 
 def group_of(problem: Problem, config: Config) -> str:
     """Which rollouts share a ratio of the exposure: all, those of a difficulty, or those of a problem."""
-    groups = {"per_difficulty": str(problem.difficulty), "per_problem": problem.id}
-    return groups.get(config.granularity, "")
+    return control_group(config.granularity, problem.id, problem.difficulty)

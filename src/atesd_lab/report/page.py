@@ -137,7 +137,7 @@ def _facts(run: RunRows) -> dict[str, str]:
         "sft": "likelihood of the references",
         "grpo": "likelihood of its own completions, by their advantage",
     }
-    command = manifest.get("command") or []
+    command, trainer = manifest.get("command") or [], manifest.get("trainer")
     return {
         "status": status(run),
         "method": method_name(config),
@@ -146,7 +146,8 @@ def _facts(run: RunRows) -> dict[str, str]:
         "seed": f"{config.train.seed}, data {config.data.seed}",
         "updates": f"{config.train.num_updates} of {config.train.batch_size} rollouts, "
         f"learning rate {config.train.learning_rate:g}",
-        "loss": losses[config.train.method],
+        "loss": losses[config.train.method] if trainer is None else f"that of {trainer}",
+        "trainer": str(trainer or "atesd"),
         "sessions": _sessions(manifest.get("sessions") or []),
         "started": str(manifest.get("started", MISSING)),
         "time in updates": duration(sum(figures.phase_seconds(run).values())) if run.metrics else MISSING,

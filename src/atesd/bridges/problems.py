@@ -1,0 +1,103 @@
+"""From the rows of another trainer's data set to problems whose references can be shown in part."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, cast, final
+
+from atesd.config import Config
+from atesd.data.answers import Checker, last_boxed, make_checker
+from atesd.data.entries import text_hash
+from atesd.data.equivalence import plainly_equal
+from atesd.data.segments import cut, split_reference
+from atesd.data.splits import fingerprint
+from atesd.errors import DataError
+from atesd.records import Problem
+
+_KEYS = ("reference", "answer", "difficulty")
+
+
+@lru_cache(maxsize=4096)
+def problem_of(
+    text: str, reference: str, answer: str | None = None, difficulty: int = 0, segmenter: str = "auto"
+) -> Problem:
+    """A problem with its reference cut into segments; its id is a hash of the text.
+
+    The answer is the reference's last box, or the one given. A reference without either has no closing: no answer is
+    shown at any ratio. Raises `DataError` if the answer given is not the one that the reference boxes.
+    """
+    boxed = last_boxed(reference)
+    if boxed is not None and answer is not None and not plainly_equal(answer, boxed):
+        raise DataError(
+            f"'{text:.60}': the reference boxes '{boxed}' but its answer is '{answer}'; mend one of the two"
+        )
+    final = answer if boxed is None else boxed
+    segments, closing = (
+        (cut(reference, segmenter), "") if final is None else split_reference(reference, final, segmenter)
+    )
+    return Problem(text_hash(text), text, segments, closing, final or "", difficulty)
+
+
+def message_text(prompt: Any) -> str:
+    """The problem in a prompt, which is text or a chat: what the user says last."""
+    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+
+
+def problem_in(prompt: Any, context: Any, segmenter: str, where: str = "a row") -> Problem:
+    """The problem of a prompt whose reference is text, or a mapping of reference, answer and difficulty.
+
+    Raises `DataError` that names the row by `where` for anything else.
+    """
+    values = {"reference": context} if isinstance(context, str) else context
+    if not isinstance(values, Mapping) or not isinstance(values.get("reference"), str) or set(values) - {*_KEYS}:
+        raise DataError(
+            f"{where}: the reference is {context!s:.60}; expected text, or a mapping with {', '.join(_KEYS)}"
+        )
+    difficulty = values.get("difficulty") or 0
+    return problem_of(message_text(prompt), values["reference"], values.get("answer"), difficulty, segmenter)
+
+
+def require_problems(rows: Iterable[tuple[Any, Any]], config: Config, where: str = "row") -> str:
+    """The fingerprint of the problems of all (prompt, reference); messages call a row `where` and its number.
+
+    Raises `DataError` for a row that cannot be used, or whose answer is not known but is to be shown.
+    """
+    problems = []
+    for number, (prompt, context) in enumerate(rows):
+        problems.append(problem_in(prompt, context, config.data.segmenter, f"{where} {number}"))
+        if not problems[-1].answer and config.views.answer != "withhold":
+            raise DataError(
+                f"{where} {number}: the reference has no \\boxed{{}} and no answer is stated, but the teacher sees it "
+                "at every ratio; give {'reference': .., 'answer': ..}, or set views.answer: withhold"
+            )
+    return fingerprint(problems)
+
+
+def fingerprint_of(rows: Iterable[Any]) -> str:
+    """SHA-256 (hexadecimal) over rows whose references are made during the run."""
+    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+
+
+@final
+class Judge:
+    """Says which completions solve their problem, by `data.checker`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._checker = config, cast("Checker | None", None)
+
+    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[str, int, float]]:
+        """(problem id, difficulty, 1.0 or 0.0) of each completion; empty where `data.checker` is none."""
+        self._checker = self._checker or make_checker(self._config.checker, self._config.data.checker_workers)
+        if self._checker is None:
+            return []
+        pairs = [(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
+        found = zip(problems, self._checker.check(pairs), strict=True)
+        return [(problem.id, problem.difficulty, float(verdict == "correct")) for problem, verdict in found]
+
+    def close(self) -> None:
+        """End the checker's processes; asked again, it starts new ones."""
+        if self._checker is not None:
+            self._checker.close()
+            self._checker = None
