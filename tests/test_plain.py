@@ -15,7 +15,9 @@ from quick import finished, quick
 
 ROOT = Path(atesd.__file__).parent
 MOST_FRAMES = 10
-MOST_LINES = {atesd: 22_400, atesd_lab: 10_650}
+METHOD = ("maths", "control", "train", "aligned", "engine", "evaluate", "build", "session", "records", "rows")
+"""The rooms that a reader of the paper reads; the others meet files, models, templates, users and other trainers."""
+MOST_LINES = {"the method": 9_500, "its edges": 11_700, "bridges": 1_400, "the laboratory": 10_650}
 TYPED = ("train", "engine", "models", "control")
 
 
@@ -80,7 +82,16 @@ def test_a_bridge_stays_short(name: str) -> None:
     assert len((ROOT / "bridges" / f"{name}.py").read_text("utf-8").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("package", MOST_LINES, ids=lambda package: package.__name__)
-def test_a_package_is_no_longer_than_its_budget(package) -> None:
-    files = Path(package.__file__).parent.rglob("*.py")
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in files) <= MOST_LINES[package]
+def part_of(path: Path) -> str:
+    """Which budget a file is counted in."""
+    if ROOT not in path.parents:
+        return "the laboratory"
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "the method" if room in METHOD else "bridges" if room == "bridges" else "its edges"
+
+
+@pytest.mark.parametrize("part", MOST_LINES)
+def test_a_part_of_the_house_is_no_longer_than_its_budget(part: str) -> None:
+    files = [path for package in (atesd, atesd_lab) for path in Path(package.__file__).parent.rglob("*.py")]
+    lines = [len(path.read_text("utf-8").splitlines()) for path in files if part_of(path) == part]
+    assert 0.8 * MOST_LINES[part] < sum(lines) <= MOST_LINES[part]
