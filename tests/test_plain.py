@@ -15,7 +15,7 @@ from quick import finished, quick
 
 ROOT = Path(atesd.__file__).parent
 MOST_FRAMES = 10
-MOST_LINES = {atesd: 22_400, atesd_lab: 10_650}
+MOST_LINES = {atesd: 22_650, atesd_lab: 10_650}
 TYPED = ("train", "engine", "models", "control")
 
 
