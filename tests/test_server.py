@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atesd.config import Config, LoraConfig, ModelConfig, ServerSettings
+from atesd.config import Config, LoraConfig, ModelConfig, ServerSettings, dump_config
 from atesd.engine import publish
 from atesd.engine.builtin import BuiltinEngine
 from atesd.engine.completions import seed_of
@@ -27,6 +29,7 @@ from atesd_lab.report.rows import read_run
 from engine_contract import FILTERED, GREEDY, PLAIN, EngineContract, ids_of, requests_of
 from quick import cut_after, fingerprint, finished, quick
 from stub_server import StubServer
+from test_ranks import assert_same_run, outputs, start_ranks
 from tiny import tiny_folder, tiny_model
 
 QUICK = {"retries": 1, "retry_wait": 0.0, "timeout": 30.0}
@@ -262,6 +265,28 @@ def test_a_server_that_never_answers_is_given_up_after_its_time():
     assert sum(path == "/v1/completions" for path, _ in server.requests) == 1  # it is not asked again
 
 
+def test_an_interrupt_waits_for_no_server():
+    loaded = tiny_model()
+    server = served(loaded)
+    engine = engine_at(loaded, server)
+    engine.publish(0)
+    server.faults.add("slow")
+    before = set(threading.enumerate())
+    main = threading.main_thread().ident
+    answer = server.post
+
+    def post(path: str, body: dict[str, object]) -> tuple[int, object]:
+        signal.pthread_kill(main, signal.SIGINT)
+        return answer(path, body)
+
+    server.post = post  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        engine.complete(requests_of([4]), PLAIN)
+    asking = set(threading.enumerate()) - before
+    assert asking  # for it is not answered yet
+    assert all(thread.daemon for thread in asking)  # and holds up no end of the program
+
+
 def test_a_broken_connection_is_tried_again_unless_the_server_may_have_lost_its_weights(tmp_path):
     loaded, requests = adapted(tmp_path), requests_of([4])
     server = served(loaded)
@@ -417,11 +442,19 @@ def test_seeds_belong_to_keys():
         ("localhost:8000", "no address of a server; write it as http://HOST:PORT"),
         ("http://host:8000/v1", "no address of a server"),
         ("ftp://host:8000", "no address of a server"),
+        ("http:/host:8000", "no address of a server"),
+        ("http://host:80000", "no address of a server"),
+        ("http://me:secret@host:8000", "no address of a server"),
     ],
 )
 def test_an_address_that_is_none_is_refused_with_how_to_write_it(url, said):
     with pytest.raises(ConfigError, match=said):
         quick("sampling.engine=server", f'sampling.server.urls=["{url}"]')
+
+
+def test_one_address_needs_no_list():
+    settings = "sampling.engine=server", "sampling.server.urls=http://host:8000"
+    assert quick(*settings).sampling.server.urls == ("http://host:8000",)
 
 
 def test_settings_of_servers_are_idle_without_them():
@@ -486,6 +519,24 @@ def test_a_run_whose_server_dies_goes_on_with_another_of_old_weights_and_ends_th
         train(through(server, f"sampling.server.publish={how}"), tmp_path / "cut")
     run = finished(through(served(loaded), f"sampling.server.publish={how}"), tmp_path / "cut")
     assert whole_without_drift(run) == {**plain, "has_drift": [True] * 4}
+
+
+def test_two_ranks_share_a_server_and_are_the_run_of_one_process(tmp_path):
+    server = served(load_model(quick(*RUN).model, 0))
+    config = through(
+        server, "train.num_updates=2", "train.batch_size=5", f"sampling.server.folder={tmp_path / 'shared'}"
+    )
+    alone = finished(config, tmp_path / "alone")
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(dump_config(config))
+    before = len(server.requests)
+    outputs(start_ranks(["-m", "atesd.cli", "train", str(recipe), "--out", str(out)], [tmp_path / "0", tmp_path / "1"]))
+    together = RunFolder.open(out)
+    assert_same_run(together, alone)
+    assert all(row["rollout_drift"] < 1e-4 for row in together.rows("metrics"))
+    published = [path for path, _ in server.requests[before:] if path == "/v1/load_lora_adapter"]
+    assert len(published) == 3  # what it began with, and once after each update, by one rank
+    assert list(server.models) == ["base"]
 
 
 def test_a_killed_trainer_goes_on_beside_the_server_that_it_left(plain, tmp_path):

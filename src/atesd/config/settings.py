@@ -14,7 +14,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, Strict, create_model, model_validator
+from pydantic import BeforeValidator, Field, Strict, create_model, model_validator
 
 from atesd.component import ActsWhen, Component, Fraction, chosen, tagged
 from atesd.control.aligned import AlignedSettings
@@ -441,11 +441,21 @@ _FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 """The settings that forbid tokens in `sampling`, and the values that forbid none."""
 
 
+def _is_base(url: str) -> bool:
+    """Whether it is scheme, host and port, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        return False
+    return known and parts.username is None and not (parts.path.strip("/") or parts.query or parts.fragment)
+
+
 class ServerSettings(Component):
     """Servers that write the rollouts (docs/scale.md): vLLM, or whatever speaks its completions on token ids."""
 
-    urls: Annotated[tuple[str, ...], Strict(False)] = Field(
-        ("http://127.0.0.1:8000",), min_length=1, description="http://HOST:PORT of each; they share the requests"
+    urls: Annotated[tuple[str, ...], Strict(False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = (
+        Field(("http://127.0.0.1:8000",), min_length=1, description="http://HOST:PORT of each; they share the requests")
     )
     folder: str | None = Field(
         None, description="for the weights, seen by trainer and servers; None: a temporary one of this machine"
@@ -471,8 +481,7 @@ class ServerSettings(Component):
     @model_validator(mode="after")
     def _fits_together(self) -> ServerSettings:
         for url in self.urls:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+            if not _is_base(url):
                 raise ValueError(f"urls: {url!r} is no address of a server; write it as http://HOST:PORT")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError(f"urls: one of {', '.join(self.urls)} stands twice")

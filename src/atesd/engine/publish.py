@@ -15,14 +15,13 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast, final
 
 from atesd.config import ServerSettings
-from atesd.engine.wire import Wire
+from atesd.engine.wire import Wire, at_once
 from atesd.errors import ConfigError, EngineError, RunError
 from atesd.models.load import LoadedModel, save_model
 from atesd.refusals import refusals_told, remove
@@ -74,11 +73,11 @@ class Publisher:
             with refusals_told(folder, "written", EngineError):
                 save_model(self._loaded if self.adapts else _whole(self._loaded), folder)
             if not self.adapts:
-                self._each(_reload(folder), self._wires)
+                self._each(_reload(folder))
                 remove(folder)
                 return None
             name = f"{own.name}-{folder.name}"
-            self._each(_load(name, folder), self._wires)
+            self._each(_load(name, folder))
         except BaseException:
             with suppress(OSError):
                 remove(folder)
@@ -100,14 +99,13 @@ class Publisher:
         self._held.close()
 
     def _retire(self, name: str, folder: Path) -> None:
-        self._each(_unload(name), self._wires)
+        self._each(_unload(name))
         with refusals_told(folder, "removed", EngineError):
             remove(folder)
 
-    def _each(self, tell: Callable[[Wire], object], wires: Sequence[Wire]) -> None:
+    def _each(self, tell: Callable[[Wire], object]) -> None:
         """Tell all servers at the same time; the first that refuses is the error."""
-        with ThreadPoolExecutor(len(wires)) as pool:
-            list(pool.map(tell, wires))
+        at_once(tell, self._wires, len(self._wires))
 
     def _opened(self) -> Path:
         """The trainer's own part of the shared folder, locked; what trainers left that died is cleared away."""
@@ -138,7 +136,7 @@ class Publisher:
             with held(left, "{owner}", "sampling.server.folder"):
                 names = [name for wire in self._wires for name in adapters_on(wire) if name.startswith(f"{left.name}-")]
                 for name in dict.fromkeys(names) if self.adapts else ():
-                    self._each(_unload(name), self._wires)
+                    self._each(_unload(name))
                 remove(left)
         except (RunError, OSError):
             return  # it is alive, or of another user

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from atesd.config import ServerSettings
 from atesd.engine.completions import body_of, rollout_of
 from atesd.engine.interface import Request, SamplingParams, Whole, rollout_from_json
 from atesd.engine.publish import ModelCard, Publisher, cards_of, publishes_adapter
-from atesd.engine.wire import Wire
+from atesd.engine.wire import Wire, at_once
 from atesd.errors import EngineError
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import SINGLE_PROCESS, interleave
@@ -162,9 +161,8 @@ class ServerEngine:
     def _share(self, requests: Sequence[Request], params: SamplingParams) -> _Share:
         """The rollouts of one rank, every n-th from each server, and how far their log-probabilities are from ours."""
         count = len(self._wires)
-        with ThreadPoolExecutor(max(1, min(len(requests), _AT_ONCE * count))) as pool:
-            places = range(len(requests))
-            rollouts = list(pool.map(lambda i: self._completed(i % count, requests[i], params), places))
+        places = range(len(requests))
+        rollouts = at_once(lambda i: self._completed(i % count, requests[i], params), places, _AT_ONCE * count)
         scaled = params.temperature not in (0, 1)
         measured, pairs = places[: _MEASURED * count], [(r.prompt_ids, r.completion_ids) for r in rollouts]
         own = self._scores(pairs if scaled else pairs[: len(measured)], params.temperature if scaled else None)

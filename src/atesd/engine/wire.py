@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import http.client
 import json
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
-from typing import final
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar, final
 
 from atesd.config import ServerSettings
 from atesd.errors import EngineError
+from atesd.refusals import reason
 from atesd.text import shown
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _BUSY = (429, 500, 502, 503, 504)
 """Answers after which the same request may succeed."""
@@ -63,7 +71,7 @@ class Wire:
                         f"{url}: no answer within {timeout:g} s; is it overloaded, or hung? Raise "
                         "sampling.server.timeout, or start it again; the same command then resumes the run"
                     ) from None
-                failure = str(cause) or type(cause).__name__
+                failure = reason(cause) if isinstance(cause, OSError) else str(cause) or type(cause).__name__
                 if self._forgets:
                     tries = attempt + 1
                     break
@@ -79,3 +87,35 @@ def _said(error: urllib.error.HTTPError) -> str:
         return shown(error.read().decode("utf-8", "replace"))
     except (OSError, http.client.HTTPException):
         return "(nothing more)"
+
+
+def at_once(work: Callable[[T], R], items: Sequence[T], most: int) -> list[R]:
+    """The results of the work on each item, in order, at most so many at a time.
+
+    The first failure in that order, or an interrupt, is raised without waiting for the rest: its threads are daemons,
+    since a server that hangs must not keep a program from ending.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    results: list[Future[R]] = [Future() for _ in items]
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.is_set():
+            try:
+                place = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results[place].set_result(work(items[place]))
+            except Exception as error:  # whatever it is, it is raised below; items before this one are under way
+                results[place].set_exception(error)
+                over.set()
+
+    for place in range(len(items)):
+        waiting.put(place)
+    for _ in range(min(most, len(items))):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        return [result.result() for result in results]
+    finally:
+        over.set()
