@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from atesd.engine.decode import Decoder
-from atesd.engine.factory import EngineKind, engine_for
+from atesd.engine.factory import LocalKind, engine_for
 from atesd.engine.interface import Request, SamplingParams
 from atesd.engine.layers import read_network
 from atesd.models.load import LoadedModel
@@ -59,7 +59,7 @@ def generate(loaded: LoadedModel, prompts: list[tuple[int, ...]], tokens: int, *
 
 
 def ours(
-    loaded: LoadedModel, requests: list[Request], kind: EngineKind, tokens: int, **filters: Any
+    loaded: LoadedModel, requests: list[Request], kind: LocalKind, tokens: int, **filters: Any
 ) -> list[tuple[int, ...]]:
     """What an engine of ours writes; without filters the most likely tokens."""
     drawing = filters or {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
@@ -119,7 +119,7 @@ def run_case(
     prompts = random_prompts(rows, prompt_tokens, vocabulary)
     requests = requests_for(prompts)
     work: dict[str, Work] = {GENERATE: partial(generate, loaded, prompts, tokens, **FILTERS)}
-    kinds: dict[str, EngineKind] = {OURS: "builtin", THROUGH: "transformers"}
+    kinds: dict[str, LocalKind] = {OURS: "builtin", THROUGH: "transformers"}
     for name, kind in kinds.items():
         work[name] = partial(ours, loaded, requests, kind, tokens, **FILTERS)
     taken = in_turns(work, rounds or settings.rounds, settings.device, warm_up)

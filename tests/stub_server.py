@@ -4,7 +4,7 @@
         ServerEngine(loaded, ServerSettings(urls=[server.url], draws="keyed"))
 
 `faults` switches on what real servers have done: `stale` accepts weights and ignores them, `down` answers 500, `busy`
-does so for the first requests, `slow` never answers, the others spoil an answer.
+does so for every other request, `slow` never answers, `breaks` drops one connection, the others spoil an answer.
 """
 
 from __future__ import annotations
@@ -27,29 +27,39 @@ from atesd.models.load import LoadedModel
 from atesd.models.quiet import quiet
 from atesd.models.ranks import SINGLE_PROCESS
 
+
+def _shortened(choice: dict[str, Any]) -> None:
+    del choice["token_ids"][1:], choice["logprobs"]["token_logprobs"][1:]
+
+
 SPOILED: dict[str, Callable[[dict[str, Any]], object]] = {
     "foreign ids": lambda choice: choice["token_ids"].__setitem__(0, 10**6),
-    "cut short": lambda choice: choice["token_ids"].__setitem__(slice(1, None), []) or choice.update(lengths=1),
+    "cut short": _shortened,
     "too many": lambda choice: choice["token_ids"].extend([8] * 500),
-    "goes on": lambda choice: choice["token_ids"].insert(0, 1),
+    "goes on": lambda choice: choice["token_ids"].__setitem__(0, 1),
     "no ids": lambda choice: choice.pop("token_ids"),
     "no logprobs": lambda choice: choice["logprobs"]["token_logprobs"].pop(),
+    "aborted": lambda choice: choice.update(finish_reason="abort"),
     "nan": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, float("nan")),
 }
+
+
+_ONE_AT_A_TIME = threading.Lock()  # transformers loads a model under a default device that all threads share
 
 
 class StubServer:
     """One server, with the weights that `loaded` has at the start, and those that it is told to load."""
 
-    def __init__(self, loaded: LoadedModel, name: str = "base", room: int = 4096) -> None:
+    def __init__(self, loaded: LoadedModel, name: str = "base", room: int = 4096, root: str = "") -> None:
         copied = copy.deepcopy(loaded.model)
         base = copied.unload() if isinstance(copied, PeftModel) else copied
         self._like = replace(loaded, ranks=SINGLE_PROCESS)
         self.models: dict[str, Any] = {name: base.eval()}
-        self.name, self.room = name, room
+        self.name, self.room, self.root = name, room, root or str(base.name_or_path)
         self.faults: set[str] = set()
+        self.asleep = False
         self.requests: list[tuple[str, dict[str, Any]]] = []
-        self._lock, self._released = threading.Lock(), threading.Event()
+        self._released = threading.Event()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,6 +73,10 @@ class StubServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if "breaks" in stub.faults:
+                    stub.faults.discard("breaks")
+                    self.close_connection = True
+                    return
                 self.answer(*stub.post(self.path, body))
 
             def answer(self, code: int, value: object) -> None:
@@ -98,7 +112,7 @@ class StubServer:
             return (503 if "down" in self.faults else 200), {}
         if path == "/v1/models":
             adapters = [{"id": name, "parent": self.name} for name in self.models if name != self.name]
-            return 200, {"data": [{"id": self.name, "max_model_len": self.room}, *adapters]}
+            return 200, {"data": [{"id": self.name, "root": self.root, "max_model_len": self.room}, *adapters]}
         return 404, {"error": path}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, object]:
@@ -107,8 +121,13 @@ class StubServer:
             self._released.wait()
         if "down" in self.faults or ("busy" in self.faults and len(self.requests) % 2):
             return 500, {"error": "out of memory"}
-        with self._lock, quiet():
+        with _ONE_AT_A_TIME, quiet():
             match path:
+                case "/wake_up" | "/sleep?level=1":
+                    self.asleep = path != "/wake_up"
+                    return 200, {}
+                case _ if self.asleep:
+                    return 400, {"error": "asleep"}
                 case "/v1/completions":
                     return self._complete(body)
                 case "/v1/load_lora_adapter":
@@ -139,7 +158,7 @@ class StubServer:
         loaded = replace(
             self._like,
             model=self.models[body["model"]],
-            end_ids=frozenset(body["stop_token_ids"]),
+            end_ids=frozenset(body["stop_token_ids"]) | (set() if body["ignore_eos"] else self._like.end_ids),
             device=self._like.device,
         )
         request = Request("p", 0, tuple(body["prompt"]), tuple(key))

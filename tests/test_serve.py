@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import http.server
-import subprocess
+import signal
+import socket
 import sys
-import textwrap
-import threading
 import types
-from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from atesd.cli import app
 from atesd.cli.serve import Command, commands_of, serve
-from atesd.config import Config, load_config
+from atesd.config import Config, LoraConfig, ModelConfig, load_config
 from atesd.engine.draw import draw
 from atesd.engine.interface import SamplingParams
 from atesd.errors import ConfigError, EngineError
 from atesd.maths.keyed import uniforms
+from atesd.models.load import load_model, save_model
 
 
 def recipe(*overrides: str) -> Config:
@@ -29,23 +30,35 @@ def recipe(*overrides: str) -> Config:
 def test_the_command_says_what_the_recipe_needs():
     [command] = commands_of(recipe(), ["4", "5"], 2)
     words = " ".join(command.words)
-    assert words.startswith("vllm serve Qwen/Qwen3-8B --served-model-name base --host 127.0.0.1 --port 8000")
-    for part in (
-        "--dtype bfloat16",
-        "--max-model-len 40960",
-        "--enable-lora --max-lora-rank 64",
-        "--tensor-parallel-size 2",
-    ):
+    assert words.startswith("vllm serve Qwen/Qwen3-8B --dtype bfloat16 --max-model-len 40960")
+    for part in ("--enable-lora --max-lora-rank 64", "--tensor-parallel-size 2", "--host 127.0.0.1 --port 8000"):
         assert part in words
     assert command.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "CUDA_VISIBLE_DEVICES": "4,5"}
     assert command.line.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 CUDA_VISIBLE_DEVICES=4,5 vllm serve")
 
 
 def test_without_an_adapter_all_weights_are_reloaded_and_keyed_draws_need_the_processor():
-    [command] = commands_of(recipe("model.lora=null", "model.dtype=float32", "sampling.server.draws=keyed"), [], 1)
+    [command] = commands_of(recipe("model.lora=null", "model.dtype=float32", "sampling.server.draws=keyed"))
     assert command.environment == {"VLLM_SERVER_DEV_MODE": "1"}
     assert "--enable-lora" not in command.words
-    assert command.words[-2:] == ("--logits-processors", "atesd.engine.keyed_draws:KeyedDraws")
+    assert "--logits-processors atesd.engine.keyed_draws:KeyedDraws" in " ".join(command.words)
+
+
+def test_servers_that_sleep_need_the_mode_and_its_endpoints():
+    [command] = commands_of(recipe("sampling.server.sleep=true"))
+    assert command.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    assert "--enable-sleep-mode" in command.words
+
+
+@pytest.mark.parametrize(("rank", "admitted"), [(1, "1"), (2, "8"), (64, "64"), (65, "128")])
+def test_the_rank_is_the_next_that_vllm_admits(rank, admitted):
+    [command] = commands_of(recipe(f"model.lora.rank={rank}"))
+    assert command.words[command.words.index("--max-lora-rank") + 1] == admitted
+
+
+def test_a_rank_that_vllm_admits_none_for_is_refused():
+    with pytest.raises(ConfigError, match=r"model.lora.rank: 513 is more than vLLM takes; expected at most 512"):
+        commands_of(recipe("model.lora.rank=513"))
 
 
 def test_each_address_is_a_server_with_its_share_of_the_gpus():
@@ -56,15 +69,29 @@ def test_each_address_is_a_server_with_its_share_of_the_gpus():
         commands_of(recipe(urls), ["0", "1", "2"], 2)
 
 
+def test_a_world_model_is_served_from_its_folder_and_an_adapter_from_that_of_its_base(tmp_path):
+    world = load_config("micro", ["sampling.engine=server"])
+    folder = commands_of(world)[0].words[2]
+    assert (Path(folder) / "config.json").is_file()
+    loaded = load_model(ModelConfig(path=folder, lora=LoraConfig(rank=2)))
+    save_model(loaded, tmp_path / "adapter")
+    saved = ["sampling.engine=server", f"model.path={tmp_path / 'adapter'}"]
+    assert commands_of(load_config("micro", saved))[0].words[2] == folder
+    with pytest.raises(ConfigError, match=r"adapter is an adapter, and model.lora trains another on top"):
+        commands_of(load_config("micro", [*saved, "model.lora={rank: 2, alpha: 4}"]))
+
+
 def test_a_recipe_without_servers_says_how_to_ask_for_them():
-    with pytest.raises(ConfigError, match=r"add --set sampling.engine=server"):
-        commands_of(load_config("qwen3-8b"), [], 1)
+    with pytest.raises(ConfigError, match=r"add --set sampling\.engine=server"):
+        commands_of(load_config("qwen3-8b"))
 
 
-def test_the_printed_command_needs_no_vllm():
-    command = [sys.executable, "-m", "atesd.cli", "serve", "qwen3-8b", "--print", "--set", "sampling.engine=server"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_the_printed_command_needs_no_vllm_and_takes_more_words():
+    words = ["serve", "qwen3-8b", "--print", "--set", "sampling.engine=server", "--", "--enforce-eager"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
     assert done.stdout.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve Qwen/Qwen3-8B")
+    assert done.stdout.endswith("--port 8000 --enforce-eager\n")
 
 
 def test_without_vllm_the_error_holds_the_command():
@@ -72,60 +99,84 @@ def test_without_vllm_the_error_holds_the_command():
         serve([Command("http://127.0.0.1:1", ("vllm-that-is-not-there", "serve", "x"), {})], 1.0, print)
 
 
-@pytest.fixture
-def healthy() -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
+SERVER = """
+import http.server, os, signal, sys, threading, time
 
-        def log_message(self, *_: object) -> None:
-            pass
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    def log_message(self, *_):
+        pass
+
+def end(*_):
+    open(sys.argv[2], "w").close()
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, end)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+"""
+STAYS = f"{SERVER}time.sleep(60)"
 
 
-def child(url: str, program: str) -> Command:
-    return Command(url, (sys.executable, "-c", textwrap.dedent(program)), {})
+def free_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_server_that_ends_by_itself_ends_the_others_too(healthy, tmp_path):
-    mark = tmp_path / "ended"
-    stays = child(
-        healthy,
-        f"""
-        import signal, sys, time
-        def end(*_):
-            open({str(mark)!r}, "w").close()
-            sys.exit()
-        signal.signal(signal.SIGTERM, end)
-        open({str(tmp_path / "began")!r}, "w").close()
-        time.sleep(60)
-    """,
-    )
-    leaves = child(
-        healthy,
-        f"""
-        import os, sys, time
-        while not os.path.exists({str(tmp_path / "began")!r}):
-            time.sleep(0.01)
-        time.sleep(0.5)
-        sys.exit(5)
-    """,
-    )
-    said: list[str] = []
+def child(program: str, *arguments: object) -> Command:
+    url = free_url()
+    return Command(url, (sys.executable, "-c", program, url.rpartition(":")[2], *map(str, arguments)), {})
+
+
+def test_a_server_that_ends_by_itself_ends_the_others_too(tmp_path):
+    mark, may_leave, said = tmp_path / "ended", tmp_path / "may-leave", []
+    leaves = f"{SERVER}\nwhile not os.path.exists(sys.argv[3]): time.sleep(0.01)\nos._exit(5)"
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line == "Ctrl-C ends them.":
+            may_leave.touch()
+
     with pytest.raises(EngineError, match="ended by itself, with exit code 5"):
-        serve([stays, leaves], 10.0, said.append)
+        serve([child(STAYS, mark), child(leaves, tmp_path / "other", may_leave)], 30.0, say)
     assert mark.exists()
     assert len([line for line in said if line.startswith("healthy: http://127")]) == 2
 
 
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_servers(tmp_path, which):
+    mark, said = tmp_path / "ended", []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line == "Ctrl-C ends them.":
+            signal.raise_signal(which)
+
+    before = signal.getsignal(signal.SIGTERM)
+    serve([child(STAYS, mark)], 30.0, say)
+    assert mark.exists()
+    assert said[-1] == "ending them"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_server_that_ends_while_it_starts_is_told_with_its_code():
     with pytest.raises(EngineError, match="ended while it started, with exit code 3"):
-        serve([child("http://127.0.0.1:9", "import sys; sys.exit(3)")], 10.0, print)
+        serve([child("import sys; sys.exit(3)")], 10.0, print)
+
+
+def test_an_address_that_is_taken_or_of_another_machine_is_refused_before_anything_starts(tmp_path):
+    started = tmp_path / "started"
+    program = f"open({str(started)!r}, 'w')"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(EngineError, match=rf"{url}: cannot be served from this machine \(Address already in use\)"):
+            serve([Command(url, (sys.executable, "-c", program), {})], 1.0, print)
+    with pytest.raises(EngineError, match=r"192.0.2.1:9: cannot be served .* if it is of another machine, start there"):
+        serve([Command("http://192.0.2.1:9", (sys.executable, "-c", program), {})], 1.0, print)
+    assert not started.exists()
 
 
 # Keyed draws

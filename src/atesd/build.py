@@ -27,7 +27,7 @@ from atesd.data.answers import Checker, make_checker
 from atesd.data.sources import load_problems, require_consistent
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
-from atesd.engine.factory import engine_for
+from atesd.engine.factory import configured_engine
 from atesd.engine.interface import Engine, SamplingParams
 from atesd.evaluate.benchmark import SplitEvaluation
 from atesd.evaluate.probe_set import ProbeSet
@@ -70,9 +70,7 @@ def build(
     problems = problems or problem_sets(config.data)
     loaded = replace(loaded or load_model(config.model, config.train.seed), ranks=ranks)
     weights = ReplicatedWeights(loaded.model, ranks)
-    engine = engine_for(
-        loaded, config.sampling.engine, config.sampling.batch_size, weights.whole, config.sampling.server
-    )
+    engine = configured_engine(loaded, config, weights.whole)
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)

@@ -38,7 +38,7 @@ from atesd.shapes import RowsWritten, require_manifest, require_row
 EndStatus = Literal["finished", "stopped", "failed"]
 
 FORMAT = "atesd-run-1"
-_WHERE = ("urls", "folder", "drift_limit", "timeout", "retries", "retry_wait")
+_WHERE = ("urls", "folder", "drift_limit", "drift_alarm", "timeout", "retries", "retry_wait", "sleep")
 MAY_CHANGE = (
     "train.num_updates",
     "train.keep_checkpoints",
@@ -450,16 +450,26 @@ def sync_directory(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    taken = f"{folder} is in use by {{owner}}; wait until it ends, stop it, or choose another --out"
+    with held(folder, taken, "--out"):
+        yield
+
+
+@contextmanager
+def held(folder: Path, taken: str, setting: str) -> Iterator[None]:
+    """Own a folder: the operating system's lock, which ends with its process, and a file that names who has it.
+
+    Raises `RunError` at once if another process has it, in the words of `taken`, where `{owner}` stands for it; and
+    one that says to choose another `setting` if the disk allows no lock.
+    """
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
-            f"{folder} is in use by {_owner(folder)}; wait until it ends, stop it, or choose another --out"
-        ) from None
+        raise RunError(taken.replace("{owner}", _owner(folder))) from None
     except (OSError, NotImplementedError) as error:
         cause = reason(error) if isinstance(error, OSError) else str(error)
-        raise RunError(f"{folder / _LOCK}: cannot be locked: {cause}; choose another --out") from error
+        raise RunError(f"{folder / _LOCK}: cannot be locked: {cause}; choose another {setting}") from error
     try:
         _write_json(folder / _OWNER, {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()})
         yield

@@ -108,6 +108,7 @@ def _show_plan(config: Config) -> None:
 @app.command()
 def serve(
     recipe: Recipe,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[-- WORDS]", help="More words for vllm serve.")] = None,
     settings: Settings = None,
     gpus: Annotated[str, typer.Option(metavar="ID,ID", help="GPUs for the servers, dealt out in order.")] = "",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share one server's model.")] = 1,
@@ -119,7 +120,8 @@ def serve(
     from atesd.config import load_config
 
     config = load_config(recipe, settings or [])
-    commands = servers.commands_of(config, [name for name in gpus.split(",") if name], tensor_parallel)
+    ids = [name for name in gpus.split(",") if name]
+    commands = servers.commands_of(config, ids, tensor_parallel, more or [])
     if show:
         for command in commands:
             say(command.line)

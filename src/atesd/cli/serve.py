@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 from urllib.parse import urlsplit
 
-from atesd.config import Config
+from atesd.config import Config, ServerSettings
 from atesd.errors import ConfigError, EngineError
 
 _PATIENCE = 30.0  # seconds between asking a server to end and ending it
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM admits as --max-lora-rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,70 +39,155 @@ class Command:
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.words)])
 
 
-def commands_of(config: Config, gpus: Sequence[str], tensor_parallel: int) -> list[Command]:
-    """One command per address of `sampling.server.urls`; `gpus` are dealt out between them, in order.
+def commands_of(
+    config: Config, gpus: Sequence[str] = (), tensor_parallel: int = 1, more: Sequence[str] = ()
+) -> list[Command]:
+    """One command per address of `sampling.server.urls`; `gpus` are dealt out between them; `more` words for vLLM.
 
-    Raises `ConfigError` where the recipe asks for no server, or the GPUs do not go round.
+    Raises `ConfigError` where the recipe asks for no server, for one that cannot be, or the GPUs do not go round.
     """
     if config.sampling.engine != "server":
         raise ConfigError(
             f"sampling.engine: {config.sampling.engine} needs no server; add --set sampling.engine=server, and give "
             "the same to atesd train"
         )
-    server = config.sampling.server
-    if gpus and len(gpus) != tensor_parallel * len(server.urls):
+    urls = config.sampling.server.urls
+    if gpus and len(gpus) != tensor_parallel * len(urls):
         raise ConfigError(
-            f"--gpus: {len(gpus)} for {len(server.urls)} servers of {tensor_parallel} GPUs each; name "
-            f"{tensor_parallel * len(server.urls)}, or change --tensor-parallel or sampling.server.urls"
+            f"--gpus: {len(gpus)} for {len(urls)} servers of {tensor_parallel} GPUs each; name "
+            f"{tensor_parallel * len(urls)}, or change --tensor-parallel or sampling.server.urls"
         )
-    shares = [list(gpus[i * tensor_parallel : (i + 1) * tensor_parallel]) for i in range(len(server.urls))]
-    return [_command(config, url, share, tensor_parallel) for url, share in zip(server.urls, shares, strict=True)]
+    shares = [list(gpus[i * tensor_parallel : (i + 1) * tensor_parallel]) for i in range(len(urls))]
+    words, environment = _words(config), _environment(config)
+    if tensor_parallel > 1:
+        words += ["--tensor-parallel-size", str(tensor_parallel)]
+    commands = []
+    for url, share in zip(urls, shares, strict=True):
+        parts = urlsplit(url)
+        where = ["--host", parts.hostname or "127.0.0.1", "--port", str(parts.port or 80)]
+        cards = {"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {}
+        commands.append(Command(url, (*words, *where, *more), {**environment, **cards}))
+    return commands
 
 
-def _command(config: Config, url: str, gpus: Sequence[str], tensor_parallel: int) -> Command:
-    model, server, parts = config.model, config.sampling.server, urlsplit(url)
-    room = model.max_context_tokens
-    words = ["vllm", "serve", model.path, "--served-model-name", "base", "--host", parts.hostname or "127.0.0.1"]
-    words += ["--port", str(parts.port or 8000), "--dtype", model.dtype, "--max-model-len", str(room)]
+def _words(config: Config) -> list[str]:
+    """The command of every server, without its address."""
+    model, server = config.model, config.sampling.server
+    words = ["vllm", "serve", _base(config), "--dtype", model.dtype, "--max-model-len", str(model.max_context_tokens)]
     # Whatever else the model's folder says of sampling must not act, and log-probabilities are compared before it does.
     words += ["--generation-config", "vllm", "--logprobs-mode", "raw_logprobs", "--skip-tokenizer-init"]
-    environment = {}
-    if model.lora is not None and server.publish != "weights":
-        words += ["--enable-lora", "--max-lora-rank", str(model.lora.rank), "--max-loras", "2"]
-        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    else:
-        environment["VLLM_SERVER_DEV_MODE"] = "1"
+    if _adapts(config) and model.lora is not None:
+        words += ["--enable-lora", "--max-lora-rank", str(_admitted(model.lora.rank)), "--max-loras", "2"]
     if model.revision is not None:
         words += ["--revision", model.revision]
     if server.draws == "keyed":
         words += ["--logits-processors", "atesd.engine.keyed_draws:KeyedDraws"]
-    if tensor_parallel > 1:
-        words += ["--tensor-parallel-size", str(tensor_parallel)]
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return Command(url, tuple(words), environment)
+    if server.sleep:
+        words += ["--enable-sleep-mode"]
+    return words
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """What the endpoints need that load adapters, reload weights, or let a server sleep."""
+    development = config.sampling.server.sleep or not _adapts(config)
+    return {
+        **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if _adapts(config) else {}),
+        **({"VLLM_SERVER_DEV_MODE": "1"} if development else {}),
+    }
+
+
+def _adapts(config: Config) -> bool:
+    return config.model.lora is not None and config.sampling.server.publish != "weights"
+
+
+def _admitted(rank: int) -> int:
+    """The smallest rank that vLLM admits and that holds this one."""
+    for admitted in _RANKS:
+        if rank <= admitted:
+            return admitted
+    raise ConfigError(
+        f"model.lora.rank: {rank} is more than vLLM takes; expected at most {_RANKS[-1]}, or sampling.server.publish: "
+        "weights"
+    )
+
+
+def _base(config: Config) -> str:
+    """The folder or hub id that the servers load; below an adapter that `model.path` names, its base."""
+    from atesd.models.load import model_source
+    from atesd.models.model_folder import ADAPTER, require_adapter
+
+    source = model_source(config.model.path)
+    if not (Path(source) / ADAPTER).is_file():
+        return source
+    if _adapts(config):
+        raise ConfigError(
+            f"model.path: {config.model.path} is an adapter, and model.lora trains another on top of it: servers would "
+            "need its base with the first one merged; save that as a model folder, or set sampling.server.publish: "
+            "weights"
+        )
+    return model_source(require_adapter(Path(source)))
 
 
 def serve(commands: Sequence[Command], healthy_within: float, say: Callable[[str], None]) -> None:
-    """Start all servers, wait until they are healthy, and then until one ends or an interrupt comes; end them all.
+    """Start all servers, wait until they are healthy, and end them with Ctrl-C or SIGTERM, each by its process id.
 
-    Raises `EngineError` if vLLM is not installed, if a server ends by itself, or is not healthy in time.
+    Raises `EngineError` if vLLM is not installed, an address is not of this machine or in use, a server ends by itself,
+    or is not healthy in time.
     """
     if shutil.which(commands[0].words[0]) is None:
         raise EngineError(
-            "vllm is not installed where this runs; install it in an environment of its own (docs/scale.md); run\n  "
-            + "\n  ".join(command.line for command in commands)
+            "vllm is not installed where this runs; install it in an environment of its own (docs/scale.md), and run "
+            "there\n  " + "\n  ".join(command.line for command in commands)
         )
-    with ExitStack() as held:
-        children = [held.enter_context(_Child(command)) for command in commands]
+    for command in commands:
+        _require_free(command)
+    with _termination_as_interrupt(), ExitStack() as held:
+        try:
+            children = [held.enter_context(_Child(command)) for command in commands]
+            for child in children:
+                child.wait_until_healthy(healthy_within)
+                say(f"healthy: {child.command.url} (process {child.process.pid})")
+            say("Ctrl-C ends them.")
+            _wait_for_an_end(children)
+        except KeyboardInterrupt:
+            say("ending them")
+
+
+def _wait_for_an_end(children: Sequence[_Child]) -> NoReturn:
+    while True:
         for child in children:
-            child.wait_until_healthy(healthy_within)
-            say(f"healthy: {child.command.url} (process {child.process.pid})")
-        say("Ctrl-C ends them.")
-        while all(child.process.poll() is None for child in children):
-            time.sleep(0.2)
-        ended = next(child for child in children if child.process.poll() is not None)
-        raise EngineError(f"{ended.command.url}: the server ended by itself, with exit code {ended.process.returncode}")
+            if child.process.poll() is not None:
+                code = child.process.returncode
+                raise EngineError(f"{child.command.url}: the server ended by itself, with exit code {code}")
+        time.sleep(0.2)
+
+
+def _require_free(command: Command) -> None:
+    """Raise `EngineError` unless a server can listen at this address of this machine."""
+    parts = urlsplit(command.url)
+    try:
+        with socket.create_server((parts.hostname or "127.0.0.1", parts.port or 80)):
+            pass
+    except OSError as error:
+        cause = str(error.strerror or error).partition(" (while")[0]
+        raise EngineError(
+            f"{command.url}: cannot be served from this machine ({cause}); free the port, change "
+            f"sampling.server.urls, or, if it is of another machine, start there\n  {command.line}"
+        ) from None
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does, so that it leaves no server behind."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Child:
@@ -105,7 +197,9 @@ class _Child:
         self.command = command
 
     def __enter__(self) -> _Child:
-        self.process = subprocess.Popen(self.command.words, env={**os.environ, **self.command.environment})
+        environment = {**os.environ, **self.command.environment}
+        # A group of its own: Ctrl-C reaches it through us alone, and what outlives it can be ended too.
+        self.process = subprocess.Popen(self.command.words, env=environment, start_new_session=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,13 +207,14 @@ class _Child:
         try:
             self.process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def wait_until_healthy(self, seconds: float) -> None:
         """Raises `EngineError` if it ends, or is not healthy within so many seconds."""
-        from atesd.engine.wire import Wire, WireError
+        from atesd.engine.wire import Wire
 
+        wire = Wire(self.command.url, ServerSettings(timeout=2.0, retries=0))
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.process.poll() is not None:
@@ -128,8 +223,8 @@ class _Child:
                     "its own words stand above"
                 )
             try:
-                Wire(self.command.url, 2.0, 0, 0.0).get("/health")
-            except WireError:
+                wire.get("/health")
+            except EngineError:
                 time.sleep(0.2)
             else:
                 return

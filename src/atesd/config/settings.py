@@ -14,7 +14,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, Strict, create_model, model_validator
+from pydantic import BeforeValidator, Field, Strict, create_model, model_validator
 
 from atesd.component import ActsWhen, Component, Fraction, chosen, tagged
 from atesd.control.aligned import AlignedSettings
@@ -441,17 +441,28 @@ _FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 """The settings that forbid tokens in `sampling`, and the values that forbid none."""
 
 
+def _is_base(url: str) -> bool:
+    """Whether it is scheme, host and port, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        return False
+    return known and parts.username is None and not (parts.path.strip("/") or parts.query or parts.fragment)
+
+
 class ServerSettings(Component):
     """Servers that write the rollouts (docs/scale.md): vLLM, or whatever speaks its completions on token ids."""
 
-    urls: Annotated[tuple[str, ...], Strict(False)] = Field(
-        ("http://127.0.0.1:8000",), min_length=1, description="one per server; requests are spread over them"
+    urls: Annotated[tuple[str, ...], Strict(False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = (
+        Field(("http://127.0.0.1:8000",), min_length=1, description="http://HOST:PORT of each; they share the requests")
     )
     folder: str | None = Field(
-        None, description="that trainer and servers share, for the weights; None: a temporary one of this machine"
+        None, description="for the weights, seen by trainer and servers; None: a temporary one of this machine"
     )
     publish: Literal["auto", "adapter", "weights"] = Field(
-        "auto", description="what the servers load after each update; auto: the adapter if there is one, else all"
+        "auto",
+        description="what the servers load after each update; auto: the adapter if there is one, else all weights",
     )
     draws: Literal["seed", "keyed"] = Field(
         "seed", description="seed: the server's own, from a seed per request; keyed: ours, by atesd.engine.keyed_draws"
@@ -459,18 +470,26 @@ class ServerSettings(Component):
     drift_limit: float = Field(
         0.5, gt=0, description="nats per token between its log-probabilities and ours, above which a run stops; ours"
     )
-    timeout: float = Field(600.0, gt=0, description="seconds for one answer")
-    retries: int = Field(3, ge=0, description="repetitions of a request that failed, on each server")
+    drift_alarm: float = Field(0.05, gt=0, description="nats per token above which the report warns; ours")
+    timeout: float = Field(600.0, gt=0, description="seconds for one answer, such as a whole completion")
+    retries: int = Field(3, ge=0, le=20, description="repetitions of a request that failed")
     retry_wait: float = Field(1.0, ge=0, description="seconds before the first repetition, doubled for each other")
+    sleep: bool = Field(
+        False, description="the servers give up their GPU memory between rollouts: for GPUs that the trainer shares"
+    )
 
     @model_validator(mode="after")
-    def _urls_are_bases(self) -> ServerSettings:
+    def _fits_together(self) -> ServerSettings:
         for url in self.urls:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+            if not _is_base(url):
                 raise ValueError(f"urls: {url!r} is no address of a server; write it as http://HOST:PORT")
-        if len(set(self.urls)) < len(self.urls):
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError(f"urls: one of {', '.join(self.urls)} stands twice")
+        if self.drift_alarm > self.drift_limit:
+            raise ValueError(
+                f"drift_alarm {self.drift_alarm:g} is above drift_limit {self.drift_limit:g}, where a run stops: it "
+                "would never be seen"
+            )
         return self
 
 
@@ -482,7 +501,10 @@ class SamplingConfig(Component):
     top_k: Annotated[int, _SAMPLES] = Field(0, ge=0, description="0: off; OPSD: 20")
     min_p: Annotated[float, _SAMPLES] = Field(0.0, ge=0, lt=1, description="0: off")
     completion_tokens: int = Field(1024, ge=1, description="longest completion; OPSD: 1024")
-    batch_size: int = Field(64, ge=1, description="rows decoded together; does not change the draws")
+    batch_size: Annotated[
+        int,
+        ActsWhen(lambda c: c.sampling.engine != "server", "a sampling.engine other than server, which batches itself"),
+    ] = Field(64, ge=1, description="rows decoded together; does not change the draws")
     engine: Literal["auto", "builtin", "transformers", "server"] = Field(
         "auto", description="what runs the network; auto: builtin for Llama, Qwen2 and Qwen3, else transformers"
     )

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Literal, final
 
-from atesd.config import ServerSettings
+from atesd.config import Config
 from atesd.engine.builtin import BuiltinEngine
 from atesd.engine.interface import Engine, Request, SamplingParams, Whole, rollout_from_json
 from atesd.engine.layers import unsupported
@@ -17,29 +17,37 @@ from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.records import Rollout
 
-EngineKind = Literal["auto", "builtin", "transformers", "server"]
+LocalKind = Literal["auto", "builtin", "transformers"]
 
 
-def engine_for(
-    loaded: LoadedModel,
-    kind: EngineKind,
-    batch_size: int,
-    whole: Whole = nullcontext,
-    server: ServerSettings | None = None,
-) -> Engine:
-    """The engine of `sampling.engine`, its work shared between the ranks of the model; `server` is `sampling.server`.
+def configured_engine(loaded: LoadedModel, config: Config, whole: Whole = nullcontext) -> Engine:
+    """The engine of `sampling.engine`, its work shared between the ranks of the model.
 
-    `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not,
-    `EngineError` if a server is not there.
+    Raises `ModelError` if `builtin` is asked for and cannot decode the model, `EngineError` if a server is not there.
     """
-    if kind == "server":
-        return ServerEngine(loaded, server or ServerSettings(), whole)
+    sampling, train = config.sampling, config.train
+    if sampling.engine == "server":
+        return ServerEngine(
+            loaded,
+            sampling.server,
+            whole,
+            micro_batch_size=train.micro_batch_size,
+            micro_batch_tokens=train.micro_batch_tokens,
+        )
+    return engine_for(loaded, sampling.engine, sampling.batch_size, whole)
+
+
+def engine_for(loaded: LoadedModel, kind: LocalKind, batch_size: int, whole: Whole = nullcontext) -> Engine:
+    """An engine of this process, its work shared between the ranks of the model.
+
+    `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not.
+    """
     builtin = kind == "builtin" or (kind == "auto" and unsupported(loaded.model) is None)
     engine: Engine = (BuiltinEngine if builtin else TransformersEngine)(loaded, batch_size)
     return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks, whole)
 
 
-def engine_note(loaded: LoadedModel, kind: EngineKind) -> str | None:
+def engine_note(loaded: LoadedModel, kind: str) -> str | None:
     """What to tell the user of the choice that `auto` makes; None: nothing."""
     why_not = unsupported(loaded.model) if kind == "auto" else None
     return None if why_not is None else f"sampling goes through transformers, which is slower: {why_not}"

@@ -1,73 +1,121 @@
-"""JSON over HTTP to one server, by the standard library, with a limit on time and tries."""
+"""JSON over HTTP to one server, by the standard library, with a limit on time and on repetitions."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
-from typing import final
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar, final
 
+from atesd.config import ServerSettings
 from atesd.errors import EngineError
+from atesd.refusals import reason
 from atesd.text import shown
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _BUSY = (429, 500, 502, 503, 504)
 """Answers after which the same request may succeed."""
-
-
-class WireError(EngineError):
-    """A server that gave no usable answer after all tries; another one may."""
+_AT_ONCE = 10.0  # seconds within which a server says that it is there
+_LOG = "look into the server's log"
 
 
 @final
 class Wire:
-    """Speaks to one server. What it refuses, or does not answer in time, is an `EngineError` that names the server."""
+    """Speaks to one server, past any proxy. What it refuses, or does not answer, is an `EngineError` that names it.
 
-    def __init__(self, url: str, timeout: float, retries: int, retry_wait: float) -> None:
-        """`timeout` in seconds, of one try; `retry_wait` before the first repetition, twice as long before the next."""
+    A server that is busy or fails is asked again, after a wait that doubles, and so is one whose connection broke,
+    unless `forgets`: it may then have been started again, with other weights than it was given. Whoever does not
+    answer in time is not asked again.
+    """
+
+    def __init__(self, url: str, options: ServerSettings, *, forgets: bool = False) -> None:
         self.url = url.rstrip("/")
-        self._timeout, self._retries, self._wait = timeout, retries, retry_wait
+        self._options, self._forgets = options, forgets
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, path: str) -> object:
-        """What the server answers, as JSON if it is."""
-        return self._ask(urllib.request.Request(self.url + path))
+        """What the server answers at once, as JSON if it is."""
+        return self._ask(urllib.request.Request(self.url + path), min(_AT_ONCE, self._options.timeout), _LOG)
 
-    def post(self, path: str, body: dict[str, object]) -> object:
-        """What the server answers to a JSON body."""
-        header = {"Content-Type": "application/json"}
-        data = json.dumps(body).encode()
-        return self._ask(urllib.request.Request(self.url + path, data, header, method="POST"))
+    def post(self, path: str, body: dict[str, object] | None = None, *, fix: str = _LOG) -> object:
+        """What the server answers to a JSON body; `fix`: what to do if it refuses."""
+        headers, data = {"Content-Type": "application/json"}, json.dumps(body or {}).encode()
+        request = urllib.request.Request(self.url + path, data, headers, method="POST")
+        return self._ask(request, self._options.timeout, fix)
 
-    def _ask(self, request: urllib.request.Request) -> object:
-        reason = ""
-        for attempt in range(self._retries + 1):
+    def _ask(self, request: urllib.request.Request, timeout: float, fix: str) -> object:
+        url, tries = request.full_url, self._options.retries + 1
+        for attempt in range(tries):
             if attempt:
-                time.sleep(self._wait * 2 ** (attempt - 1))
+                time.sleep(self._options.retry_wait * 2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+                with self._opener.open(request, timeout=timeout) as answer:
                     content = answer.read().decode("utf-8", "replace")
                 return json.loads(content) if content[:1] in ("{", "[") else content
             except urllib.error.HTTPError as error:
-                reason = f"answers {error.code}: {shown(error.read().decode('utf-8', 'replace'))}"
+                failure = f"answers {error.code}: {_said(error)}"
                 if error.code not in _BUSY:
-                    raise EngineError(f"{request.full_url}: {reason}; {_fix(error.code)}") from None
-            except TimeoutError:
-                reason = f"gave no answer within {self._timeout:g} s (sampling.server.timeout)"
-            except urllib.error.URLError as error:
-                reason = f"cannot be reached: {error.reason}"
+                    raise EngineError(f"{url}: {failure}; {fix}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = f"broke off: {type(error).__name__} {error}"
-        raise WireError(
-            f"{request.full_url}: {reason}, {self._retries + 1} times; is it running, and is sampling.server.urls "
-            "right? (atesd serve RECIPE starts one; the same command resumes the run)"
+                cause = error.reason if isinstance(error, urllib.error.URLError) else error
+                if isinstance(cause, TimeoutError):
+                    raise EngineError(
+                        f"{url}: no answer within {timeout:g} s; is it overloaded, or hung? Raise "
+                        "sampling.server.timeout, or start it again; the same command then resumes the run"
+                    ) from None
+                failure = reason(cause) if isinstance(cause, OSError) else str(cause) or type(cause).__name__
+                if self._forgets:
+                    tries = attempt + 1
+                    break
+        raise EngineError(
+            f"{url}: cannot be used: {failure}, {tries} time{'s' * (tries > 1)}; is sampling.server.urls spelt right, "
+            "and does the server run? `atesd serve RECIPE` starts one; the same command then resumes the run"
         )
 
 
-def _fix(code: int) -> str:
-    if code == 404:
-        return (
-            "it does not know this path or model: start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "
-            "for adapters, VLLM_SERVER_DEV_MODE=1 for all weights, as atesd serve prints"
-        )
-    return "look into the server's log"
+def _said(error: urllib.error.HTTPError) -> str:
+    """The body of an answer that is an error; empty where it cannot be read."""
+    try:
+        return shown(error.read().decode("utf-8", "replace"))
+    except (OSError, http.client.HTTPException):
+        return "(nothing more)"
+
+
+def at_once(work: Callable[[T], R], items: Sequence[T], most: int) -> list[R]:
+    """The results of the work on each item, in order, at most so many at a time.
+
+    The first failure in that order, or an interrupt, is raised without waiting for the rest: its threads are daemons,
+    since a server that hangs must not keep a program from ending.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    results: list[Future[R]] = [Future() for _ in items]
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.is_set():
+            try:
+                place = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results[place].set_result(work(items[place]))
+            except Exception as error:  # whatever it is, it is raised below; items before this one are under way
+                results[place].set_exception(error)
+                over.set()
+
+    for place in range(len(items)):
+        waiting.put(place)
+    for _ in range(min(most, len(items))):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        return [result.result() for result in results]
+    finally:
+        over.set()

@@ -154,6 +154,11 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
             module.training = True
 
 
+def model_source(path: str) -> str:
+    """The folder or hub id that a `model.path` stands for. Raises `ModelError` if it is none."""
+    return _resolve(path)[0]
+
+
 def _resolve(path: str) -> tuple[str, bool]:
     """What transformers should read, and whether it is a local folder."""
     if path == "smollm2":

@@ -17,7 +17,6 @@ KL_HISTORY = 20  # updates
 DECLINE = 0.05  # Average@k below the peak, absolute
 UNVERIFIED = 0.10  # of completions without a verdict on the answer
 SATURATED = 0.05  # mean reveal ratio from either end
-DRIFT = 0.05  # nats per token between a server's log-probabilities and the trainer's
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +116,14 @@ def _saturated(run: RunRows) -> list[Alarm]:
 
 
 def _drift(run: RunRows) -> list[Alarm]:
+    alarm = run.config.sampling.server.drift_alarm
     updates, drifts = run.series("rollout_drift")
-    far = [(drift, update) for update, drift in zip(updates, drifts, strict=True) if drift > DRIFT]
+    far = [(drift, update) for update, drift in zip(updates, drifts, strict=True) if drift > alarm]
     if not far:
         return []
     worst, update = max(far)
-    return [
-        Alarm(
-            "Rollouts drift",
-            f"In {_count(far, 'update')} the server's log-probabilities were more than {DRIFT:g} nats per token from "
-            f"the trainer's own, {number(worst)} in update {update}: rounding, or not the student's weights.",
-        )
-    ]
+    detail = f"In {_count(far, 'update')} above {alarm:g} nats per token, {number(worst)} at update {update}."
+    return [Alarm("Rollouts drift", f"{detail} A server rounds otherwise, or does not have the student's weights.")]
 
 
 _CHECKS: tuple[Callable[[RunRows], list[Alarm]], ...] = (
