@@ -145,10 +145,12 @@ def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute layers in the backward pass, with dropout off all the same.
 
-    transformers checkpoints only layers in training mode, so the flag is set on the layers, not on what is inside.
+    transformers checkpoints only layers in training mode, so the flag is set on the layers, not on what is inside. Its
+    hook on the embedding goes again: only reentrant checkpointing needs an input that requires a gradient.
     """
     with quiet():
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
