@@ -19,6 +19,7 @@ from atesd.data.views import shown_segments
 from atesd.engine.builtin import BuiltinEngine
 from atesd.engine.factory import engine_for, engine_note
 from atesd.models.load import load_model
+from atesd_lab.audit.audit import budget_of
 from atesd_lab.paper.numbers import paper_numbers
 from tiny import tiny_folder
 
@@ -145,6 +146,13 @@ def test_the_contexts_of_the_qwen_recipes_end_alike(size: str):
     # Where they do not, the first tokens disagree by template; OPSD's own setting is the override above.
     model = load_config(f"qwen3-{size}").model
     assert model.student_template == model.teacher_template == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("size", ["1.7b", "4b", "8b"])
+def test_the_budget_of_a_qwen_recipe_suffices_by_the_audit(size: str):
+    config = load_config(f"qwen3-{size}")
+    assert config.exposure.kind == "learned"
+    assert budget_of(config).verdict == "sound"
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("qwen3")])

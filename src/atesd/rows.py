@@ -134,6 +134,12 @@ def revealed(rows: Sequence[MetricsRow]) -> list[float]:
     return [row["reveal_ratio"] for row in rows if row["reveal_ratio"] is not None]
 
 
+def late_mean(ratios: Sequence[float]) -> float:
+    """The mean over the last quarter of some reveal ratios, of at least one."""
+    late = ratios[-max(1, len(ratios) // 4) :]
+    return sum(late) / len(late)
+
+
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:
     """The row of an update that never came to a step: nothing measured, and why."""
     unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__)
