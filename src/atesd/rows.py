@@ -102,7 +102,7 @@ class EvaluationRow(TypedDict):
     mean_tokens: float
     truncated_share: float
     loop_share: float
-    sampler: dict[str, float | int]
+    sampler: dict[str, float | int | bool]
     correct_counts: dict[str, int]
 
 
