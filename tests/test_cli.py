@@ -102,6 +102,7 @@ def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
     verbs = (
         "train",
         "evaluate",
+        "export",
         "preview",
         "profile",
         "report",

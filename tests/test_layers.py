@@ -27,6 +27,7 @@ ROWS = {
         {"aligned", "evaluate"},
         {"build"},
         {"session"},
+        {"export"},
         {"cli"},
     ],
     "atesd_lab": [

@@ -71,14 +71,8 @@ def test_the_commands_for_a_model_of_yours_work_in_the_order_of_the_readme(
     for words in commands():
         run([file if word == recipe else word for word in words], monkeypatch)
         printed[" ".join(words)] = capsys.readouterr().out
-    verbs = [words[0] for words in commands()]
-    assert verbs == [
-        *("train", "preview", "profile", "train", "train", "report"),
-        "evaluate",
-        "evaluate",
-        "compare",
-        "report",
-    ]
+    verbs = "train preview profile train train report evaluate evaluate compare report export"
+    assert [words[0] for words in commands()] == verbs.split()
     assert served == [[Path("runs") / recipe]]
     plan, compared = printed[f"train {recipe} --dry-run"], printed[f"compare runs/opsd -- runs/{recipe}"]
     assert "policy updates: " in plan
@@ -88,6 +82,7 @@ def test_the_commands_for_a_model_of_yours_work_in_the_order_of_the_readme(
         [row] = RunFolder.open(Path("runs") / name).rows("evaluations")
         assert (row["split"], row["update"], row["problems"]) == ("aime.jsonl", 4, 3)
         assert row["sampler"]["student_template.enable_thinking"] is True
+    assert (Path("runs") / f"{recipe}-export" / "adapter_config.json").is_file()
     assert "aime.jsonl" in Path("compare.html").read_text("utf-8")
 
 
