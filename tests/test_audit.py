@@ -15,6 +15,8 @@ import torch
 from atesd import cli
 from atesd.build import build, close, objective
 from atesd.config import load_config
+from atesd.control import budget
+from atesd.control.budget import one_signal
 from atesd.errors import ConfigError
 from atesd.train.rollouts import rollout_params
 from atesd.train.update import Example
@@ -28,7 +30,6 @@ from atesd_lab.audit.audit import (
     budget_of,
     effect_of,
     end_means,
-    one_signal,
     other_rewards,
     run_audit,
 )
@@ -79,7 +80,7 @@ FLAT = student(steady)
 @pytest.fixture(autouse=True)
 def few_controllers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "NOISE_SEEDS", 6)
-    monkeypatch.setattr(audit, "REACH_SEEDS", 1)
+    monkeypatch.setattr(budget, "REACH_SEEDS", 1)
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def audited(measured: MeasuredStudent, *settings: str, effect: float | None = No
 @cache
 def noise_ends() -> tuple[float, ...]:
     config = load_config("micro")
-    return tuple(end_means(config, one_signal(config), noise, 60, 10))
+    return tuple(end_means(config, one_signal(config.credit), noise, 60, 10))
 
 
 def bench(measured: MeasuredStudent, *settings: str) -> Bench:
@@ -202,9 +203,9 @@ def test_the_number_of_updates_it_names_is_enough():
 )
 def test_a_policy_that_cannot_learn_from_anything_is_said(setting: str, mend: str):
     config = load_config("micro", [setting])
-    budget = budget_of(config)
-    assert budget.verdict == "cannot learn"
-    assert [found.setting for found in budget_mends(config, budget)] == [mend]
+    found = budget_of(config)
+    assert found.verdict == "cannot learn"
+    assert [one.setting for one in budget_mends(config, found)] == [mend]
 
 
 def test_what_can_be_told_apart_is_the_slope_of_a_regression():

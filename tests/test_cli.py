@@ -102,6 +102,7 @@ def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
     verbs = (
         "train",
         "evaluate",
+        "export",
         "preview",
         "profile",
         "report",
@@ -353,6 +354,25 @@ def test_a_model_is_evaluated_on_every_row_of_a_file(atesd: Shell, trained: RunF
     words = ["--data", "bench.jsonl", "--set", "sampling.completion_tokens=4", "--samples", "1"]
     assert atesd("evaluate", str(trained.final), *words) == 0, atesd.err
     assert [line.split()[1] for line in atesd.out.splitlines() if line.startswith("all")] == ["3"]
+
+
+def test_a_run_keeps_its_evaluation_on_a_file_under_the_name_of_the_file(atesd: Shell, trained: RunFolder):
+    Path("bench.jsonl").write_text(json.dumps({"problem": "1 + 1", "answer": "2"}) + "\n")
+    words = ["--data", "bench.jsonl", "--set", "sampling.completion_tokens=4", "--samples", "1"]
+    before = len(trained.rows("evaluations"))
+    for said in ("written to", "holds this very evaluation"):
+        assert atesd("evaluate", str(trained.path), *words) == 0, atesd.err
+        assert said in atesd.out
+    row = trained.rows("evaluations")[-1]
+    assert len(trained.rows("evaluations")) == before + 1
+    assert (row["split"], row["update"], row["problems"]) == ("bench.jsonl", 8, 1)
+
+
+def test_a_run_that_holds_out_nothing_is_told_what_to_be_evaluated_on(atesd: Shell, tmp_path: Path):
+    run = begin_run(tmp_path / "run", fake_config(8, data={"source": "world", "test_size": 0}))
+    run.end_session("finished")
+    assert atesd("evaluate", str(run.path)) == 2
+    assert "holds out no test problems (data.test_size: 0), so say on which: --data FILE.jsonl" in atesd.err
 
 
 def test_a_run_that_is_not_finished_is_not_evaluated(atesd: Shell, tmp_path: Path):

@@ -252,6 +252,27 @@ def test_a_run_without_its_last_evaluation_is_refused(tmp_path: Path):
         group_of("a", [path])
 
 
+def test_runs_that_hold_out_nothing_are_compared_on_the_files_that_all_were_evaluated_on(tmp_path: Path):
+    first, second = ("aime.jsonl", 60), ("math.jsonl", 60)
+    a = write_run(tmp_path / "a", {first: counts_of(40), second: counts_of(20)}, seed=0)
+    b = write_run(
+        tmp_path / "b", {first: counts_of(60), second: counts_of(20), ("own.jsonl", 60): counts_of(9)}, seed=0
+    )
+    report = compare_groups(group_of("a", [a]), group_of("b", [b]))
+    assert [one.short for one in report.comparisons] == ["last (aime.jsonl)", "last (math.jsonl)"]
+    assert [100 * one.contrast.value for one in report.comparisons] == pytest.approx([25.0, 0.0])
+    assert any(note.startswith("No checkpoint to select") for note in report.notes)
+
+
+def test_a_file_is_scored_beside_the_test_problems_and_files_that_no_two_runs_share_are_refused(tmp_path: Path):
+    scores = {("test", 60): counts_of(40), ("aime.jsonl", 60): counts_of(40)}
+    both = [group_of(name, [write_run(tmp_path / name, scores)]) for name in ("a", "b")]
+    assert [one.split for one in selections(both)] == ["test", "aime.jsonl"]
+    apart = [group_of(name, [write_run(tmp_path / name, {(name, 60): counts_of(40)})]) for name in ("c", "d")]
+    with pytest.raises(RunError, match=r"run `atesd evaluate RUN` for each, with --data FILE.jsonl"):
+        selections(apart)
+
+
 def test_other_training_data_with_the_same_problems_is_told_and_not_paired(arms: tuple[list[Path], list[Path]]):
     for path in arms[1]:
         manifest = json.loads((path / "manifest.json").read_text())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atesd.cli.plan import acting_lines
+from atesd.cli.plan import acting_lines, budget_line
 from atesd.config import load_config
 
 IDLE_GAMMA = "credit.discount (gamma): no effect, as each window holds one fall of the progress signal; it acts with"
@@ -60,6 +60,14 @@ def test_what_will_act_is_a_line_of_the_dry_run(overrides: list[str], said: str)
 )
 def test_a_discount_that_acts_or_that_nobody_reads_is_not_spoken_of(overrides: list[str]):
     assert not any("gamma" in line for line in acting_lines(load_config("micro", overrides)))
+
+
+def test_a_budget_that_cannot_teach_the_policy_is_told_with_one_that_can():
+    said = budget_line(load_config("micro"))
+    assert said.startswith("too few to teach the policy anything: even a reward without any noise would take the mean")
+    needed = int(said.partition("train.num_updates: ")[2].partition(" would do")[0])
+    assert "too few" not in budget_line(load_config("micro", [f"train.num_updates={needed}"]))
+    assert "no number of updates would do" in budget_line(load_config("micro", ["exposure.policy.learning_rate=0"]))
 
 
 @pytest.mark.parametrize(

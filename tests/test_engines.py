@@ -16,7 +16,7 @@ from atesd.engine.captured import CudaGraphDecoder
 from atesd.engine.decode import Decoder
 from atesd.engine.factory import ShardedEngine, engine_for
 from atesd.engine.interface import Engine, Request, SamplingParams
-from atesd.engine.layers import read_network
+from atesd.engine.layers import read_network, unsupported
 from atesd.engine.transformers import TransformersEngine
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.ranks import SINGLE_PROCESS
@@ -86,13 +86,23 @@ def test_no_step_is_spent_after_all_rows_have_ended():
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["plain", "adapter"])
-def test_checkpointing_changes_no_draw(tmp_path, lora):
-    # transformers hooks the embedding of such a model, so that `auto` decodes it through transformers.
+def test_checkpointing_changes_neither_engine_nor_draw(tmp_path, lora):
     config = ModelConfig(path=str(tiny_folder(tmp_path)), lora=lora, gradient_checkpointing=True)
-    engine, plain = engine_for(load_model(config), "auto", 8), engine_for(tiny_model(), "builtin", 8)
-    assert type(engine) is TransformersEngine
-    requests = requests_of([3, 6, 2])
-    assert ids_of(engine.complete(requests, PLAIN)) == ids_of(plain.complete(requests, PLAIN))
+    engines = [engine_for(load_model(config), kind, 8) for kind in ("auto", "transformers")]
+    assert type(engines[0]) is BuiltinEngine
+    plain, requests = engine_for(tiny_model(), "builtin", 8), requests_of([3, 6, 2])
+    for engine in engines:
+        assert ids_of(engine.complete(requests, PLAIN)) == ids_of(plain.complete(requests, PLAIN))
+
+
+def test_the_builtin_engine_sees_through_hooks_that_ask_for_a_gradient_and_through_no_others(tmp_path):
+    config = ModelConfig(path=str(tiny_folder(tmp_path)), lora=LoraConfig(rank=2))
+    model = load_model(config).model
+    model.enable_input_require_grads()  # transformers' own
+    model.prepare_model_for_gradient_checkpointing(model.get_base_model())  # PEFT's call of it, a second hook
+    assert unsupported(model) is None
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    assert unsupported(model) == "hooks on its modules"
 
 
 def test_a_greedy_completion_does_not_depend_on_its_key():

@@ -27,6 +27,7 @@ ROWS = {
         {"aligned", "evaluate"},
         {"build"},
         {"session", "bridges"},
+        {"export"},
         {"cli"},
     ],
     "atesd_lab": [

@@ -1,5 +1,7 @@
 """The packaged recipes: all of them load, and each is what its name says."""
 
+from pathlib import Path
+
 import pytest
 
 from atesd.config import (
@@ -14,7 +16,12 @@ from atesd.config import (
 )
 from atesd.control.learned import LearnedSettings
 from atesd.data.views import shown_segments
+from atesd.engine.builtin import BuiltinEngine
+from atesd.engine.factory import engine_for, engine_note
+from atesd.models.load import load_model
+from atesd_lab.audit.audit import budget_of
 from atesd_lab.paper.numbers import paper_numbers
+from tiny import tiny_folder
 
 MICRO = ("micro", "micro-opsd", "micro-steps", "micro-paper", "micro-bandit")
 # arXiv 2601.18734 (third version) and its repository's README
@@ -141,6 +148,13 @@ def test_the_contexts_of_the_qwen_recipes_end_alike(size: str):
     assert model.student_template == model.teacher_template == {"enable_thinking": False}
 
 
+@pytest.mark.parametrize("size", ["1.7b", "4b", "8b"])
+def test_the_budget_of_a_qwen_recipe_suffices_by_the_audit(size: str):
+    config = load_config(f"qwen3-{size}")
+    assert config.exposure.kind == "learned"
+    assert budget_of(config).verdict == "sound"
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("qwen3")])
 def test_the_evaluation_of_a_qwen_recipe_fits_into_its_window(name: str):
     config = load_config(name)
@@ -185,3 +199,18 @@ def test_the_sums_show_every_ratio_of_their_look_ahead_another_view():
     config = load_config("smollm2-sums")
     assert (config.data.source, config.checker, config.data.max_difficulty) == ("arithmetic", "exact", 3)
     assert [shown_segments(ratio, 3) for ratio in config.exposure.ratios] == [0, 1, 2, 3]
+
+
+STAND_INS = {"Qwen/": "qwen3", "smollm2": "llama", "runs/smollm2-sums-start/": "llama"}
+"""The architecture behind a path that the hub, a fetch or a run of yours fills; world models are packaged."""
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_gets_the_builtin_engine(name: str, tmp_path: Path):
+    config = load_config(name)
+    found = [architecture for start, architecture in STAND_INS.items() if config.model.path.startswith(start)]
+    assert bool(found) is not config.model.path.startswith("world:")
+    path = str(tiny_folder(tmp_path / "model", architecture=found[0])) if found else config.model.path
+    loaded = load_model(config.model.model_copy(update={"path": path, "device": "cpu"}))
+    assert type(engine_for(loaded, config.sampling.engine, config.sampling.batch_size)) is BuiltinEngine
+    assert engine_note(loaded, config.sampling.engine) is None

@@ -31,8 +31,12 @@ def write_model_card(folder: Path, config: Config, run: RunFolder) -> Path:
     return path
 
 
-def model_card(config: Config, run: RunFolder) -> str:
-    """The card's text: a YAML header that the hub reads, then Markdown. Foreign texts in it are escaped."""
+def model_card(config: Config, run: RunFolder, *, adapter: bool | None = None) -> str:
+    """The card's text: a YAML header that the hub reads, then Markdown. Foreign texts in it are escaped.
+
+    `adapter`: whether the folder holds an adapter; None: it does if one was trained.
+    """
+    adapter = config.model.lora is not None if adapter is None else adapter
     metrics, evaluations, manifest = run.rows("metrics"), run.whole_rows("evaluations"), run.manifest
     sections = [
         f"# {plain(run.path.resolve().name)}",
@@ -47,9 +51,9 @@ def model_card(config: Config, run: RunFolder) -> str:
         "## Read with care",
         "\n".join(f"- {caveat}" for caveat in _caveats(config, metrics, evaluations, manifest)),
         "## Use",
-        _use(config),
+        _use(config, adapter),
     ]
-    return f"---\n{_header(config)}---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_header(config, adapter)}---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def plain(text: str) -> str:
@@ -92,9 +96,9 @@ def sparkline(ratios: Sequence[float]) -> str:
     return "".join(_BARS[round(ratio * (len(_BARS) - 1))] for ratio in ratios)
 
 
-def _header(config: Config) -> str:
+def _header(config: Config, adapter: bool) -> str:
     header: dict[str, Any] = {
-        "library_name": "peft" if config.model.lora else "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["atesd", "self-distillation", "on-policy-distillation"],
     }
@@ -279,9 +283,9 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _use(config: Config) -> str:
+def _use(config: Config, adapter: bool) -> str:
     loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    if config.model.lora:
+    if adapter:
         loader = "AutoPeftModelForCausalLM"
         imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n"
     code = (

@@ -103,7 +103,7 @@ class EvaluationRow(TypedDict):
     mean_tokens: float
     truncated_share: float
     loop_share: float
-    sampler: dict[str, float | int]
+    sampler: dict[str, float | int | bool]
     correct_counts: dict[str, int]
 
 
@@ -133,6 +133,12 @@ RowKind = Literal["metrics", "decisions", "evaluations", "samples"]
 def revealed(rows: Sequence[MetricsRow]) -> list[float]:
     """The reveal ratio of every update that had one: all of a distilling run but the skipped ones."""
     return [row["reveal_ratio"] for row in rows if row["reveal_ratio"] is not None]
+
+
+def late_mean(ratios: Sequence[float]) -> float:
+    """The mean over the last quarter of some reveal ratios, of at least one."""
+    late = ratios[-max(1, len(ratios) // 4) :]
+    return sum(late) / len(late)
 
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:

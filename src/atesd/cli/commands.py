@@ -46,6 +46,13 @@ class EvaluationSplit(StrEnum):
     VALIDATION = "validation"
 
 
+class Dtype(StrEnum):
+    """What weights are written as."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class Fetchable(StrEnum):
     """Models that `atesd models fetch` knows."""
 
@@ -152,6 +159,31 @@ def evaluate(
     if scored is not None:
         say(score_table(scored.name, scored.row))
         say(scored.where)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder, new or empty. Default: RUN-export.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="The adapter added into its base: one whole model.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of a whole model. Default: model.dtype of the run.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this private repository of the hub.")
+    ] = None,
+) -> None:
+    """The trained model for use elsewhere, its logits checked; sends nothing without --push."""
+    from atesd import export as exports
+    from atesd.runs import RunFolder
+
+    if push is not None:
+        exports.require_hub_name(push)
+    folder = RunFolder.open(run)
+    target = out or folder.path.with_name(f"{folder.path.resolve().name}-export")
+    done = exports.export_run(folder, target, merged=merged, dtype=dtype.value if dtype else None)
+    for line in exports.lines(done):
+        say(line)
+    if push is not None:
+        say(f"pushed: {exports.push(done.folder, push)}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from atesd.config import Component, Config, describe_settings, method_name, yaml_value
-from atesd.control.budget import affordable, decisions
+from atesd.control.budget import Learner, affordable, decisions
 from atesd.models.prompts import control_line
 from atesd.records import Split
 from atesd.text import visible
@@ -16,6 +16,7 @@ from atesd.train.components import Components
 
 MEASURED = 512  # training problems whose contexts are measured
 LISTED = 5  # skipped rows that are shown
+MANY_DECISIONS = 128  # beyond them one simulated controller is enough, and takes its time
 
 
 def plan_lines(components: Components) -> Iterator[str]:
@@ -46,8 +47,21 @@ def plan_lines(components: Components) -> Iterator[str]:
         finished, updates = affordable(train.num_updates, config.credit, config.policy)
         yield f"exposure decisions: {decisions(train.num_updates, config.credit)}, {finished} of them rewarded in time"
     if config.decides and config.exposure.kind == "learned":
-        yield f"policy updates: {updates}" + ("; fewer than 10 can hardly teach a policy anything" * (updates < 10))
+        yield f"policy updates: {updates}; {budget_line(config)}"
     yield "nothing was trained and nothing was written (--dry-run)"
+
+
+def budget_line(config: Config) -> str:
+    """How far the run's policy updates could move the learned policy at best, and what would be enough."""
+    learner, updates = Learner(config.credit, config.policy, config.bounds), config.train.num_updates
+    taken = decisions(updates, config.credit)
+    reach = learner.reach(taken, seeds=1 if taken > MANY_DECISIONS else None)
+    best = f"a reward without any noise would take the mean ratio from 0.50 to {reach.down:.2f} or {reach.up:.2f}"
+    if reach.enough:
+        return best
+    needed = learner.updates_needed(updates)
+    mend = f"train.num_updates: {needed} would do" if needed else "no number of updates would do"
+    return f"too few to teach the policy anything: even {best} only; {mend} (atesd audit)"
 
 
 def acting_lines(config: Config) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from atesd.build import build, close
 from atesd.config import Config, load_config, with_groups, with_overrides
@@ -33,13 +34,18 @@ class Scored:
 def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequence[str]) -> Scored | None:
     """Evaluate the trained model of a run folder, or any model, on a split of a run's, a recipe's or a file's problems.
 
-    The row of a run on its own problems is appended to the run, unless it is there already. Raises `RunError` for a run
-    that is not finished, `ConfigError` for a model without problems. Under torchrun the ranks share the work, and all
-    but the first return None.
+    The row of a run on its own problems, or on those of a file, is appended to the run, unless it is there already.
+    Raises `RunError` for a run that is not finished, `ConfigError` for a model without problems. Under torchrun the
+    ranks share the work, and all but the first return None.
     """
     run = RunFolder.open(target) if RunFolder.exists(target) else None
     if run and run.manifest["status"] != "finished":
         raise RunError(f"{run.path} is {run.manifest['status']}; let `atesd train` finish it first")
+    if data is None and run and not _holds_out(run.config, split):
+        raise ConfigError(
+            f"{run.path} holds out no {split} problems (data.{split}_size: 0), so say on which: --data FILE.jsonl, a "
+            "line for each problem and answer; its row is kept in the run, for compare and report"
+        )
     config = with_overrides(_config(target, run, data), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
     update = run.config.train.num_updates if run else 0
@@ -51,8 +57,13 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
             close(components)
     if not ranks.first:
         return None
-    where = _keep(run, row, components.problems.fingerprint) if run else "nothing was written: not a run folder"
-    return Scored(target, row, where)
+    if run is None:
+        return Scored(target, row, "nothing was written: not a run folder")
+    if benchmark is not None:
+        row = _of_benchmark(row, str(data), config)
+    elif components.problems.fingerprint != run.manifest["data_fingerprint"]:
+        return Scored(target, row, f"nothing was written: these are not the problems of {run.path}")
+    return Scored(target, row, _keep(run, row))
 
 
 def score_table(name: str, row: EvaluationRow) -> str:
@@ -101,10 +112,24 @@ def _on_benchmark(config: Config, source: str) -> Config:
     return with_groups(config, {"data": {"source": source, "test_source": source}}, "--data")
 
 
-def _keep(run: RunFolder, row: EvaluationRow, fingerprint: str) -> str:
-    """Append the row to its run if it belongs there and is new; says what was done."""
-    if fingerprint != run.manifest["data_fingerprint"]:
-        return f"nothing was written: these are not the problems of {run.path}"
+def _holds_out(config: Config, split: Split) -> bool:
+    sizes = {"test": config.data.test_size, "validation": config.data.validation_size}
+    return sizes.get(split, 1) > 0
+
+
+def _of_benchmark(row: EvaluationRow, source: str, config: Config) -> EvaluationRow:
+    """The row under the name of its file or data set, with what the student's template was told (a thinking mode)."""
+    told = {
+        f"student_template.{name}": value
+        for name, value in config.model.student_template.items()
+        if isinstance(value, bool | int | float)
+    }
+    name = Path(source).name if source.endswith(FILES) else source
+    return {**row, "split": name, "sampler": {**row["sampler"], **told}}
+
+
+def _keep(run: RunFolder, row: EvaluationRow) -> str:
+    """Append the row to its run if it is new; says what was done."""
     if row in run.rows("evaluations"):
         return f"nothing was written: {run.path} holds this very evaluation"
     with run.lock():

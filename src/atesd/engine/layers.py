@@ -9,7 +9,7 @@ weights, whose rounding would swallow it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -148,7 +148,7 @@ def unsupported(model: nn.Module) -> str | None:
         "weights of several types": len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes),
         "weights on several devices": len({p.device for p in causal.parameters()}) != 1,
         "an embedding with a largest norm": getattr(causal.model.embed_tokens, "max_norm", None) is not None,
-        "hooks on its modules": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
+        "hooks on its modules": any(m._forward_pre_hooks or any(map(_acts, _hooks(m))) for m in model.modules()),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     return found or next((why for module in _read_by_us(causal) if (why := _foreign(module)) is not None), None)
@@ -292,6 +292,17 @@ def _linear(module: nn.Module) -> _Linear:
     down = torch.cat([adapted.lora_A[name].weight for name in names])
     up = torch.cat([adapted.lora_B[name].weight * adapted.scaling[name] for name in names], 1)
     return _Linear(base.weight, base.bias, down, up)
+
+
+def _hooks(module: nn.Module) -> Iterable[Callable[..., object]]:
+    return module._forward_hooks.values()
+
+
+def _acts(hook: Callable[..., object]) -> bool:
+    """Whether a forward hook may change what is computed; those that only ask for the embedding's gradient do not."""
+    marks = ("make_inputs_require_grads", "make_inputs_require_grad")  # of transformers and of PEFT
+    home = hook.__module__.partition(".")[0]
+    return not (home in ("transformers", "peft") and getattr(hook, "__name__", "") in marks)
 
 
 def _read_by_us(causal: _CausalLM) -> list[object]:

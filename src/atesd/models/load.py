@@ -57,7 +57,8 @@ from atesd.models.quiet import quiet
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
 from atesd.refusals import remove
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""The types of `model.dtype`."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,12 @@ def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute layers in the backward pass, with dropout off all the same.
 
-    transformers checkpoints only layers in training mode, so the flag is set on the layers, not on what is inside.
+    transformers checkpoints only layers in training mode, so the flag is set on the layers, not on what is inside. Its
+    hook on the embedding goes again: only reentrant checkpointing needs an input that requires a gradient.
     """
     with quiet():
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
@@ -239,7 +242,7 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
             local_files_only=local,
             trust_remote_code=False,
             use_safetensors=True,  # the other format is a pickle
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             attn_implementation=config.attention,
             output_loading_info=True,
         )
@@ -282,12 +285,29 @@ def _require_generation(folder: Path) -> None:
             GenerationConfig.from_pretrained(str(folder), local_files_only=True).validate(strict=True)
 
 
+def load_adapted(config: ModelConfig) -> PreTrainedModel:
+    """The model of an adapter's folder in `config.dtype`, on the CPU, with the adapter beside the weights; no LoRA."""
+    source, _ = _resolve(config.path)
+    return _adapted(config, Path(source), ())
+
+
 def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreTrainedModel:
     """The base model that an adapter's folder names, at `config.revision`, with the adapter added into its weights.
 
     On a bfloat16 base the adapter, itself in float32, is kept beside the weights as in training: what it changes is
     about as small as their rounding, and merged it would be lost. Only a new adapter on top asks for merging there.
     """
+    adapted: Any = _adapted(config, adapter, above)
+    if config.dtype == "bfloat16" and config.lora is None:
+        return cast(PreTrainedModel, adapted)
+    with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
+    merged.name_or_path = str(adapter.resolve())
+    return merged
+
+
+def _adapted(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreTrainedModel:
     base = require_adapter(adapter)
     above = (*above, str(adapter.resolve()))
     source, local = _resolve(base)
@@ -299,15 +319,9 @@ def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ..
     model = _weights(config.model_copy(update={"path": base}), source, local, above)
     peft = _peft()
     with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
-        adapted = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        adapted: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
     require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
-    if config.dtype == "bfloat16" and config.lora is None:
-        return cast(PreTrainedModel, adapted)
-    with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
-        merged: PreTrainedModel = adapted.merge_and_unload()
-    # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
-    merged.name_or_path = str(adapter.resolve())
-    return merged
+    return adapted
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:

@@ -14,18 +14,15 @@ from typing import Any, Literal, get_args
 
 from atesd.build import build, close
 from atesd.config import Config, CreditConfig, PolicyConfig, ProgressSignal
-from atesd.control.budget import affordable, decisions
+from atesd.control.budget import Learner, affordable, decisions, one_signal
+from atesd.control.simulation import Driven, Stats, drive
 from atesd.errors import ConfigError
 from atesd.maths.credit import SAME_REWARD
-from atesd.records import UpdateStats
 from atesd_lab.audit.measure import MeasuredStudent, Reading, measure_student
 from atesd_lab.audit.null_measure import Say
 from atesd_lab.audit.null_simulation import (
     SOUND_DRIFT,
-    NullResult,
-    Stats,
     drift_verdict,
-    drive,
     frozen,
     noise,
     with_clock,
@@ -45,9 +42,6 @@ Verdict = Literal[
 NOISE_SEEDS = 30
 """Controllers under pure noise: what a drift is compared with."""
 
-REACH_SEEDS = 4
-"""Controllers under a reward without noise: they hardly differ."""
-
 FIRST_DEVIATION = 0.239
 """Standard deviation of the ratio under Beta(1.69, 1.69), with which the policy begins."""
 
@@ -56,13 +50,6 @@ CERTAIN = 3.0
 
 BEYOND_CHANCE = 5.0
 """A reward depends on the ratio if their correlation is so many of its standard errors from 0 (ours)."""
-
-ENOUGH_MOVE = 0.25
-"""A budget suffices if a reward without noise could take the mean half of the way from 0.5 to either end (ours)."""
-
-LONGER = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 6.0, 8.0)
-MANY = (32, 64, 128)
-"""How many times the budget, and how many decisions, are tried as a mend before something else is called the cause."""
 
 POWER = 2.8
 """Standard errors at which a true difference is found at the 5 % level with 80 % power: 1.96 + 0.84."""
@@ -179,7 +166,7 @@ def audit_student(
             f"credit.progress_signal: {config.credit.progress_signal} cannot be measured on this recipe; set "
             "data.checker, or credit.progress_signal: probe_nll"
         )
-    noise_ends = tuple(end_means(config, one_signal(config), noise, decisions, NOISE_SEEDS))
+    noise_ends = tuple(end_means(config, one_signal(config.credit), noise, decisions, NOISE_SEEDS))
     bench = Bench(config, student, decisions, seeds, noise_ends)
     own = bench.audit("this recipe", config.credit)
     rewards = [own]
@@ -259,7 +246,7 @@ class Bench:
             len(taken),
         )
 
-    def _run(self, credit: CreditConfig, policy: PolicyConfig, seed: int, deviations: dict[str, float]) -> NullResult:
+    def _run(self, credit: CreditConfig, policy: PolicyConfig, seed: int, deviations: dict[str, float]) -> Driven:
         stats = frozen(self.student.ratios, seed, deviations)
         return drive(credit, policy, self.decisions, seed, stats, self.config.bounds)
 
@@ -302,12 +289,6 @@ def other_rewards(config: Config, student: MeasuredStudent) -> dict[str, CreditC
     return {**presets, **alone, "grounding alone": grounding}
 
 
-def one_signal(config: Config) -> CreditConfig:
-    """A reward that reads one signal, on the recipe's own clock and with its own shuffling."""
-    alone = with_clock(config.credit, progress_signal="probe_success")
-    return alone.model_copy(update={"shuffle_rewards": config.credit.shuffle_rewards})
-
-
 def end_means(
     config: Config, credit: CreditConfig, stats_of: Callable[[int], Stats], count: int, seeds: int
 ) -> list[float]:
@@ -315,39 +296,25 @@ def end_means(
     return [drive(credit, config.policy, count, seed, stats_of(seed), config.bounds).end_mean for seed in range(seeds)]
 
 
-def faultless(sign: float) -> Stats:
-    """A student whose measured success changes by `sign` times the ratio in every update, with no noise at all."""
-    reached = 0.0
-
-    def stats(update: int, reveal_ratio: float) -> UpdateStats:  # noqa: ARG001
-        nonlocal reached
-        before, reached = reached, reached + sign * reveal_ratio
-        return UpdateStats(reveal_ratio, reveal_ratio, 1.0, 1.0, 1.0, 1.0, probe_nll=1.0, probe_success=before)
-
-    return stats
-
-
 def budget_of(config: Config) -> Budget:
     """How far the policy can move in the run's own number of updates."""
-    updates, hold = config.train.num_updates, config.credit.hold_updates
-    taken = decisions(updates, config.credit)
-    rewarded, policy_updates = affordable(updates, config.credit, config.policy)
-    credit = one_signal(config)
-
-    def reach(count: int, sign: float, seeds: int = REACH_SEEDS) -> float:
-        return fmean(end_means(config, credit, lambda _: faultless(sign), count, seeds))
-
-    def suffices(count: int, seeds: int = REACH_SEEDS) -> bool:
-        return reach(count, 1.0, seeds) - 0.5 >= ENOUGH_MOVE and 0.5 - reach(count, -1.0, seeds) >= ENOUGH_MOVE
-
-    up, down = reach(taken, 1.0), reach(taken, -1.0)
-    by_noise = end_means(config, credit, noise, taken, NOISE_SEEDS)
-    tried = sorted({*(math.ceil(times * taken) for times in LONGER), *(many for many in MANY if many > taken)})
-    possible = suffices(tried[-1], seeds=1)
-    needed = next((count * hold for count in tried if suffices(count)), None) if possible else None
-    verdict: Verdict = "cannot learn" if needed is None else "sound" if needed <= taken * hold else "too few decisions"
+    updates, credit = config.train.num_updates, config.credit
+    taken, learner = decisions(updates, credit), Learner(credit, config.policy, config.bounds)
+    rewarded, policy_updates = affordable(updates, credit, config.policy)
+    reach, needed = learner.reach(taken), learner.updates_needed(updates)
+    by_noise = end_means(config, one_signal(credit), noise, taken, NOISE_SEEDS)
+    verdict: Verdict = "cannot learn" if needed is None else "sound" if reach.enough else "too few decisions"
     return Budget(
-        updates, taken, rewarded, policy_updates, up, down, fmean(by_noise), pstdev(by_noise), needed, verdict
+        updates,
+        taken,
+        rewarded,
+        policy_updates,
+        reach.up,
+        reach.down,
+        fmean(by_noise),
+        pstdev(by_noise),
+        needed,
+        verdict,
     )
 
 

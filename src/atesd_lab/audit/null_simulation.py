@@ -8,31 +8,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from atesd.config import CreditConfig, PolicyConfig
-from atesd.control.interface import Measurement
-from atesd.control.learned import LearnedExposure
+from atesd.control.simulation import Driven, Stats, drive
 from atesd.maths import keyed
-from atesd.records import FinishedDecision, UpdateStats
-from atesd_lab.report.rows import late_mean
+from atesd.records import UpdateStats
 
 FROZEN_PROBE = 1.0
 """A frozen student's probe with keyed samples gives the same number every time; which number does not matter."""
 
 SOUND_DRIFT = 0.05
 """A controller is called sound if its mean ratio ends within this of where it belongs, averaged over seeds."""
-
-NOT_MEASURED: dict[Measurement, Any] = {
-    "probe_nll": None,
-    "probe_success": None,
-    "probe_gain": None,
-    "probe_kl": None,
-    "grounding": None,
-    "train_success": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +45,6 @@ class MeasuredRatio:
 
 
 @dataclass(frozen=True, slots=True)
-class NullResult:
-    """How a controller behaved under the null.
-
-    `means` holds the mean of the Beta of each decision, `end_mean` its mean over the last quarter of the decisions.
-    `learned_from` are the decisions that were rewarded in time and consumed.
-    """
-
-    end_mean: float
-    policy_updates: int
-    means: tuple[float, ...]
-    learned_from: tuple[FinishedDecision, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class NullBand:
     """Mean and standard deviation over seeds (divisor n) of the Beta's mean, per decision."""
 
@@ -77,13 +52,9 @@ class NullBand:
     deviation: tuple[float, ...]
 
 
-Stats = Callable[[int, float], UpdateStats]
-"""What an update shows at a reveal ratio."""
-
-
 def simulate(
     measured: Sequence[MeasuredRatio], credit: CreditConfig, policy: PolicyConfig, decisions: int, seed: int
-) -> NullResult:
+) -> Driven:
     """Let a learned exposure take `decisions` decisions over a student whose noise was measured and who never learns.
 
     Raises `ValueError` if the grid does not run from 0 to 1 in rising order over the same number of batches.
@@ -145,41 +116,6 @@ def with_clock(clock: CreditConfig, **reward: Any) -> CreditConfig:
     """A reward with the hold, look-ahead, discount and start of the window of `clock`."""
     kept = clock.model_dump(include={"hold_updates", "lookahead_updates", "discount", "window_start"})
     return CreditConfig(**kept, **reward)
-
-
-def drive(
-    credit: CreditConfig,
-    policy: PolicyConfig,
-    decisions: int,
-    seed: int,
-    stats: Stats,
-    bounds: tuple[float, float] = (0.0, 1.0),
-) -> NullResult:
-    """The training loop without a model. As in a real run, an exposure sees no measurement that it did not ask for.
-
-    `bounds`: the lowest and the highest ratio that may act.
-    """
-    num_updates = decisions * credit.hold_updates
-    exposure = LearnedExposure(
-        num_updates=num_updates,
-        credit=credit,
-        policy=policy,
-        seed=seed,
-        ratio_min=bounds[0],
-        ratio_max=bounds[1],
-    )
-    learned_from: list[FinishedDecision] = []
-    for update in range(num_updates):
-        wanted = exposure.measurements(update)
-        unasked: dict[str, Any] = {name: empty for name, empty in NOT_MEASURED.items() if name not in wanted}
-        learned_from += exposure.observe(update, replace(stats(update, exposure.reveal_ratio(update)), **unasked))
-    means = tuple(_mean_ratio(finished) for finished in (*learned_from, *exposure.pending()))
-    return NullResult(late_mean(means), exposure.policy_updates, means, tuple(learned_from))
-
-
-def _mean_ratio(finished: FinishedDecision) -> float:
-    concentration1, concentration0 = finished.decision.concentrations
-    return concentration1 / (concentration1 + concentration0)
 
 
 def _stats_at(measured: Sequence[MeasuredRatio], batch: int, reveal_ratio: float) -> UpdateStats:

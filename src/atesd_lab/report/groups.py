@@ -16,6 +16,8 @@ from atesd_lab.report.rows import RunRows, read_runs, shares
 from atesd_lab.stats.selection import biased_peaks, cross_fitted, fair_peaks, halves_of
 
 Floats = NDArray[np.float64]
+LAST = "fixed last"
+"""The rule that selects nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,11 @@ def require_evaluated(run: RunRows, path: Path) -> None:
         raise RunError(f"{path} is {status}; let `atesd train` finish it, or leave it out")
     end = run.config.train.num_updates
     if not any(row["update"] == end for row in run.evaluations):
+        data = run.config.data
+        problems = "" if data.test_size or data.validation_size else " --data FILE.jsonl"
         raise RunError(
-            f"{path} has no evaluation after its last update, {end}; run `atesd evaluate {path}`, or train with "
-            "train.evaluate_every above 0"
+            f"{path} has no evaluation after its last update, {end}; run `atesd evaluate {path}{problems}`"
+            + (", with one file for every run" if problems else ", or train with train.evaluate_every above 0")
         )
 
 
@@ -119,9 +123,9 @@ def selections(groups: Sequence[RunGroup]) -> list[Scores]:
 
     A checkpoint is selected on validation. It is scored on test where every run has a test evaluation there; otherwise
     on the half of the validation problems that did not choose it. The last rule scores the peak on the problems that
-    chose it, as papers do, and says so.
+    chose it, as papers do, and says so. Files on which every run was evaluated at its end are scored besides.
     """
-    found = [fixed_last(groups)]
+    found = lasts(groups)
     updates = common_updates(groups)
     if len(updates) > 1:
         found += [_best_common(groups, updates), *_peaks(groups, updates)]
@@ -129,13 +133,31 @@ def selections(groups: Sequence[RunGroup]) -> list[Scores]:
 
 
 def fixed_last(groups: Sequence[RunGroup]) -> Scores:
-    """Scores after the last update, which nothing has chosen: on test where every run has it, else on validation."""
-    for split in ("test", "validation"):
-        if all(run.at(split, group.last) is not None for group in groups for run in group.runs):
-            tables = shares_at(groups, split, {group.name: group.last for group in groups})
-            samples = _samples(groups, split, {group.name: [group.last] for group in groups})
-            return Scores("fixed last", f"last ({split})", split, True, tables, samples)
-    raise RunError("no split was evaluated after the last update of every run; run `atesd evaluate RUN` for each")
+    """Scores after the last update, which nothing has chosen: on test where every run has it, else on validation.
+
+    Runs without either are scored on the first of the files on which all were evaluated.
+    """
+    return lasts(groups)[0]
+
+
+def lasts(groups: Sequence[RunGroup]) -> list[Scores]:
+    """Scores after the last update on test, or else on validation, and on every file that all runs share."""
+    each = [{row["split"] for row in run.evaluations if row["update"] == g.last} for g in groups for run in g.runs]
+    shared = set.intersection(*each)
+    held_out = [split for split in ("test", "validation") if split in shared][:1]
+    files = sorted(shared - {"test", "validation"})
+    if not held_out and not files:
+        raise RunError(
+            "no problems were evaluated after the last update of every run; run `atesd evaluate RUN` for each, with "
+            "--data FILE.jsonl where runs hold out none"
+        )
+    return [_last(groups, split) for split in (*held_out, *files)]
+
+
+def _last(groups: Sequence[RunGroup], split: str) -> Scores:
+    tables = shares_at(groups, split, {group.name: group.last for group in groups})
+    samples = _samples(groups, split, {group.name: [group.last] for group in groups})
+    return Scores(LAST, f"last ({split})", split, True, tables, samples)
 
 
 def common_updates(groups: Sequence[RunGroup]) -> list[int]:

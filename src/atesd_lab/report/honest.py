@@ -15,7 +15,7 @@ import numpy as np
 from atesd.errors import RunError
 from atesd.table import Table
 from atesd.text import MISSING, percent
-from atesd_lab.report.groups import RunGroup, Scores, fixed_last, notes_on, selections
+from atesd_lab.report.groups import LAST, RunGroup, Scores, fixed_last, notes_on, selections
 from atesd_lab.stats.contrast import Contrast, Verdict, contrast_of
 from atesd_lab.stats.differences import Needed, needed, paired_difference, sampling_noise, unpaired_difference
 
@@ -286,9 +286,10 @@ def _notes(groups: Sequence[RunGroup], found: Sequence[Scores]) -> list[str]:
         notes.append(
             f"{len(groups) - 1} arms against one, each interval at 95 %: if none differs, one in twenty seems to."
         )
-    if len(found) == 1:
+    selected = [scores for scores in found if scores.rule != LAST]
+    if not selected:
         notes.append("No checkpoint to select: the runs share fewer than two validations after the start.")
-    elif not any(scores.split == "test" for scores in found[1:]):
+    elif not any(scores.split == "test" for scores in selected):
         notes.append("Test was evaluated at the ends only: what is selected is scored on validation, in halves.")
     if any(len(set(scores.samples.values())) > 1 for scores in found):
         notes.append("The groups have different numbers of samples per problem: means compare, the noise differs.")

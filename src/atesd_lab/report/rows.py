@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from atesd.config import Config
 from atesd.errors import RunError
-from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, SampleRow
+from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, SampleRow, late_mean
 from atesd.runs import RunFolder
 from atesd.text import finite
 
@@ -70,12 +70,6 @@ class RunRows:
     def seedless(self) -> Config:
         """Its config with seed 0: equal for runs that differ in the seed alone."""
         return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": 0})})
-
-
-def late_mean(ratios: Sequence[float]) -> float:
-    """The mean over the last quarter of some reveal ratios, of at least one."""
-    late = ratios[-max(1, len(ratios) // 4) :]
-    return sum(late) / len(late)
 
 
 def average(row: EvaluationRow) -> float:

@@ -11,13 +11,12 @@ from typing import Any
 from filelock import FileLock
 
 from atesd.errors import RunError
-from atesd.rows import EvaluationRow, revealed
+from atesd.rows import EvaluationRow, late_mean, revealed
 from atesd.runs import RunFolder, write_atomic
 from atesd.table import Table, render_text
 from atesd.text import MISSING, percent
 from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import results_table
-from atesd_lab.report.rows import late_mean
 from atesd_lab.sweep.plan import Cell, stages
 
 NOTES = (

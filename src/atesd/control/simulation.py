@@ -1,0 +1,75 @@
+"""The learned exposure driven without a model: by a made-up student, or by measurements of a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atesd.control.credit import CreditConfig
+from atesd.control.interface import Measurement
+from atesd.control.learned import LearnedExposure, PolicyConfig
+from atesd.records import FinishedDecision, UpdateStats
+from atesd.rows import late_mean
+
+NOT_MEASURED: dict[Measurement, Any] = {
+    "probe_nll": None,
+    "probe_success": None,
+    "probe_gain": None,
+    "probe_kl": None,
+    "grounding": None,
+    "train_success": (),
+}
+
+
+Stats = Callable[[int, float], UpdateStats]
+"""What an update shows at a reveal ratio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """How a controller behaved.
+
+    `means` holds the mean of the Beta of each decision, `end_mean` its mean over the last quarter of the decisions.
+    `learned_from` are the decisions that were rewarded in time and consumed.
+    """
+
+    end_mean: float
+    policy_updates: int
+    means: tuple[float, ...]
+    learned_from: tuple[FinishedDecision, ...] = ()
+
+
+def drive(
+    credit: CreditConfig,
+    policy: PolicyConfig,
+    decisions: int,
+    seed: int,
+    stats: Stats,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Driven:
+    """The training loop without a model. As in a real run, an exposure sees no measurement that it did not ask for.
+
+    `bounds`: the lowest and the highest ratio that may act.
+    """
+    num_updates = decisions * credit.hold_updates
+    exposure = LearnedExposure(
+        num_updates=num_updates,
+        credit=credit,
+        policy=policy,
+        seed=seed,
+        ratio_min=bounds[0],
+        ratio_max=bounds[1],
+    )
+    learned_from: list[FinishedDecision] = []
+    for update in range(num_updates):
+        wanted = exposure.measurements(update)
+        unasked: dict[str, Any] = {name: empty for name, empty in NOT_MEASURED.items() if name not in wanted}
+        learned_from += exposure.observe(update, replace(stats(update, exposure.reveal_ratio(update)), **unasked))
+    means = tuple(_mean_ratio(finished) for finished in (*learned_from, *exposure.pending()))
+    return Driven(late_mean(means), exposure.policy_updates, means, tuple(learned_from))
+
+
+def _mean_ratio(finished: FinishedDecision) -> float:
+    concentration1, concentration0 = finished.decision.concentrations
+    return concentration1 / (concentration1 + concentration0)
