@@ -5,7 +5,7 @@ LOCK := requirements/lock.txt
 # For builds too: a new pip reads their constraints from the second variable, an old one from the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo test check format test-slow test-real test-peer test-bridges test-demo test-fuzz test-window lock bench clean
+.PHONY: demo test check format test-slow test-real test-peer test-bridges test-demo test-trackers test-fuzz test-window lock bench clean
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,17 @@ test-bridges: $(BRIDGES)/installed  ## the bridges against the released wheels o
 test-demo: $(VENV)/installed  ## the demo's tables are those of the README; about two minutes
 	$(BIN)/pytest -n 0 -m demo
 
+# An environment of its own: trackio 0.43 wants an older pillow than the lock has.
+TRACKERS := .venv-trackers
+$(TRACKERS)/installed: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(TRACKERS)
+	grep -v '^pillow==' $(LOCK) > $(TRACKERS)/lock.txt
+	PIP_CONSTRAINT=$(TRACKERS)/lock.txt $(TRACKERS)/bin/pip install --quiet --editable ".[dev,tensorboard,wandb,trackio]"
+	touch $@
+
+test-trackers: $(TRACKERS)/installed  ## the real tensorboard, wandb and trackio, offline, and what they have kept
+	$(TRACKERS)/bin/pytest -n 0 -m trackers
+
 test-window:  ## the suite with the oldest and the newest packages allowed; writes docs/compatibility.md; 20 minutes
 	$(PYTHON) requirements/window.py $(END)
 
@@ -76,4 +87,4 @@ bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes;
 	$(BIN)/python -m benchmarks table
 
 clean:
-	rm -rf $(VENV) .venv-bridges .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-bridges $(TRACKERS) .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache

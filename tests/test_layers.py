@@ -27,7 +27,7 @@ ROWS = {
         {"aligned", "evaluate"},
         {"build"},
         {"session", "bridges"},
-        {"export"},
+        {"export", "trackers"},
         {"cli"},
     ],
     "atesd_lab": [

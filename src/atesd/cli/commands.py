@@ -70,13 +70,18 @@ def train(
         list[str] | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Who else watches: f(run folder) gives a listener. Repeatable."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRACKER", help="trackio, wandb or tensorboard; all offline by default. Repeatable."),
+    ] = None,
 ) -> None:
     """Train, with live progress. Ctrl-C saves a checkpoint; the same command resumes. torchrun: one process a card."""
-    from atesd.cli.watching import NamedListeners
+    from atesd.cli.watching import NamedListeners, trackers
     from atesd.config import load_config
 
     config = load_config(recipe, settings or [])
     named = NamedListeners(listener or [])
+    tracked = trackers(track or [])
     if dry_run:
         _show_plan(config)
         return
@@ -91,7 +96,7 @@ def train(
     ):
         from atesd import session
 
-        listeners = [display, *named.made(folder)] if display is not None else []
+        listeners = [display, *named.made(folder), *tracked] if display is not None else []
         outcome = session.train(config, folder, resume=resume.value, listeners=listeners, command=sys.argv)
     if ranks.first:
         for line in closing_lines(outcome.run, config, outcome.status):

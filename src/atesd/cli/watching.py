@@ -1,4 +1,4 @@
-"""The listeners that a user names on the command line."""
+"""The listeners and trackers that a user names on the command line."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ class NamedListeners:
             require_offers(listener, Listener, f"{OPTION}: {name}", fix)
             found.append(listener)
         return found
+
+
+def trackers(names: Sequence[str]) -> list[Listener]:
+    """A listener for each word of `--track`, its package imported. Raises `ConfigError` for what cannot be had."""
+    from atesd.trackers.interface import tracker_named
+    from atesd.trackers.listener import Tracked, report_page
+
+    return [Tracked(tracker_named(name), report_page) for name in dict.fromkeys(names)]
