@@ -26,7 +26,7 @@ TABLE = ROOT / "docs" / "compatibility.md"
 ENDS = ("lowest", "newest")
 USED = ("lora", "smollm2", "gsm", "datasets", "trl")
 """Extras whose lower bounds are tested; the tools of `dev` are the newest at both ends."""
-SELECTED = ("-m", "not slow and not real_model and not demo and not fuzz")
+SELECTED = ("-m", "not slow and not real_model and not demo and not fuzz and not trackers and not bridges")
 # It compares the page with pyproject.toml, and the page is what a run is about to write.
 _ABOUT_THE_PAGE = "tests/test_requirements.py::test_the_page_tells_of_the_window_that_pyproject_states"
 
