@@ -3,9 +3,12 @@
 import contextlib
 import io
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +16,19 @@ import pytest
 from rich.console import Console
 
 from atesd import cli
+from atesd.cli import scores
 from atesd.cli.commands import run_name
 from atesd.cli.display import LiveBar, PlainLines, Progress, closing_lines, evaluation_line, fitting
+from atesd.cli.options import BAD_INPUT, CODES, EXIT_CODES, FAILED, INTERRUPTED, code_of
 from atesd.cli.plan import segment_line
 from atesd.cli.settings import annotated_yaml
 from atesd.config import Config, CreditConfig, PolicyConfig, config_from_mapping, load_config, parse_yaml, recipe_names
 from atesd.control.budget import affordable, decisions
 from atesd.control.learned import LearnedExposure
+from atesd.errors import CheckpointError, ConfigError, DataError, ModelError, RunError, TrainingError
 from atesd.records import UpdateStats
 from atesd.runs import RunFolder
+from atesd_lab.sweep import jobs
 from fake_run import begin_run, fake_config, metric_row, write_fake_run
 from quick import SMALL_LEARNED as SMALL
 
@@ -115,7 +122,32 @@ def test_help_names_every_verb_and_every_exit_code(atesd: Shell):
         "world",
     )
     assert [verb for verb in verbs if f"\n  {verb} " not in atesd.out] == []
-    assert "3 stopped on request" in " ".join(atesd.out.split())
+    assert EXIT_CODES in " ".join(atesd.out.split())
+
+
+def test_the_version_is_that_of_the_package(atesd: Shell):
+    assert atesd("--version") == 0
+    assert atesd.out == f"atesd {version('atesd')}\n"
+
+
+def test_each_exit_code_has_one_meaning_which_the_docs_have_too():
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text("utf-8")
+    told = dict(
+        re.findall(r"^\| (\d+) \| (.*) \|$", page.partition("## Exit codes")[2].partition("\n## ")[0], re.MULTILINE)
+    )
+    assert {int(code): meaning for code, meaning in told.items()} == CODES
+    assert INTERRUPTED == jobs.INTERRUPTED
+    kinds = {kind: code_of(kind("")) for kind in (ConfigError, DataError, ModelError, RunError, CheckpointError)}
+    assert [kinds[kind] for kind in kinds] == [BAD_INPUT, BAD_INPUT, BAD_INPUT, FAILED, FAILED]
+    assert code_of(TrainingError("")) == code_of(OSError()) == FAILED
+
+
+def test_an_interrupt_at_once_is_told_from_a_failure(atesd: Shell, trained: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scores, "evaluate_target", interrupted)
+    assert atesd("evaluate", str(trained.path)) == INTERRUPTED
 
 
 @pytest.mark.parametrize(
@@ -275,11 +307,25 @@ def test_a_line_holds_loss_ratio_reward_accuracy_and_time_left(trained: RunFolde
     assert "left 0.0 s" in last
 
 
-def test_training_a_finished_run_again_changes_nothing_but_the_record_of_it(atesd: Shell, trained: RunFolder):
-    before = [trained.rows(kind) for kind in ("metrics", "decisions", "evaluations", "samples")]
+def test_training_a_finished_run_again_writes_nothing_at_all(atesd: Shell, trained: RunFolder):
+    def files() -> dict[Path, bytes]:
+        kept = (path for path in trained.path.rglob("*") if path.is_file() and path.name[0] != ".")
+        return {path: path.read_bytes() for path in kept}
+
+    before = files()
     assert atesd("train", "micro", *SETTINGS, "--out", str(trained.path)) == 0
-    assert "resumed after update 8 of 8" in atesd.out
-    assert [trained.rows(kind) for kind in ("metrics", "decisions", "evaluations", "samples")] == before
+    assert "is finished: nothing is left to train" in atesd.out
+    assert "finished: 8 of 8 updates" in atesd.out
+    assert files() == before
+    assert len(trained.manifest["sessions"]) == 1
+
+
+def test_a_finished_run_that_has_lost_its_model_is_given_it_again(atesd: Shell, trained: RunFolder, tmp_path: Path):
+    copy = RunFolder.open(shutil.copytree(trained.path, tmp_path / "copy"))
+    shutil.rmtree(copy.final)
+    assert atesd("train", "micro", *SETTINGS, "--out", str(copy.path)) == 0
+    assert copy.final.is_dir()
+    assert len(copy.manifest["sessions"]) == 2
 
 
 def test_a_run_is_not_overwritten_where_resuming_is_not_wanted(atesd: Shell, trained: RunFolder):
@@ -343,7 +389,7 @@ def test_a_run_on_other_problems_is_not_written_into_it(atesd: Shell, trained: R
 
 def test_a_model_is_evaluated_on_the_problems_of_a_recipe(atesd: Shell):
     assert atesd("evaluate", "world:a", "--data", "micro", "--samples", "1", *SETTINGS) == 0
-    assert "world:a on test, after 0 updates" in atesd.out
+    assert "world:a on test\n" in atesd.out  # of a model nobody knows after how many updates
     assert "difficulty 2" in atesd.out
     assert "nothing was written" in atesd.out
 

@@ -88,7 +88,7 @@ def test_a_folder_whose_logits_differ_is_not_written(
         save(loaded, folder)
 
     monkeypatch.setattr(export, "save_model", damaged)
-    with pytest.raises(ModelError, match=r"was not written: .* allowed in float32 are 0.0001"):
+    with pytest.raises(RunError, match=r"was not written: .* allowed in float32 are 0.0001"):
         export_run(runs["whole"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -61,8 +61,8 @@ def export_run(run: RunFolder, out: Path, *, merged: bool = False, dtype: str | 
     """Write the trained model of a finished run to `out`, which appears only once its logits are those of the run's.
 
     `merged`: the adapter added into the weights of its base, in float32, then rounded to `dtype`. Raises `RunError` for
-    a run that is not finished and for a folder with something in it, `ConfigError` for what cannot be asked of this
-    run, `ModelError` where the logits differ.
+    a run that is not finished, a folder with something in it and logits that differ, `ConfigError` for what cannot be
+    asked of this run, `ModelError` for a merge that rounding would swallow.
     """
     trained = config_of_trained(run).model
     if run.manifest["status"] != "finished":
@@ -196,7 +196,7 @@ def _merged(loaded: LoadedModel, trained: ModelConfig, dtype: str) -> tuple[Load
 
 def _require_equal(out: Path, difference: float, dtype: str) -> None:
     if not difference <= TOLERANCES[dtype]:
-        raise ModelError(
+        raise RunError(
             f"{out} was not written: loaded back, its logits differ from the trained model's by {difference:.2g} of "
             f"the largest, allowed in {dtype} are {TOLERANCES[dtype]:g}; please report it with the run's manifest.json"
         )

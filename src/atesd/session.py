@@ -26,6 +26,7 @@ from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
 from atesd.runs import EndStatus, RunFolder, new_manifest
+from atesd.train.checkpoint import load_newest
 from atesd.train.components import Components
 from atesd.train.listeners import Listener, Listeners, RunInfo
 from atesd.train.loop import Trainer
@@ -143,6 +144,9 @@ def _train_watched(trainer: Trainer, known: bool, command: Sequence[str], listen
 
 def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listener: Listeners) -> Outcome:
     run, config, ranks = trainer.run, trainer.components.config, trainer.components.loaded.ranks
+    if known and ranks.broadcast(partial(_nothing_is_left, run, config)):
+        listener.message(f"{run.path} is finished: nothing is left to train, and nothing was written")
+        return Outcome(run, "finished")
     updates_done = trainer.resume()
     if known:
         begin = partial(
@@ -167,6 +171,24 @@ def _train_locked(trainer: Trainer, known: bool, command: Sequence[str], listene
         raise
     ranks.broadcast(partial(run.end_session, status))
     return Outcome(run, status)
+
+
+def _nothing_is_left(run: RunFolder, config: Config) -> bool:
+    """Whether a session would change nothing: finished and whole, with its model, under these very settings.
+
+    A run of which anything is damaged or gone is left to the resume, which says so or mends it.
+    """
+    if run.manifest["status"] != "finished" or not run.final.is_dir() or dump_config(run.config) != dump_config(config):
+        return False
+    with suppress(RunError):
+        run.require_rows()  # which lets rows be added, as `atesd evaluate` does
+        scores, recorded, written = run.rows("evaluations"), run.manifest.get("rows"), run.rows_written()
+        if not recorded or any(written[kind] != recorded[kind] for kind in ("metrics", "decisions", "samples")):
+            return False
+        newest = load_newest(run.checkpoints, run.run_id)
+        twice = any(row in scores[:place] for place, row in enumerate(scores))
+        return newest is not None and newest.updates_done == config.train.num_updates and not (newest.skipped or twice)
+    return False
 
 
 def _notes(components: Components) -> Iterator[str]:

@@ -7,7 +7,8 @@ import sys
 from importlib.metadata import entry_points
 
 from atesd.cli.commands import app
-from atesd.errors import AtesdError, ConfigError, DataError, ModelError
+from atesd.cli.options import code_of
+from atesd.errors import AtesdError
 
 VERBS = "atesd.commands"
 """The group of entry points whose functions add verbs: each is called with the `typer.Typer` of the command line."""
@@ -22,13 +23,13 @@ def main() -> None:
         from atesd.text import visible  # not before: it is needed by no other way out
 
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1) from None
+        raise SystemExit(code_of(error)) from None
     except OSError as error:  # a disk that refused what no verb foresaw
         from atesd.refusals import reason
         from atesd.text import visible
 
         print(f"error: {visible(str(error.filename or 'a file'))}: {reason(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(code_of(error)) from None
 
 
 def add_verbs() -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="atesd",
-    help="Adaptive teacher exposure for on-policy self-distillation (arXiv 2605.11458).",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -30,6 +29,23 @@ models = typer.Typer(help="Models that are fetched once and kept in the user's c
 world = typer.Typer(help="The models of the embedded world.", rich_markup_mode=None)
 app.add_typer(models, name="models", no_args_is_help=True)
 app.add_typer(world, name="world", no_args_is_help=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from atesd import __version__
+
+        say(f"atesd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _atesd(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    """Adaptive teacher exposure for on-policy self-distillation (arXiv 2605.11458)."""
 
 
 class Resume(StrEnum):
@@ -162,7 +178,7 @@ def evaluate(
     overrides = [*(settings or []), *([f"evaluation.samples={samples}"] if samples else [])]
     scored = evaluate_target(target, data, split.value, overrides)
     if scored is not None:
-        say(score_table(scored.name, scored.row))
+        say(score_table(scored))
         say(scored.where)
 
 

@@ -8,14 +8,25 @@ from typing import Annotated
 
 import typer
 
+from atesd.errors import ConfigError, DataError, ModelError
 from atesd.text import visible
 
-STOPPED = 3
-"""The exit code of a run that was stopped on request."""
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed; 2 bad input (a setting, a row, a model, a wrong option); 3 stopped on request by "
-    "Ctrl-C or SIGTERM, with a checkpoint saved: the same command resumes; 130 interrupted at once."
-)
+FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 1, 2, 3, 130
+CODES = {
+    0: "done",
+    FAILED: "failed, or a run folder is not in the state that the command needs",
+    BAD_INPUT: "bad input (a setting, a row, a model, a wrong option)",
+    STOPPED: "stopped on request by Ctrl-C or SIGTERM, with a checkpoint saved: the same command resumes",
+    INTERRUPTED: "interrupted at once",
+}
+"""What each exit code means; no verb has another. A process that a signal ended has the system's code."""
+EXIT_CODES = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in CODES.items()) + "."
+
+
+def code_of(error: Exception) -> int:
+    """The exit code of an error that ends a command."""
+    return BAD_INPUT if isinstance(error, ConfigError | DataError | ModelError) else FAILED
+
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE_OR_YAML", help="A packaged recipe (atesd recipes) or a file.")]
 Settings = Annotated[

@@ -24,9 +24,10 @@ RECIPE_FILES = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An evaluation: of what, its row, and where the row went."""
+    """An evaluation: of what (a run, whose updates are known, or a model), its row, and where the row went."""
 
     name: str
+    is_run: bool
     row: EvaluationRow
     where: str
 
@@ -58,16 +59,17 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     if not ranks.first:
         return None
     if run is None:
-        return Scored(target, row, "nothing was written: not a run folder")
+        return Scored(target, run is not None, row, "nothing was written: not a run folder")
     if benchmark is not None:
         row = _of_benchmark(row, str(data), config)
     elif components.problems.fingerprint != run.manifest["data_fingerprint"]:
-        return Scored(target, row, f"nothing was written: these are not the problems of {run.path}")
-    return Scored(target, row, _keep(run, row))
+        return Scored(target, run is not None, row, f"nothing was written: these are not the problems of {run.path}")
+    return Scored(target, run is not None, row, _keep(run, row))
 
 
-def score_table(name: str, row: EvaluationRow) -> str:
+def score_table(scored: Scored) -> str:
     """Average@k and pass@k over all problems, Average@k per difficulty, and how the completions ended."""
+    row = scored.row
     k, levels = row["samples"], row["by_difficulty"]
     rows = [("all", str(row["problems"]), percent_interval(row["average"]), percent_interval(row["pass_at_k"]))]
     if len(levels) > 1:
@@ -83,7 +85,8 @@ def score_table(name: str, row: EvaluationRow) -> str:
         f"Sampler: {sampler}. Brackets: 95 % bootstrap interval over problems.",
     )
     columns = ("problems of", "number", f"Average@{k}, %", f"pass@{k}, %")
-    return render_text(Table(f"{name} on {row['split']}, after {row['update']} updates", columns, tuple(rows), notes))
+    after = f", after {row['update']} updates" if scored.is_run else ""
+    return render_text(Table(f"{scored.name} on {row['split']}{after}", columns, tuple(rows), notes))
 
 
 def _config(target: str, run: RunFolder | None, data: str | None) -> Config:

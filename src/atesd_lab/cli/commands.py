@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atesd.cli.options import EXIT_CODES, STOPPED, Recipe, Settings, run_name, say, show_names
+from atesd.cli.options import EXIT_CODES, FAILED, STOPPED, Recipe, Settings, run_name, say, show_names
 from atesd_lab.cli.sides import Sides
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def sweep(
         text, unfinished = run_cells(cells, jobs, folder)
     say(text)
     if unfinished:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @laboratory.command(epilog=EXIT_CODES)
@@ -209,7 +209,7 @@ def reproduce(
         text, whole = run_experiments(grid, names, cells, jobs, out)
     say(text)
     if not whole:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @laboratory.command("bad-teacher")
