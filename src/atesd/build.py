@@ -115,7 +115,7 @@ def build(
         method=_method(config, scorer, teacher, aligned),
         plan=BatchPlan(config.loss.reduction, config.train.micro_batch_size, config.train.micro_batch_tokens),
         optimiser=optimiser,
-        evaluation=_evaluation(config, problems, engine, encoder, renderer, checker),
+        evaluation=_evaluation(config, problems, engine, encoder, renderer, checker, ranks.size),
     )
 
 
@@ -235,6 +235,7 @@ def _evaluation(
     encoder: PromptEncoder,
     renderer: Renderer,
     checker: Checker | None,
+    ranks: int,
 ) -> SplitEvaluation:
     return SplitEvaluation(
         problems,
@@ -245,4 +246,5 @@ def _evaluation(
         params=evaluation_params(config),
         samples=config.evaluation.samples,
         seed=config.train.seed,
+        together=ranks * config.sampling.batch_size,
     )

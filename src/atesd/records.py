@@ -142,3 +142,16 @@ class FinishedDecision:
     grounding: float
     reward: float
     advantage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One completion with its verdict; `tokens` is its length, with the end token."""
+
+    problem_id: str
+    difficulty: int
+    sample: int
+    verdict: Verdict
+    tokens: int
+    truncated: bool
+    looping: bool

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atesd.build import build, close
-from atesd.config import Config, load_config, with_groups, with_overrides
+from atesd.cli.unfinished import unfinished
+from atesd.config import Config, dump_config, load_config, with_groups, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
 from atesd.models.ranks import process_group
@@ -17,6 +18,7 @@ from atesd.runs import RunFolder
 from atesd.session import config_of_trained
 from atesd.table import Table, render_text
 from atesd.text import number, percent, percent_interval
+from atesd.train.components import Components
 
 FILES = (".jsonl", ".parquet")
 RECIPE_FILES = (".yaml", ".yml")
@@ -52,16 +54,25 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     update = run.config.train.num_updates if run else 0
     with process_group(config.model.device) as ranks:
         components = build(config, benchmark, ranks=ranks)
+        wanted: Split = "test" if benchmark else split
+        key = [dump_config(config), components.problems.fingerprint, wanted, str(update), str(ranks.size)]
         try:
-            row = components.evaluation.evaluate("test" if benchmark else split, update)
+            with unfinished(run.path if run else None, key, ranks) as grades:
+                row = components.evaluation.evaluate(wanted, update, grades)
+                scored = _scored(target, data, run, row, components) if ranks.first else None
+                grades.forget()
         finally:
             close(components)
-    if not ranks.first:
-        return None
+    return scored
+
+
+def _scored(target: str, data: str | None, run: RunFolder | None, row: EvaluationRow, components: Components) -> Scored:
+    """Keep the row in its run, if it has one and belongs there."""
+    config = components.config
     if run is None:
         return Scored(target, run is not None, row, "nothing was written: not a run folder")
-    if benchmark is not None:
-        row = _of_benchmark(row, str(data), config)
+    if data is not None and is_benchmark(data):
+        row = _of_benchmark(row, data, config)
     elif components.problems.fingerprint != run.manifest["data_fingerprint"]:
         return Scored(target, run is not None, row, f"nothing was written: these are not the problems of {run.path}")
     return Scored(target, run is not None, row, _keep(run, row))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import final, get_args
 
@@ -15,21 +15,9 @@ from atesd.engine.interface import Engine, Request, SamplingParams
 from atesd.errors import ConfigError, DataError
 from atesd.maths.statistics import average_at_k, bootstrap_interval, is_looping, pass_at_k
 from atesd.models.prompts import PromptEncoder
-from atesd.records import Problem, Rollout, Split, Verdict
+from atesd.records import Graded, Problem, Rollout, Split, Verdict
 from atesd.rows import Estimate, EvaluationRow
-
-
-@dataclass(frozen=True, slots=True)
-class Graded:
-    """One completion with its verdict; `tokens` is its length, with the end token."""
-
-    problem_id: str
-    difficulty: int
-    sample: int
-    verdict: Verdict
-    tokens: int
-    truncated: bool
-    looping: bool
+from atesd.train.components import Grades
 
 
 def evaluate_problems(
@@ -44,8 +32,13 @@ def evaluate_problems(
     seed: int,
     split: Split,
     update: int,
+    grades: Grades | None = None,
+    together: int = 1,
 ) -> EvaluationRow:
     """Answer every problem `samples` times without a reference and grade it: a row of evaluations.jsonl.
+
+    With `grades` what is known is not done again, and the rest is kept as it comes, some batches of `together` requests
+    at a time, so cut that each batch holds what it holds without.
 
     The draws are keyed by (seed, split, problem, sample) and not by `update`: every evaluation of a run, and of every
     run with this seed, meets the same noise, so that differences between them are paired. `update` counts the updates
@@ -62,8 +55,41 @@ def evaluate_problems(
         for problem, prompt in zip(problems, student_prompts(problems, encoder, renderer), strict=True)
         for number in range(samples)
     ]
-    graded = grade(engine.complete(requests, params), problems, encoder, checker)
+    if grades is None:
+        graded = grade(engine.complete(requests, params), problems, encoder, checker)
+    else:
+        graded = _graded_in_parts(engine, requests, problems, encoder, checker, params, samples, grades, together)
     return summarise(graded, split=split, update=update, sampler=params_record(params), seed=seed)
+
+
+def _graded_in_parts(
+    engine: Engine,
+    requests: Sequence[Request],
+    problems: Sequence[Problem],
+    encoder: PromptEncoder,
+    checker: Checker,
+    params: SamplingParams,
+    samples: int,
+    grades: Grades,
+    together: int,
+) -> list[Graded]:
+    """The grades of all requests, in order. Parts are whole problems, by length, and the same whatever is known."""
+    known = grades.known()
+    done = len(known)
+    ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
+    size = math.lcm(samples, together)
+    for part in (ordered[start : start + size] for start in range(0, len(ordered), size)):
+        if all(request.problem_id in known for request in part):
+            continue
+        new = {request.problem_id for request in part} - known.keys()
+        graded = [
+            one for one in grade(engine.complete(part, params), problems, encoder, checker) if one.problem_id in new
+        ]
+        for one in graded:
+            known.setdefault(one.problem_id, []).append(one)
+        done += len(new)
+        grades.keep(graded, done, len(problems))
+    return [one for problem in problems for one in sorted(known[problem.id], key=lambda one: one.sample)]
 
 
 @final
@@ -81,11 +107,14 @@ class SplitEvaluation:
         params: SamplingParams,
         samples: int,
         seed: int,
+        together: int = 1,
     ) -> None:
+        """`together`: requests that all ranks of the engine complete in one batch."""
+        self._together = together
         self._problems, self._engine, self._encoder, self._renderer = problems, engine, encoder, renderer
         self._checker, self._params, self._samples, self._seed = checker, params, samples, seed
 
-    def evaluate(self, split: Split, update: int) -> EvaluationRow:
+    def evaluate(self, split: Split, update: int, grades: Grades | None = None) -> EvaluationRow:
         """The row of evaluations.jsonl of a split, after `update` updates; `ConfigError` without a checker."""
         if self._checker is None:
             raise ConfigError("data.checker: none leaves nothing to evaluate by; set data.checker: math")
@@ -100,6 +129,8 @@ class SplitEvaluation:
             seed=self._seed,
             split=split,
             update=update,
+            grades=grades,
+            together=self._together,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.models.weights import Weights
-from atesd.records import Split
+from atesd.records import Graded, Split
 from atesd.rows import EvaluationRow
 from atesd.train.foresight import Foresight
 from atesd.train.optimiser import Optimiser
@@ -42,11 +42,23 @@ class Probes(Protocol):
         ...
 
 
+class Grades(Protocol):
+    """The grades of an evaluation that may be interrupted: what is known of it, and what is to be kept of it."""
+
+    def known(self) -> dict[str, list[Graded]]:
+        """The grades of every problem that is done, by its id; the same on all ranks."""
+        ...
+
+    def keep(self, graded: Sequence[Graded], done: int, total: int) -> None:
+        """Grades of further problems, all of their samples; `done` of `total` problems are now known."""
+        ...
+
+
 class Evaluation(Protocol):
     """Scores the student on problems that it is not trained on."""
 
-    def evaluate(self, split: Split, update: int) -> EvaluationRow:
-        """The row of evaluations.jsonl for a split, after `update` updates."""
+    def evaluate(self, split: Split, update: int, grades: Grades | None = None) -> EvaluationRow:
+        """The row of evaluations.jsonl for a split, after `update` updates; with `grades` it may be interrupted."""
         ...
 
 
