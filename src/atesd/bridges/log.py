@@ -12,16 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import Any, cast, final
 
 from atesd.bridges.core import Feedback, Handle, Told
 from atesd.errors import CheckpointError
-from atesd.records import Split, UpdateStats
+from atesd.records import Graded, Split, UpdateStats
 from atesd.rows import MetricsRow, skipped_row
 from atesd.runs import EndStatus, RunFolder, new_manifest
-
-if TYPE_CHECKING:
-    from atesd.evaluate.benchmark import Graded
 
 _STATE = "atesd"
 _say = logging.getLogger("atesd").warning  # to stderr, unless the trainer has set up something else
