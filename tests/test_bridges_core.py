@@ -22,6 +22,7 @@ from atesd.evaluate.benchmark import Graded
 from atesd.runs import RunFolder
 from atesd_lab.cli.comparison import print_comparison
 from atesd_lab.report.page import write_report
+from fake_run import write_fake_run
 
 UPDATES = 24
 FACTS = {"model": {"path": "some-model"}, "train": {"num_updates": UPDATES}}
@@ -32,7 +33,7 @@ PROBLEM = problem_of("2 + 3 + 4?", REFERENCE)
 
 def config(kind: str = "bandit", **groups: Any) -> Config:
     settings = {"exposure": {"kind": kind}, "data": {"checker": "exact"}, **groups}
-    if kind in ("learned", "bandit"):
+    if settings["exposure"]["kind"] in ("learned", "bandit"):
         settings = {"credit": CREDIT, **settings}
     measurable = frozenset({"train_kl", "train_success"})
     return bridge_config(settings, FACTS, trainer="some-trainer", measurable=measurable)
@@ -89,6 +90,15 @@ def test_settings_may_stand_in_a_file(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("exposure: {kind: fixed, reveal_ratio: 0.5}\n")
     read = bridge_config(str(tmp_path / "mine.yaml"), FACTS, trainer="some-trainer", measurable=frozenset())
     assert Handle(read).ratio(0) == 0.5
+
+
+def test_a_shuffled_replay_keeps_the_holds_of_the_recorded_run(tmp_path: Path):
+    write_fake_run(tmp_path / "recorded", updates=UPDATES)  # learned, held for 4 updates
+    exposure = {"kind": "replay", "replay_run": str(tmp_path / "recorded"), "replay_order": "shuffled"}
+    handle = Handle(config(exposure=exposure))
+    ratios = [handle.ratio(update) for update in range(UPDATES)]
+    assert all(len(set(ratios[start : start + 4])) == 1 for start in range(0, UPDATES, 4))
+    assert len(set(ratios)) == UPDATES // 4
 
 
 def test_a_whole_view_is_the_reference_byte_for_byte():

@@ -8,13 +8,13 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atesd.build import recorded_ratios
 from atesd.config import Config
 from atesd.control.factory import make_exposure
 from atesd.control.fixed import FixedExposure, ramp, random_ratios, replayed
 from atesd.control.learned import LearnedExposure
 from atesd.errors import ConfigError
 from atesd.records import UpdateStats
+from atesd.runs import recorded_ratios
 from fake_run import write_fake_run
 
 STATS = UpdateStats(0.5, 0.5, math.nan, 0.1, 0.1, 0.5)

@@ -20,7 +20,6 @@ from atesd.config import (
     DataConfig,
     RandomGateSettings,
     RankedGateSettings,
-    ReplaySettings,
 )
 from atesd.control.factory import make_exposure
 from atesd.data.answers import Checker, make_checker
@@ -39,8 +38,7 @@ from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
 from atesd.models.weights import ReplicatedWeights, Weights
 from atesd.records import Verdict
-from atesd.rows import revealed
-from atesd.runs import RunFolder
+from atesd.runs import recorded_ratios
 from atesd.train.components import Components
 from atesd.train.fitting import problems_that_fit
 from atesd.train.foresight import Foresight, NoForesight
@@ -151,15 +149,6 @@ def evaluation_params(config: Config) -> SamplingParams:
     """How completions are drawn in evaluation."""
     e = config.evaluation
     return SamplingParams(e.temperature, e.top_p, e.top_k, e.min_p, config.evaluation_tokens)
-
-
-def recorded_ratios(config: Config) -> tuple[list[float], int]:
-    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind."""
-    if not isinstance(config.exposure, ReplaySettings):
-        return [], 1
-    recorded = RunFolder.open(config.exposure.replay_run)
-    hold_updates = recorded.config.credit.hold_updates if recorded.config.exposure.holds else 1
-    return revealed(recorded.whole_rows("metrics")), hold_updates
 
 
 @final

@@ -29,10 +29,10 @@ from typing import Any, BinaryIO, Literal, NoReturn, cast, get_args, overload
 
 from filelock import FileLock, Timeout
 
-from atesd.config import Config, acting_settings, dump_config, load_config
+from atesd.config import Config, ReplaySettings, acting_settings, dump_config, load_config
 from atesd.errors import RunError
 from atesd.refusals import reason, refusals_told
-from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow
+from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow, revealed
 from atesd.shapes import RowsWritten, require_manifest, require_row
 
 EndStatus = Literal["finished", "stopped", "failed"]
@@ -403,6 +403,15 @@ class RunFolder:
 
     def _rows_path(self, kind: RowKind) -> Path:
         return self.path / f"{kind}.jsonl"
+
+
+def recorded_ratios(config: Config) -> tuple[list[float], int]:
+    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind."""
+    if not isinstance(config.exposure, ReplaySettings):
+        return [], 1
+    recorded = RunFolder.open(config.exposure.replay_run)
+    hold_updates = recorded.config.credit.hold_updates if recorded.config.exposure.holds else 1
+    return revealed(recorded.whole_rows("metrics")), hold_updates
 
 
 def new_manifest(

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, cast, final
 
-from atesd.config import Config, ReplaySettings, config_from_mapping, dump_config, parse_yaml
+from atesd.config import Config, config_from_mapping, dump_config, parse_yaml
 from atesd.control.factory import make_exposure
 from atesd.control.interface import Measurement
 from atesd.control.settings import Granularity, group_of
 from atesd.data.views import TextRenderer, make_view
 from atesd.records import FinishedDecision, Problem, UpdateStats, View
-from atesd.rows import revealed
-from atesd.runs import RunFolder
+from atesd.runs import recorded_ratios
 
 _PROBES = ("probe_nll", "probe_success", "probe_gain", "probe_kl", "grounding")
 _MEANS = ("top1_disagreement", "student_confidence")
@@ -84,7 +83,7 @@ class Handle:
 
     def __init__(self, config: Config, *, max_delay: int = 0) -> None:
         self.config, self.lost = config, 0
-        self.exposure = make_exposure(config, config.train.num_updates, config.train.seed, _replayed(config))
+        self.exposure = make_exposure(config, config.train.num_updates, config.train.seed, *recorded_ratios(config))
         self._reference, self._max_delay, self._lock = _Reference(config), max_delay, threading.RLock()
         self._next = 0
         self._asked: dict[int, dict[str, float]] = {}
@@ -222,13 +221,3 @@ def _copied(config: str, max_delay: int, state: Mapping[str, Any]) -> Handle:
     handle = Handle(config_from_text(config), max_delay=max_delay)
     handle.load_state_dict(state)
     return handle
-
-
-def _replayed(config: Config) -> Sequence[float]:
-    """The ratio of every update of `exposure.replay_run`; empty under every other kind."""
-    settings = config.exposure
-    return (
-        revealed(RunFolder.open(settings.replay_run).whole_rows("metrics"))
-        if isinstance(settings, ReplaySettings)
-        else ()
-    )
