@@ -265,6 +265,19 @@ def test_a_server_that_never_answers_is_given_up_after_its_time():
     assert sum(path == "/v1/completions" for path, _ in server.requests) == 1  # it is not asked again
 
 
+@pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["temperature 1", "another temperature"])
+def test_stale_weights_are_caught_at_any_temperature(params):
+    loaded = tiny_model()
+    server = served(loaded)
+    server.faults.add("stale")
+    engine = engine_at(loaded, server, drift_limit=0.05, drift_alarm=0.05)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.2)
+    with pytest.raises(EngineError, match="nats per token away from the trainer's own"):
+        engine.complete(requests_of([4, 7, 5]), params)
+
+
 def test_an_interrupt_waits_for_no_server():
     loaded = tiny_model()
     server = served(loaded)

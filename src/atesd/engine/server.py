@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, final
 
-import torch
-
 from atesd.config import ServerSettings
 from atesd.engine.completions import body_of, rollout_of
 from atesd.engine.interface import Request, SamplingParams, Whole, rollout_from_json
@@ -25,7 +23,7 @@ from atesd.engine.wire import Wire, at_once
 from atesd.errors import EngineError
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import SINGLE_PROCESS, interleave
-from atesd.models.score import Pair, Scorer, completion_tokens, hidden_logprobs, micro_batches, pair_length
+from atesd.models.score import Pair, Scorer, logprobs_at
 from atesd.records import Rollout
 
 _AT_ONCE = 256  # requests on their way to one server, which batches them itself
@@ -163,12 +161,14 @@ class ServerEngine:
         count = len(self._wires)
         places = range(len(requests))
         rollouts = at_once(lambda i: self._completed(i % count, requests[i], params), places, _AT_ONCE * count)
-        scaled = params.temperature not in (0, 1)
-        measured, pairs = places[: _MEASURED * count], [(r.prompt_ids, r.completion_ids) for r in rollouts]
-        own = self._scores(pairs if scaled else pairs[: len(measured)], params.temperature if scaled else None)
-        gaps = self._gaps([rollouts[place] for place in measured], [raw for raw, _ in own])
-        if scaled:
-            rollouts = [replace(r, logprobs=tuple(at)) for r, (_, at) in zip(rollouts, own, strict=True)]
+        pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
+        measured = rollouts[: _MEASURED * count]  # with the log-probabilities of the servers
+        if params.temperature in (0, 1):
+            [raw] = self._scores(pairs[: len(measured)], 1.0)
+        else:
+            raw, scaled = self._scores(pairs, 1.0, params.temperature)
+            rollouts = [replace(r, logprobs=tuple(own)) for r, own in zip(rollouts, scaled, strict=True)]
+        gaps = self._gaps(measured, raw)
         return {"rollouts": [asdict(rollout) for rollout in rollouts], "gaps": gaps}
 
     def _gaps(self, rollouts: Sequence[Rollout], own: Sequence[Sequence[float]]) -> dict[str, _Gap]:
@@ -180,7 +180,7 @@ class ServerEngine:
         if not self._proven:
             model: Any = self._loaded.model
             with model.disable_adapter():
-                below = [raw for raw, _ in self._scores([(r.prompt_ids, r.completion_ids) for r in rollouts], None)]
+                [below] = self._scores([(r.prompt_ids, r.completion_ids) for r in rollouts], 1.0)
         gaps: dict[str, _Gap] = {wire.url: {"own": 0.0, "below": 0.0, "tokens": 0} for wire in self._wires}
         for place, rollout in enumerate(rollouts):
             gap = gaps[self._wires[place % len(self._wires)].url]
@@ -198,20 +198,10 @@ class ServerEngine:
         )
         return rollout_of(wire.post("/v1/completions", body, fix=fix), wire.url, request, params, self._loaded)
 
-    @torch.no_grad()
-    def _scores(self, pairs: Sequence[Pair], temperature: float | None) -> list[tuple[list[float], list[float]]]:
-        """The trainer's own log-probabilities of each pair's completion: as they are, and at `temperature` if given."""
-        found: dict[int, tuple[list[float], list[float]]] = {}
-        for places in micro_batches([pair_length(pair) for pair in pairs], *self._micro_batch):
-            batch = [pairs[place] for place in places]
-            hidden, head = self._scorer.hidden(batch), self._scorer.head()
-            tokens, lengths = completion_tokens(batch, self._scorer.device), [len(c) for _, c in batch]
-            raw = torch.split(hidden_logprobs(head, hidden, tokens), lengths)
-            tempered = raw
-            if temperature is not None:
-                tempered = torch.split(hidden_logprobs(head, hidden, tokens, temperature=temperature), lengths)
-            found.update((p, (r.tolist(), t.tolist())) for p, r, t in zip(places, raw, tempered, strict=True))
-        return [found[place] for place in range(len(pairs))]
+    def _scores(self, pairs: Sequence[Pair], *temperatures: float) -> list[list[list[float]]]:
+        """The trainer's own log-probabilities of each pair's completion, at each temperature."""
+        found = logprobs_at(temperatures, self._scorer, pairs, *self._micro_batch)
+        return [[row.tolist() for row in rows] for rows in found]
 
     def _farthest(self, shares: Sequence[dict[str, _Gap]]) -> float:
         """The drift of the server that is farthest away. Raises `EngineError` for one without the student's weights."""

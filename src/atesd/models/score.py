@@ -191,20 +191,35 @@ def completion_logprobs(
     by length, as `micro_batches` cuts them.
     """
 
-    @torch.no_grad()
     def score(some: Sequence[Pair]) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for indices in micro_batches([pair_length(pair) for pair in some], micro_batch_size, micro_batch_tokens):
-            batch = [some[i] for i in indices]
-            hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
-            own = hidden_logprobs(head, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens)
-            found.update(zip(indices, torch.split(own, [len(completion) for _, completion in batch]), strict=True))
-        return [found[i] for i in range(len(some))]
+        cut = micro_batch_size, micro_batch_tokens
+        return logprobs_at((temperature,), scorer, some, *cut, chunk_tokens=chunk_tokens)[0]
 
     if scorer.ranks.size == 1:
         return score(pairs)
     told = scorer.map_sharded(pairs, lambda mine: [row.tolist() for row in score(mine)])
     return [torch.tensor(row, device=scorer.device) for row in told]
+
+
+@torch.no_grad()
+def logprobs_at(
+    temperatures: Sequence[float],
+    scorer: Scorer,
+    pairs: Sequence[Pair],
+    micro_batch_size: int = 8,
+    micro_batch_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+) -> list[list[Tensor]]:
+    """`completion_logprobs` at each temperature in turn, from one pass over the pairs on this rank alone."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for indices in micro_batches([pair_length(pair) for pair in pairs], micro_batch_size, micro_batch_tokens):
+        batch = [pairs[i] for i in indices]
+        hidden, head, tokens = scorer.hidden(batch), scorer.head(), completion_tokens(batch, scorer.device)
+        for which, temperature in enumerate(temperatures):
+            own = hidden_logprobs(head, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens)
+            rows = torch.split(own, [len(completion) for _, completion in batch])
+            found.update({(which, i): row for i, row in zip(indices, rows, strict=True)})
+    return [[found[which, i] for i in range(len(pairs))] for which in range(len(temperatures))]
 
 
 def hidden_logprobs(
