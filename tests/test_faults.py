@@ -142,6 +142,7 @@ def test_a_disk_that_refuses_the_trained_model_is_told(run: RunFolder, monkeypat
     shutil.rmtree(run.checkpoints / "update-000004")
     with pytest.raises(RunError, match=r"model: cannot be written: .*(No space left|os error 28)"):
         train(CONFIG, run.path)
+    assert not list(run.path.glob(".*-part"))
 
 
 def forget_rows(checkpoint: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from atesd.config import Config, LoraConfig, ModelConfig, ServerSettings, dump_config
-from atesd.engine import publish
 from atesd.engine.builtin import BuiltinEngine
 from atesd.engine.completions import seed_of
 from atesd.engine.interface import Engine
@@ -405,13 +404,11 @@ def test_a_full_folder_is_named_and_keeps_nothing_of_what_did_not_fit(tmp_path, 
     engine.publish(0)
     kept = sorted(path.name for path in shared.glob("atesd-*/*"))
 
-    def full(_: LoadedModel, folder: Path) -> None:
-        part = folder.with_name(f".{folder.name}-part")
-        part.mkdir()
-        (part / "adapter_model.safetensors").write_bytes(b"half")
+    def full(folder: Path, **_: object) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(publish, "save_model", full)
+    monkeypatch.setattr(loaded.model, "save_pretrained", full)
     with pytest.raises(
         EngineError, match=r"shared/atesd-.*cannot be written: No space left on device; free some space"
     ):

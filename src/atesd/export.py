@@ -27,7 +27,7 @@ from atesd.maths.keyed import generator
 from atesd.models.load import DTYPES, LoadedModel, load_adapted, load_model, save_model
 from atesd.models.model_folder import ADAPTER, read_object
 from atesd.models.quiet import quiet
-from atesd.refusals import refusals_told, remove
+from atesd.refusals import refusals_told, replacing
 from atesd.runs import RunFolder
 from atesd.session import config_of_trained
 
@@ -148,18 +148,13 @@ def _base_of(run: RunFolder) -> str:
 
 @contextmanager
 def _written(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or is gone again."""
-    part = out.with_name(f".{out.name}-part")
+    """A folder beside `out` that takes its name at the end, unless something has come to lie there."""
     with refusals_told(out, "written"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove(part)
-        try:
+        with replacing(out) as part:
             yield part
             if out.exists():
                 out.rmdir()
-            part.rename(out)
-        finally:
-            remove(part)
 
 
 def _copy_adapter(run: RunFolder, part: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from atesd.errors import AtesdError, RunError
@@ -48,3 +48,20 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A name beside `folder` to write under, which takes its place at the end, or is gone again if that fails.
+
+    Only then is what had the name removed: nothing is written through a link, and nothing half-written bears the name.
+    """
+    part = folder.with_name(f".{folder.name}-part")
+    remove(part)
+    try:
+        yield part
+        remove(folder)
+        part.rename(folder)
+    finally:
+        with suppress(OSError):  # a disk that refuses this too has said why already
+            remove(part)

@@ -81,7 +81,6 @@ class Publisher:
         except BaseException:
             with suppress(OSError):
                 remove(folder)
-                remove(folder.with_name(f".{folder.name}-part"))  # a full disk keeps what was written last
             raise
         before, self._adapter = self._adapter, (name, folder)
         if before is not None:

@@ -55,7 +55,7 @@ from atesd.models.model_folder import (
 from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
-from atesd.refusals import remove
+from atesd.refusals import replacing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """The types of `model.dtype`."""
@@ -112,22 +112,19 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
     An adapter's folder names its base model; `load_model` reads both. Whatever had the folder's name is replaced once
     all is written: nothing is written through a link, and no half-written model bears the name.
     """
-    part = folder.with_name(f".{folder.name}-part")
-    remove(part)
-    part.mkdir(parents=True)
     # PEFT would ask the hub whether the base's vocabulary has changed; adapters here never touch the embedding's size.
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(loaded.model, "peft_config") else {}
-    try:
-        with quiet():
-            loaded.model.save_pretrained(part, **options)
-        loaded.tokenizer.save_pretrained(part)
-    except Exception as error:
-        # safetensors and tokenizers tell what a disk refuses in exceptions of their own, the latter in a bare one.
-        if isinstance(error, SafetensorError) or type(error) is Exception:
-            raise OSError(str(error)) from error
-        raise
-    remove(folder)
-    part.rename(folder)
+    with replacing(folder) as part:
+        part.mkdir(parents=True)
+        try:
+            with quiet():
+                loaded.model.save_pretrained(part, **options)
+            loaded.tokenizer.save_pretrained(part)
+        except Exception as error:
+            # safetensors and tokenizers tell what a disk refuses in exceptions of their own, the latter in a bare one.
+            if isinstance(error, SafetensorError) or type(error) is Exception:
+                raise OSError(str(error)) from error
+            raise
 
 
 @contextlib.contextmanager
