@@ -46,6 +46,14 @@ class Log:
         self._held.enter_context(run.lock())
         self._run = run
 
+    def start(self, args: Any, state: Any) -> None:
+        """`begin`, or `resume` from the checkpoint of a trainer of transformers, by its arguments and its state."""
+        if not state.global_step:
+            self.begin()
+            return
+        named = args.resume_from_checkpoint
+        self.resume(Path(named) if isinstance(named, str) else checkpoint_of(args, state), state.global_step)
+
     def resume(self, checkpoint: Path, updates_done: int, may_lose: int = 0) -> None:
         """Go on from what `save` wrote beside a checkpoint of the trainer; says what is not as it was.
 
@@ -130,6 +138,11 @@ class Log:
     def _append(self, kind: Any, row: Any) -> None:
         if self._run is not None:
             self._run.append(kind, row)
+
+
+def checkpoint_of(args: Any, state: Any) -> Path:
+    """Where a trainer of transformers keeps the checkpoint of its present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _saved(checkpoint: Path, updates_done: int) -> Path:

@@ -22,7 +22,7 @@ from swift.rl_core.data import OnPolicySample
 from transformers import TrainerCallback
 
 from atesd.bridges.core import Feedback, Handle
-from atesd.bridges.log import Log
+from atesd.bridges.log import Log, checkpoint_of
 from atesd.bridges.problems import message_text, problem_in, require_problems
 from atesd.bridges.settings import Settings, bridge_config, updates_per_batch
 from atesd.config import Config
@@ -84,11 +84,7 @@ class Exposed(TrainerCallback):
         )
         fingerprint = "of ms-swift's data set, which the bridge reads as it comes"
         self._log = Log(self._out, self.handle, trainer=named, fingerprint=fingerprint, **places)
-        if state.global_step:
-            resumed = args.resume_from_checkpoint
-            self._log.resume(Path(resumed if isinstance(resumed, str) else _checkpoint(args, state)), state.global_step)
-        else:
-            self._log.begin()
+        self._log.start(args, state)
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
@@ -102,7 +98,7 @@ class Exposed(TrainerCallback):
             self._log.write(self.handle.observe(state.global_step - 1, feedback))
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        self._log.save(_checkpoint(args, state), state.global_step)
+        self._log.save(checkpoint_of(args, state), state.global_step)
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self._log.end("finished" if state.global_step >= state.max_steps else "stopped")
@@ -134,7 +130,3 @@ def _build_teacher_view(sample: Any) -> bool:
             raise ConfigError("ms-swift bridge: no callback; add --callbacks atesd, or nothing would be learned")
         sample.teacher_prompt = Exposed.active.view(sample)
     return _plain(sample)
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

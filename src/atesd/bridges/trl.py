@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from atesd.bridges.core import Feedback, Handle
-from atesd.bridges.log import Log
+from atesd.bridges.log import Log, checkpoint_of
 from atesd.bridges.problems import Judge, problem_in, require_problems
 from atesd.bridges.settings import Settings, bridge_config, updates_per_batch
 from atesd.bridges.trl_sdpo import Rollouts
@@ -83,11 +83,7 @@ class Exposed(TrainerCallback):
         self.handle = Handle(self.config)
         named, places = f"trl {metadata.version('trl')}", {"rank": args.process_index, "ranks": args.world_size}
         self._log = Log(self._out, self.handle, trainer=named, fingerprint=self._fingerprint, **places)
-        if state.global_step:
-            named = args.resume_from_checkpoint
-            self._log.resume(Path(named if isinstance(named, str) else _checkpoint(args, state)), state.global_step)
-        else:
-            self._log.begin()
+        self._log.start(args, state)
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **parts: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
@@ -104,7 +100,7 @@ class Exposed(TrainerCallback):
         self._log.write(self.handle.observe(update, feedback))
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        self._log.save(_checkpoint(args, state), state.global_step)
+        self._log.save(checkpoint_of(args, state), state.global_step)
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self._log.end("finished" if state.global_step >= state.max_steps else "stopped")
@@ -182,7 +178,3 @@ class Demonstrations:
 def _is_forward_kl(args: Any) -> bool:
     full = args.distillation_mode == "full_logits" and args.distillation_alpha == 0.0
     return full and args.distillation_is_clip is None
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
