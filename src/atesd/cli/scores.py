@@ -70,12 +70,12 @@ def _scored(target: str, data: str | None, run: RunFolder | None, row: Evaluatio
     """Keep the row in its run, if it has one and belongs there."""
     config = components.config
     if run is None:
-        return Scored(target, run is not None, row, "nothing was written: not a run folder")
+        return Scored(target, False, row, "nothing was written: not a run folder")
     if data is not None and is_benchmark(data):
         row = _of_benchmark(row, data, config)
     elif components.problems.fingerprint != run.manifest["data_fingerprint"]:
-        return Scored(target, run is not None, row, f"nothing was written: these are not the problems of {run.path}")
-    return Scored(target, run is not None, row, _keep(run, row))
+        return Scored(target, True, row, f"nothing was written: these are not the problems of {run.path}")
+    return Scored(target, True, row, _keep(run, row))
 
 
 def score_table(scored: Scored) -> str:
