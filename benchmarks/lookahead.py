@@ -28,6 +28,8 @@ ARMS = {
     "aligned, per problem": ["exposure.kind=aligned", "exposure.granularity=per_problem"],
     "aligned, per token": ["exposure.kind=aligned", "exposure.granularity=per_token"],
     "token gate": ["exposure.kind=full", "loss.gate=aligned"],
+    "aligned, per update, by the head": ["exposure.kind=aligned", "alignment.parameters=head"],
+    "token gate, by the head": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=head"],
 }
 SMALL = ["train.batch_size=4", "data.probe_size=4", "data.train_size=16"]
 LOW_BAR = ["alignment.min_correct=1"]  # so that the few rollouts of a small run give a direction

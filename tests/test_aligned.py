@@ -34,6 +34,7 @@ from updates import alignment_scorer, batch_of, direction_of, distill, maximise_
 
 ALIGNED = ("exposure.kind=aligned", "alignment.min_correct=1")
 GATED = ("exposure.kind=full", "loss.gate=aligned", "alignment.min_correct=1")
+HEAD = "alignment.parameters=head"
 LORA = 'model.lora={"rank": 4, "alpha": 8, "target_modules": "all-linear"}'
 
 
@@ -154,6 +155,75 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
             parameter.grad = None
         assert value == pytest.approx(-along, rel=0.02, abs=2e-4)
     close(parts)
+
+
+def likelihood_by_head(parts: Components, rows: list[Example], weight: torch.Tensor) -> torch.Tensor:
+    """The mean log-likelihood per token of some rows as a function of the output head's weight alone."""
+    with torch.no_grad():
+        hidden = torch.split(parts.scorer.hidden([r.student_pair for r in rows]), [len(r.completion) for r in rows])
+    means = []
+    for row, states in zip(rows, hidden, strict=True):
+        logprobs = (states @ weight.T).log_softmax(-1)
+        means.append(logprobs[range(len(row.completion)), list(row.completion)].mean())
+    return torch.stack(means).mean()
+
+
+@pytest.mark.parametrize("adapter", [(), (LORA,)], ids=["full", "lora"])
+def test_by_the_head_alone_direction_and_alignment_are_its_gradients(adapter: tuple[str, ...]) -> None:
+    """By autograd on a copy of the head, which the model may hold frozen or tied, against products of matrices."""
+    config = quick(*ALIGNED, HEAD, *adapter, "train.batch_size=16", "credit.hold_updates=1")
+    parts = build(config)
+    first = batch_of(parts, 0)
+    direction = direction_of(parts)
+    direction.remember([row.graded for row in first.rows])
+    before = digest(dict(parts.loaded.model.state_dict()))
+    direction.renew(0)
+    weight = parts.scorer.head().weight
+    assert weight is not None
+    moving = weight.detach().clone().requires_grad_()
+    right = [row.example for row in first.rows if row.graded.verdict == "correct"]
+    ascent = torch.autograd.grad(likelihood_by_head(parts, right, moving), moving)[0]
+    unit = direction.unit["head"]
+    torch.testing.assert_close(unit, ascent / ascent.norm(), rtol=1e-4, atol=1e-6)
+
+    batch = batch_of(parts, 1)
+    assert batch.alignment is not None
+    students, tokens = [row.student_pair for row in batch.examples], [r.completion for r in batch.examples]
+    ids = torch.tensor([token for completion in tokens for token in completion])
+    each = torch.cat([torch.full((len(c),), 1 / (len(tokens) * len(c))) for c in tokens])
+    for ratio, value in zip(batch.alignment.ratios, batch.alignment.values, strict=True):
+        contexts = [parts.prompts.view(row.graded.problem, ratio).context for row in batch.rows]
+        with torch.no_grad(), parts.teacher.weights():
+            teacher = parts.scorer.scored(list(zip(contexts, tokens, strict=True))).logits(slice(None))
+        with torch.no_grad():
+            hidden = parts.scorer.hidden(students)
+        losses, _ = objective(config)(teacher, hidden @ moving.T, ids)
+        slope = torch.autograd.grad((losses * each).sum(), moving)[0]
+        assert value == pytest.approx(-float((slope * unit).sum()), rel=1e-3, abs=1e-6)
+    assert digest(dict(parts.loaded.model.state_dict())) == before
+    assert all(p.grad is None for p in parts.loaded.model.parameters())
+    close(parts)
+
+
+def test_by_the_head_alone_the_student_is_not_read_again_for_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = with_direction(quick(*GATED, HEAD, "train.batch_size=16"))
+    examples = batch_of(parts, 1).examples
+    tokens = completion_tokens([e.student_pair for e in examples], parts.scorer.device)
+    with torch.no_grad():
+        student = parts.scorer.scored([e.student_pair for e in examples])
+        teacher = parts.scorer.scored([e.teacher_pairs[0] for e in examples])
+    monkeypatch.setattr(Scorer, "hidden", None)
+    selection = selector_of(parts).select(examples, student, [teacher], tokens)
+    assert selection.factors is not None
+    assert 0 < float(selection.factors.mean()) < 1
+    assert "curvature" not in selection.meters
+    close(parts)
+
+
+def test_what_only_a_displacement_reads_is_refused_where_there_is_none() -> None:
+    for override in ("alignment.logit_change=0.01", "alignment.metric=optimiser"):
+        with pytest.raises(ConfigError, match=r"alignment\.parameters: all"):
+            load_config("micro", ["exposure.kind=aligned", HEAD, override])
 
 
 def test_alignments_that_are_not_finite_are_refused_before_the_exposure_remembers_them() -> None:
@@ -432,13 +502,14 @@ def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
         (*ALIGNED, "exposure.granularity=per_token", "loss.gate=aligned", "alignment.direction_rollouts=4"),
         (*GATED, "alignment.success=centred"),
         (*GATED, LORA),
+        (*GATED, LORA, HEAD),
     ],
-    ids=["ratio", "per-problem", "per-token", "gate", "gate-lora"],
+    ids=["ratio", "per-problem", "per-token", "gate", "gate-lora", "gate-head"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = quick(*overrides, "train.batch_size=8", "model.path=world:b")
     whole = finished(config, tmp_path / "whole")
-    measured = [row for row in whole.rows("metrics") if row["alignment"] or row["curvature"] is not None]
+    measured = [row for row in whole.rows("metrics") if row["alignment"] or (row["kept_share"] or 1) < 1]
     assert measured
     wanted = fingerprint(whole)
     for update in (1, 3, 6):
@@ -451,6 +522,7 @@ def test_a_bfloat16_student_that_would_be_displaced_itself_is_refused() -> None:
         with pytest.raises(ConfigError, match="rounds away"):
             load_config("micro", [override, "model.dtype=bfloat16"])
         assert load_config("micro", [override, "model.dtype=bfloat16", LORA]).model.lora is not None
+        assert load_config("micro", [override, "model.dtype=bfloat16", HEAD]).alignment.parameters == "head"
 
 
 def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:

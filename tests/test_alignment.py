@@ -118,7 +118,8 @@ def test_it_predicts_the_change_of_a_smooth_success_after_one_small_step_for_eac
     length = float(torch.cat([g.flatten() for g in gradient]).norm())
     direction = {n: g / length for (n, _), g in zip(student.named_parameters(), gradient, strict=True)}
     teachers = [teacher * scale for scale in (-1.0, -0.3, 0.2, 0.6, 1.0)]
-    profile = alignments(objective, teachers, displaced_by(student, features, direction, 1e-4), tokens)
+    displaced = displaced_by(student, features, direction, 1e-4)
+    profile = alignments(objective, teachers, displaced.middle, displaced.slope, tokens)
     predicted = profile.sum(1) * length
     eta, before = 1e-5, float(success().detach())
     for chosen, value in zip(teachers, predicted, strict=True):
@@ -145,7 +146,7 @@ def test_a_teacher_that_is_the_student_is_aligned_with_nothing() -> None:
     student, features, _, tokens, direction = case()
     displaced = displaced_by(student, features, direction, 1e-4)
     logits = student(features).detach()
-    found = alignments(Objective(), [logits], displaced, tokens, logits)
+    found = alignments(Objective(), [logits], logits, displaced.slope, tokens)
     assert found.abs().max() < 1e-12
 
 

@@ -137,3 +137,18 @@ class Casts(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default:
             self.sizes.append(args[0].numel())
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_the_slope_along_a_change_of_the_weight_is_the_derivative_of_the_logits(soft_cap: float | None) -> None:
+    draws = torch.Generator().manual_seed(0)
+    weight, change = torch.randn(2, 7, 4, generator=draws, dtype=torch.float64)
+    hidden, bias = torch.randn(5, 4, generator=draws, dtype=torch.float64), torch.arange(7, dtype=torch.float64)
+    head = Head(weight, bias, scale=0.5, soft_cap=soft_cap)
+
+    def along(step: Tensor) -> Tensor:
+        return Head(weight + step * change, bias, 0.5, soft_cap).logits(hidden)
+
+    start, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    logits, slope = torch.autograd.functional.jvp(along, start, one)
+    torch.testing.assert_close(head.slope(hidden, logits, change), slope)

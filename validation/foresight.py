@@ -24,13 +24,15 @@ from statistics import fmean, stdev
 import torch
 from scipy.stats import spearmanr
 
+from atesd.aligned.direction import SuccessDirection
 from atesd.aligned.foresight import AlignedForesight
-from atesd.aligned.scorer import grouped
+from atesd.aligned.scorer import AlignmentScorer, grouped
 from atesd.build import build, close, objective
-from atesd.config import Config, load_config
+from atesd.config import AlignmentConfig, Config, load_config
 from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
 from atesd.models.score import Pair, completion_logprobs
+from atesd.records import Alignment
 from atesd.runs import RunFolder, write_atomic
 from atesd.train.components import Components
 from atesd.train.listeners import Listeners
@@ -80,11 +82,18 @@ class Foresight:
     foreseen_errors: tuple[float, ...]
     true: tuple[float, ...]
     true_errors: tuple[float, ...]
+    foreseen_by_head: tuple[float, ...]
+    """The same with `alignment.parameters: head`, from the same rollouts."""
 
     @property
     def rank_correlation(self) -> float:
         """Spearman's, over the ratios."""
         return float(spearmanr(self.foreseen, self.true).statistic)
+
+    @property
+    def rank_correlation_by_head(self) -> float:
+        """Spearman's, over the ratios, where the output head alone is read."""
+        return float(spearmanr(self.foreseen_by_head, self.true).statistic)
 
     @property
     def signs_agree(self) -> tuple[int, int]:
@@ -116,17 +125,26 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
     if not isinstance(foresight, AlignedForesight):
         raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.gate: aligned")
     scorer, direction = foresight.scorer, foresight.scorer.direction
-    direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
+    of_head = AlignmentConfig(parameters="head", min_correct=config.alignment.min_correct)
+    by_head = SuccessDirection(
+        components.weights,
+        components.scorer,
+        components.encoder,
+        config.model_copy(update={"alignment": of_head}),
+    )
     first = config.train.num_updates  # batches beyond those that were trained on
-    for update in range(first, first + BATCHES_FOR_DIRECTION):
-        direction.remember(components.sampler.rollouts(update))
-    direction.renew(first)
+    given = [one for n in range(BATCHES_FOR_DIRECTION) for one in components.sampler.rollouts(first + n)]
+    for some in (direction, by_head):
+        some.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
+        some.remember(given)
+        some.renew(first)
     scored = range(first + BATCHES_FOR_DIRECTION, first + BATCHES_FOR_DIRECTION + BATCHES_SCORED)
     rollouts = [one for update in scored for one in components.sampler.rollouts(update)]
     students = [one.pair for one in rollouts]
     contexts = [[components.prompts.view(one.problem, ratio).context for one in rollouts] for ratio in scorer.ratios]
-    rows = scorer.by_ratio(students, contexts)
-    foreseen = grouped(scorer.ratios, rows, [""] * len(rows))[""]
+    foreseen = _overall(scorer, students, contexts)
+    scorer.direction = by_head
+    foreseen_by_head = _overall(scorer, students, contexts)
     gradients = {r: _gradient(components, students, seen) for r, seen in zip(scorer.ratios, contexts, strict=True)}
     held = held_out(components)
     rate = direction.epsilon / _length(gradients[scorer.ratios[-1]])
@@ -141,7 +159,15 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
         foreseen.errors,
         tuple(change for change, _ in true),
         tuple(error for _, error in true),
+        foreseen_by_head.values,
     )
+
+
+def _overall(
+    scorer: AlignmentScorer, students: Sequence[Pair], contexts: Sequence[Sequence[tuple[int, ...]]]
+) -> Alignment:
+    rows = scorer.by_ratio(students, contexts)
+    return grouped(scorer.ratios, rows, [""] * len(rows))[""]
 
 
 def _gradient(
@@ -234,7 +260,8 @@ def main() -> None:
                 agree, clear = seen.signs_agree
                 print(
                     f"{world}, checkpoint {checkpoint}, after {updates} updates: rank correlation "
-                    f"{seen.rank_correlation:.2f}, signs {agree} of {clear}, foreseen {_row(seen.foreseen)}, "
+                    f"{seen.rank_correlation:.2f}, by the head {seen.rank_correlation_by_head:.2f}; "
+                    f"signs {agree} of {clear}, foreseen {_row(seen.foreseen)}, "
                     f"true {_row(seen.true)}",
                     flush=True,
                 )

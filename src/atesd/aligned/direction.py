@@ -12,25 +12,30 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TypedDict, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from atesd.aligned.line import HeadLine, Line, TwoPoints
 from atesd.config import Config
+from atesd.errors import ModelError
+from atesd.maths.fused import fused_likelihood
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
-from atesd.models.score import Pair, Scorer
+from atesd.models.ranks import Gathered
+from atesd.models.score import Pair, Scored, Scorer, completion_tokens
 from atesd.models.weights import Weights
 from atesd.train.rollouts import GradedRollout
 from atesd.train.stopwatch import Stopwatch
-from atesd.train.update import BatchPlan, Example, Likelihood, accumulate
+from atesd.train.update import BatchPlan, Example, Likelihood, accumulate, per_token
 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
 _ENLARGEMENTS = 6
+_HEAD = "head"  # the one part of a direction by the output head's weight
 _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
 
@@ -78,6 +83,12 @@ class SuccessDirection:
         self._encoder = encoder
         self._config = config
         self._step_metric = step_metric
+        self._of_head = config.alignment.parameters == "head"
+        if self._of_head and not scorer.has_separable_head:
+            raise ModelError(
+                f"{config.model.path}: its output head is not a linear layer that atesd knows how to read, so that "
+                "alignment.parameters: head cannot be; set alignment.parameters: all"
+            )
         self._attempts: list[Attempt] = []
         self._unit: dict[str, Tensor] = {}
         self.epsilon = 0.0
@@ -114,16 +125,26 @@ class SuccessDirection:
         if not rows:
             return
         rows = drawn(rows, self._config, update)
-        ascent: Mapping[str, Tensor] = self._ascent(rows)
+        ascent: Mapping[str, Tensor] = self._head_ascent(rows) if self._of_head else self._ascent(rows)
         if self._config.alignment.metric == "optimiser":
             ascent = self._step_metric(ascent)
         length = _length(ascent.values())
         if not torch.isfinite(length) or length == 0:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
-        self.epsilon = self._scaled_epsilon(rows)
+        self.epsilon = 1.0 if self._of_head else self._scaled_epsilon(rows)
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
+
+    def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
+        """The student along the direction, on some completions; `student` is what it makes of them, where known."""
+        if self._of_head:
+            return HeadLine(student or self._scorer.scored(batch), self._unit[_HEAD])
+        with self.displaced(1):
+            plus = self._scorer.scored(batch)
+        with self.displaced(-1):
+            minus = self._scorer.scored(batch)
+        return TwoPoints(plus, minus, self.epsilon, student)
 
     def displaced(self, side: int) -> AbstractContextManager[None]:
         """Inside, the student is at theta + side * epsilon * u, without gradient; afterwards it is itself, bit for bit.
@@ -143,7 +164,7 @@ class SuccessDirection:
         """Restore `state_dict`."""
         kept = cast(DirectionState, state)
         self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in kept["attempts"]]
-        self._unit = {name: v.to(self._weights.trained[name].device) for name, v in kept["unit"].items()}
+        self._unit = {name: value.to(self._scorer.device) for name, value in kept["unit"].items()}
         self.epsilon = kept["epsilon"]
 
     def _ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -159,6 +180,37 @@ class SuccessDirection:
         for parameter in self._weights.trained.values():
             parameter.grad = None
         return ascent
+
+    def _head_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The same gradient by the weight of the output head alone, whether it is trained or not: no backward pass.
+
+        Memory: the head's weight twice in float32.
+        """
+        config, head, ranks = self._config, self._scorer.head(), self._scorer.ranks
+        plan = BatchPlan("sequence", config.train.micro_batch_size, config.train.micro_batch_tokens)
+        assert head.weight is not None
+        moving = nn.Parameter(head.weight.detach().to(torch.promote_types(head.weight.dtype, torch.float32), copy=True))
+        moved = replace(head, weight=moving)
+        own, weights = ranks.shard(examples), ranks.shard(plan.weights(examples))
+        with ranks.gathering(Gathered[None]()) as gathered:
+            for places in plan.micro_batches(own):
+                batch = [own[place] for place in places]
+                with torch.no_grad():
+                    hidden = self._scorer.hidden([example.student_pair for example in batch])
+                factors = [weights[place] * own[place].advantage for place in places]
+                likelihood, _ = fused_likelihood(
+                    hidden.to(moving.dtype),
+                    moved,
+                    completion_tokens([example.student_pair for example in batch], self._scorer.device),
+                    per_token(factors, batch, self._scorer.device).to(moving.dtype),
+                    temperature=config.loss_temperature,
+                    chunk_tokens=config.loss.chunk_tokens,
+                )
+                likelihood.backward()  # type: ignore[no-untyped-call]
+            gathered.own = None
+        ranks.sum_gradients([moving])
+        assert moving.grad is not None
+        return {_HEAD: -moving.grad}
 
     def _scaled_epsilon(self, rows: Sequence[Example]) -> float:
         """The step that changes logits by `alignment.logit_change` nats (root mean square), from a trial step.

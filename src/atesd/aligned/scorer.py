@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atesd.aligned.direction import SuccessDirection
-from atesd.maths.alignment import Displaced, alignments
+from atesd.maths.alignment import alignments
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import chunk_size
 from atesd.models.score import Pair, Scored, Scorer, completion_tokens, micro_batches, pair_length
@@ -62,17 +62,19 @@ class AlignmentScorer:
     def tokens(
         self, batch: Sequence[Pair], teachers: Sequence[Scored], tokens: Tensor, student: Scored | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Alignment of every token under each teacher, [K, N], and its curvature [N] where the student is given."""
-        plus, minus = self._displaced(batch)
-        epsilon, found, bends = self.direction.epsilon, [], []
+        """Alignment of every token under each teacher, [K, N], and the curvature [N] where it is measured.
+
+        `student`: what is known of the batch already, which saves a pass or makes the derivative more exact.
+        """
+        found, bends = [], []
         with torch.no_grad():
-            for block in self._blocks(plus, len(tokens)):
-                displaced = Displaced(plus.logits(block), minus.logits(block), epsilon)
-                here = None if student is None else student.logits(block)
+            line = self.direction.line(batch, student)
+            for block in self._blocks(line.vocabulary, len(tokens)):
+                own = line.tangent(block)
                 logits = [teacher.logits(block) for teacher in teachers]
-                found.append(alignments(self._objective, logits, displaced, tokens[block], here))
-                if here is not None:
-                    bends.append(displaced.curvature(here))
+                found.append(alignments(self._objective, logits, own.logits, own.slope, tokens[block]))
+                if own.curvature is not None:
+                    bends.append(own.curvature)
         return torch.cat(found, dim=1), torch.cat(bends) if bends else None
 
     def _rows_by_ratio(self, rows: Sequence[tuple[Pair, tuple[tuple[int, ...], ...]]]) -> list[list[float]]:
@@ -89,15 +91,8 @@ class AlignmentScorer:
             found.update(zip(indices, [row.mean(1).tolist() for row in by_row], strict=True))
         return [found[i] for i in range(len(rows))]
 
-    def _displaced(self, batch: Sequence[Pair]) -> tuple[Scored, Scored]:
-        sides = []
-        for side in (1, -1):
-            with self.direction.displaced(side):
-                sides.append(self._scorer.scored(batch))
-        return sides[0], sides[1]
-
-    def _blocks(self, scored: Scored, count: int) -> list[slice]:
-        size = chunk_size(scored.vocabulary, scored.hidden.device, self._chunk_tokens)
+    def _blocks(self, vocabulary: int, count: int) -> list[slice]:
+        size = chunk_size(vocabulary, self._scorer.device, self._chunk_tokens)
         return [slice(start, start + size) for start in range(0, count, size)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from atesd.aligned.scorer import AlignmentScorer
 from atesd.errors import NonFiniteError
 from atesd.models.score import Scored
-from atesd.train.update import EveryToken, Example, Selection
+from atesd.train.update import EveryToken, Example, Meters, Selection
 
 
 @final
@@ -29,12 +29,12 @@ class AlignedGate:
     def select(
         self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
     ) -> Selection:
-        """Factor 1 where the alignment is positive; meters `alignment` and `curvature`."""
+        """Factor 1 where the alignment is positive; meters `alignment`, and `curvature` where it is measured."""
         [teacher] = teachers
         if not self._scorer.direction.known:
             return Selection(teacher, torch.ones(len(tokens), device=tokens.device))
         values, curvature = _measured(self._scorer, examples, student, teachers, tokens)
-        return Selection(teacher, (values[0] > 0).float(), {"alignment": values[0], "curvature": curvature})
+        return Selection(teacher, (values[0] > 0).float(), {"alignment": values[0]} | curvature)
 
 
 @final
@@ -54,7 +54,7 @@ class AlignedChoice:
     def select(
         self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
     ) -> Selection:
-        """Meters `alignment` (of the choice), `curvature`, `token_ratio` and `token_effective_ratio`."""
+        """Meters `alignment` (of the choice), `token_ratio`, `token_effective_ratio`, `curvature` where measured."""
         if not examples[0].candidates:
             return self._without_candidates.select(examples, student, teachers, tokens)
         values, curvature = _measured(self._scorer, examples, student, teachers, tokens)
@@ -66,11 +66,10 @@ class AlignedChoice:
         factors = (best > 0).float() if self._gated else torch.ones_like(best)
         meters = {
             "alignment": best,
-            "curvature": curvature,
             "token_ratio": both[:, 0],
             "token_effective_ratio": both[:, 1],
         }
-        return Selection(Scored(chosen, teachers[0].head), factors, meters)
+        return Selection(Scored(chosen, teachers[0].head), factors, meters | curvature)
 
 
 def _measured(
@@ -79,11 +78,13 @@ def _measured(
     student: Scored,
     teachers: Sequence[Scored],
     tokens: Int[Tensor, " N"],
-) -> tuple[Float[Tensor, "K N"], Float[Tensor, " N"]]:
-    """Alignments and curvature; raises `NonFiniteError` that names the first rollout without a number."""
+) -> tuple[Float[Tensor, "K N"], Meters]:
+    """Alignments, and the meter `curvature` if there is one.
+
+    Raises `NonFiniteError` that names the first rollout without a number.
+    """
     values, curvature = scorer.tokens([e.student_pair for e in examples], teachers, tokens, student)
-    assert curvature is not None
     for example, own in zip(examples, torch.split(values, [len(e.completion) for e in examples], dim=1), strict=True):
         if not bool(own.isfinite().all()):
             raise NonFiniteError(f"the look-ahead gives numbers that are not finite on rollout {example.key}")
-    return values, curvature
+    return values, {} if curvature is None else {"curvature": curvature}

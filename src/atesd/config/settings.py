@@ -38,6 +38,7 @@ _TEXT = ActsWhen(
 )
 _READS = ActsWhen(lambda c: c.data.source not in ("world", *GENERATED), "a data.source that is a file or data set")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
+_DISPLACED = ActsWhen(lambda c: c.alignment.parameters == "all", "alignment.parameters: all")
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
 
 
@@ -261,16 +262,21 @@ class AlignmentConfig(Component):
         description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
         "(a misleading control); correct ones of permuted verdicts (a null control)",
     )
+    parameters: Literal["all", "head"] = Field(
+        "all",
+        description="whose gradient is read: all that are trained, by two displaced passes; or the weight of the "
+        "output head alone, exactly and without them; ours",
+    )
     direction_rollouts: int | None = Field(
         None,
         ge=1,
         description="most rollouts of a hold that give the direction, drawn if there are more; None: all",
     )
     min_correct: int = Field(8, ge=1, description="correct rollouts that a hold must have to give a direction; ours")
-    logit_change: float = Field(
+    logit_change: Annotated[float, _DISPLACED] = Field(
         0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
     )
-    metric: Literal["plain", "optimiser"] = Field(
+    metric: Annotated[Literal["plain", "optimiser"], _DISPLACED] = Field(
         "plain", description="in which the step is measured; optimiser: the root of AdamW's second moments divides it"
     )
 
@@ -643,10 +649,11 @@ class Config(Component):
                 f"loss.gate: {self.loss.gate.kind} with exposure.granularity: per_token: a token that chooses "
                 "its ratio is gated by its own alignment or not at all; set loss.gate: none or aligned"
             )
-        if self.looks_ahead and self.model.dtype == "bfloat16" and self.model.lora is None:
+        displaced = self.looks_ahead and self.alignment.parameters == "all"
+        if displaced and self.model.dtype == "bfloat16" and self.model.lora is None:
             raise ValueError(
                 "model.dtype: bfloat16 without model.lora rounds away the displacement that aligned needs; set "
-                "model.lora, or model.dtype: float32"
+                "alignment.parameters: head, model.lora, or model.dtype: float32"
             )
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")

@@ -91,16 +91,11 @@ class Displaced:
 def alignments(
     objective: Objective,
     teachers: Sequence[Float[Tensor, "N V"]],
-    displaced: Displaced,
+    student: Float[Tensor, "N V"],
+    slope: Float[Tensor, "N V"],
     tokens: Int[Tensor, " N"],
-    student_logits: Float[Tensor, "N V"] | None = None,
 ) -> Float[Tensor, "K N"]:
-    """`token_alignment` of every token under each of K teachers; the student's work is done once.
-
-    Without `student_logits` the middle of the displaced ones stands in for them.
-    """
-    student = displaced.middle if student_logits is None else student_logits
-    slope = displaced.slope
+    """`token_alignment` of every token under each of K teachers; the student's work is done once."""
     return torch.stack([token_alignment(objective, teacher, student, slope, tokens) for teacher in teachers])
 
 

@@ -40,6 +40,13 @@ class Head:
         logits = logits * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
+    def slope(
+        self, hidden: Float[Tensor, "N F"], logits: Float[Tensor, "N V"], change: Float[Tensor, "V F"]
+    ) -> Float[Tensor, "N V"]:
+        """The derivative of `logits`, those of `hidden`, when the weight moves along `change`; exact."""
+        straight = F.linear(hidden.to(change.dtype), change) * self.scale
+        return straight if self.soft_cap is None else straight * (1 - (logits / self.soft_cap) ** 2)
+
     def is_linear_twin(self, other: Head) -> bool:
         """Whether both are the very same tensor in memory, scaled alike and without a soft cap.
 
