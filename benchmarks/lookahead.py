@@ -28,8 +28,10 @@ ARMS = {
     "aligned, per problem": ["exposure.kind=aligned", "exposure.granularity=per_problem"],
     "aligned, per token": ["exposure.kind=aligned", "exposure.granularity=per_token"],
     "token gate": ["exposure.kind=full", "loss.gate=aligned"],
-    "aligned, per update, by the head": ["exposure.kind=aligned", "alignment.parameters=head"],
-    "token gate, by the head": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=head"],
+    "aligned, per update, by the last layer": ["exposure.kind=aligned", "alignment.parameters=last_layer"],
+    "aligned, per update, by features": ["exposure.kind=aligned", "alignment.parameters=features"],
+    "token gate, by the last layer": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=last_layer"],
+    "token gate, by features": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=features"],
 }
 SMALL = ["train.batch_size=4", "data.probe_size=4", "data.train_size=16"]
 LOW_BAR = ["alignment.min_correct=1"]  # so that the few rollouts of a small run give a direction

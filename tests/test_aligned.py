@@ -34,7 +34,8 @@ from updates import alignment_scorer, batch_of, direction_of, distill, maximise_
 
 ALIGNED = ("exposure.kind=aligned", "alignment.min_correct=1")
 GATED = ("exposure.kind=full", "loss.gate=aligned", "alignment.min_correct=1")
-HEAD = "alignment.parameters=head"
+FEATURES = "alignment.parameters=features"
+LAST = "alignment.parameters=last_layer"
 LORA = 'model.lora={"rank": 4, "alpha": 8, "target_modules": "all-linear"}'
 
 
@@ -48,8 +49,14 @@ def with_direction(config: Config) -> Components:
     return parts
 
 
-def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts() -> None:
-    parts = build(quick(*GATED, "train.batch_size=16"))
+def in_last_layer(parts: Components) -> set[str]:
+    """Names of the trained parameters of the last layer and of the norm behind it, as the embedded worlds name them."""
+    return {name for name in parts.weights.trained if "layers.1." in name or name.endswith("model.norm.weight")}
+
+
+@pytest.mark.parametrize("words", [(), (LAST,), (LAST, LORA)], ids=["all", "last layer", "last layer, lora"])
+def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts(words: tuple[str, ...]) -> None:
+    parts = build(quick(*GATED, *words, "train.batch_size=16"))
     batch = batch_of(parts, 0)
     direction = direction_of(parts)
     direction.remember([row.graded for row in batch.rows])
@@ -63,13 +70,15 @@ def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts
         places = range(len(row.context) - 1, ids.shape[1] - 1)
         own = torch.stack([logprobs[place, ids[0, place + 1]] for place in places])
         total = total + own.mean()
-    parameters = dict(parts.weights.trained)
+    parameters = {n: p for n, p in parts.weights.trained.items() if not words or n in in_last_layer(parts)}
+    assert parameters
     gradients = torch.autograd.grad(total, list(parameters.values()))
     length = torch.cat([g.flatten() for g in gradients]).norm()
     found = direction.state_dict()["unit"]
+    assert set(found) == set(parameters)
     for name, gradient in zip(parameters, gradients, strict=True):
         torch.testing.assert_close(found[name], gradient / length, rtol=1e-3, atol=1e-6)
-    assert all(parameter.grad is None for parameter in parameters.values())
+    assert all(parameter.grad is None for parameter in parts.weights.trained.values())
     close(parts)
 
 
@@ -128,11 +137,18 @@ def test_beside_bfloat16_weights_the_displacement_is_more_than_their_rounding() 
     assert float(torch.corrcoef(torch.stack(slopes))[0, 1]) > 0.95
 
 
-@pytest.mark.parametrize("reduction", ["sequence", "token"])
-def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss(reduction: str) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "words"),
+    [("sequence", ()), ("token", ()), ("sequence", (LAST,))],
+    ids=["sequence", "token", "last layer"],
+)
+def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss(
+    reduction: str, words: tuple[str, ...]
+) -> None:
     """By backpropagation through the real model, against forwards alone."""
     config = quick(
         *ALIGNED,
+        *words,
         "train.batch_size=16",
         "alignment.logit_change=0.01",
         "credit.hold_updates=1",
@@ -150,40 +166,41 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         rows = [Example(r.context, r.completion, c) for r, c in zip(batch.examples, contexts, strict=True)]
         cut = {"reduction": reduction, "micro_batch_size": 16, "chunk_tokens": None}
         distill(parts.scorer, parts.teacher, rows, objective(config), **cut)
-        along = sum(float((p.grad * unit[name]).sum()) for name, p in parameters.items() if p.grad is not None)
+        along = sum(float((parameters[name].grad * u).sum()) for name, u in unit.items())
         for parameter in parameters.values():
             parameter.grad = None
         assert value == pytest.approx(-along, rel=0.02, abs=2e-4)
     close(parts)
 
 
-def likelihood_by_head(parts: Components, rows: list[Example], weight: torch.Tensor) -> torch.Tensor:
-    """The mean log-likelihood per token of some rows as a function of the output head's weight alone."""
+def likelihood_by_gain(parts: Components, rows: list[Example], gain: torch.Tensor) -> torch.Tensor:
+    """The mean log-likelihood per token of some rows as a function of a factor of each entry of the last states."""
     with torch.no_grad():
+        head = parts.scorer.head()
         hidden = torch.split(parts.scorer.hidden([r.student_pair for r in rows]), [len(r.completion) for r in rows])
     means = []
     for row, states in zip(rows, hidden, strict=True):
-        logprobs = (states @ weight.T).log_softmax(-1)
+        logprobs = head.logits(states * gain).log_softmax(-1)
         means.append(logprobs[range(len(row.completion)), list(row.completion)].mean())
     return torch.stack(means).mean()
 
 
 @pytest.mark.parametrize("adapter", [(), (LORA,)], ids=["full", "lora"])
-def test_by_the_head_alone_direction_and_alignment_are_its_gradients(adapter: tuple[str, ...]) -> None:
-    """By autograd on a copy of the head, which the model may hold frozen or tied, against products of matrices."""
-    config = quick(*ALIGNED, HEAD, *adapter, "train.batch_size=16", "credit.hold_updates=1")
+def test_by_the_features_alone_direction_and_alignment_are_the_gradients_of_their_scale(
+    adapter: tuple[str, ...],
+) -> None:
+    """By autograd through a factor of the last states, against products of matrices."""
+    config = quick(*ALIGNED, FEATURES, *adapter, "train.batch_size=16", "credit.hold_updates=1")
     parts = build(config)
     first = batch_of(parts, 0)
     direction = direction_of(parts)
     direction.remember([row.graded for row in first.rows])
     before = digest(dict(parts.loaded.model.state_dict()))
     direction.renew(0)
-    weight = parts.scorer.head().weight
-    assert weight is not None
-    moving = weight.detach().clone().requires_grad_()
+    gain = torch.ones(parts.loaded.model.config.hidden_size, requires_grad=True)
     right = [row.example for row in first.rows if row.graded.verdict == "correct"]
-    ascent = torch.autograd.grad(likelihood_by_head(parts, right, moving), moving)[0]
-    unit = direction.unit["head"]
+    ascent = torch.autograd.grad(likelihood_by_gain(parts, right, gain), gain)[0]
+    unit = direction.unit["features"]
     torch.testing.assert_close(unit, ascent / ascent.norm(), rtol=1e-4, atol=1e-6)
 
     batch = batch_of(parts, 1)
@@ -196,34 +213,38 @@ def test_by_the_head_alone_direction_and_alignment_are_its_gradients(adapter: tu
         with torch.no_grad(), parts.teacher.weights():
             teacher = parts.scorer.scored(list(zip(contexts, tokens, strict=True))).logits(slice(None))
         with torch.no_grad():
-            hidden = parts.scorer.hidden(students)
-        losses, _ = objective(config)(teacher, hidden @ moving.T, ids)
-        slope = torch.autograd.grad((losses * each).sum(), moving)[0]
+            student = parts.scorer.scored(students)
+        losses, _ = objective(config)(teacher, student.head.logits(student.hidden * gain), ids)
+        slope = torch.autograd.grad((losses * each).sum(), gain)[0]
         assert value == pytest.approx(-float((slope * unit).sum()), rel=1e-3, abs=1e-6)
     assert digest(dict(parts.loaded.model.state_dict())) == before
     assert all(p.grad is None for p in parts.loaded.model.parameters())
     close(parts)
 
 
-def test_by_the_head_alone_the_student_is_not_read_again_for_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = with_direction(quick(*GATED, HEAD, "train.batch_size=16"))
+@pytest.mark.parametrize("which", [FEATURES, LAST])
+def test_by_features_or_last_layer_the_student_is_not_read_again_for_the_gate(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = with_direction(quick(*GATED, which, "train.batch_size=16"))
     examples = batch_of(parts, 1).examples
     tokens = completion_tokens([e.student_pair for e in examples], parts.scorer.device)
     with torch.no_grad():
         student = parts.scorer.scored([e.student_pair for e in examples])
         teacher = parts.scorer.scored([e.teacher_pairs[0] for e in examples])
-    monkeypatch.setattr(Scorer, "hidden", None)
+    for name in ("hidden", "scored"):
+        monkeypatch.setattr(Scorer, name, None)
     selection = selector_of(parts).select(examples, student, [teacher], tokens)
     assert selection.factors is not None
     assert 0 < float(selection.factors.mean()) < 1
-    assert "curvature" not in selection.meters
+    assert ("curvature" in selection.meters) == (which == LAST)
     close(parts)
 
 
 def test_what_only_a_displacement_reads_is_refused_where_there_is_none() -> None:
     for override in ("alignment.logit_change=0.01", "alignment.metric=optimiser"):
-        with pytest.raises(ConfigError, match=r"alignment\.parameters: all"):
-            load_config("micro", ["exposure.kind=aligned", HEAD, override])
+        with pytest.raises(ConfigError, match=r"alignment\.parameters: all or last_layer"):
+            load_config("micro", ["exposure.kind=aligned", FEATURES, override])
 
 
 def test_alignments_that_are_not_finite_are_refused_before_the_exposure_remembers_them() -> None:
@@ -502,9 +523,10 @@ def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
         (*ALIGNED, "exposure.granularity=per_token", "loss.gate=aligned", "alignment.direction_rollouts=4"),
         (*GATED, "alignment.success=centred"),
         (*GATED, LORA),
-        (*GATED, LORA, HEAD),
+        (*GATED, LORA, FEATURES),
+        (*GATED, LORA, LAST),
     ],
-    ids=["ratio", "per-problem", "per-token", "gate", "gate-lora", "gate-head"],
+    ids=["ratio", "per-problem", "per-token", "gate", "gate-lora", "gate-features", "gate-last-layer"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = quick(*overrides, "train.batch_size=8", "model.path=world:b")
@@ -522,7 +544,7 @@ def test_a_bfloat16_student_that_would_be_displaced_itself_is_refused() -> None:
         with pytest.raises(ConfigError, match="rounds away"):
             load_config("micro", [override, "model.dtype=bfloat16"])
         assert load_config("micro", [override, "model.dtype=bfloat16", LORA]).model.lora is not None
-        assert load_config("micro", [override, "model.dtype=bfloat16", HEAD]).alignment.parameters == "head"
+        assert load_config("micro", [override, "model.dtype=bfloat16", FEATURES]).alignment.parameters == "features"
 
 
 def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:

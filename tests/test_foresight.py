@@ -58,15 +58,14 @@ def test_a_check_after_some_training_has_all_ratios_and_draws(tmp_path: Path, mo
         assert -1 <= seen.rank_correlation <= 1
         assert all(error >= 0 for error in (*seen.true_errors, *seen.foreseen_errors))
     assert found[0].foreseen != found[1].foreseen
-    assert all(seen.foreseen_by_head != seen.foreseen for seen in found)
+    assert all(some != seen.foreseen for seen in found for some in seen.cheaper.values())
     draw_foresight(found, tmp_path)
     assert (tmp_path / "foresight.png").stat().st_size > 10_000
 
 
 def test_signs_count_only_where_the_truth_is_clear_of_zero() -> None:
-    seen = Foresight(
-        "w", "a", 0, 0.5, (0.0, 0.5, 1.0), (1.0, -1.0, 2.0), (0.1,) * 3, (0.5, -0.1, -0.9), (0.1,) * 3, (3, 2, 1)
-    )
+    foreseen, true, errors = (1.0, -1.0, 2.0), (0.5, -0.1, -0.9), (0.1,) * 3
+    seen = Foresight("w", "a", 0, 0.5, (0.0, 0.5, 1.0), foreseen, errors, true, errors, {"features": (3, 2, 1)})
     assert seen.signs_agree == (1, 2)
     assert seen.rank_correlation == pytest.approx(-0.5)
-    assert seen.rank_correlation_by_head == pytest.approx(1)
+    assert seen.rank_correlation_of("features") == pytest.approx(1)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import atesd.build
 from atesd.config import ModelConfig
 from atesd.maths.head import Head
+from atesd.models.last_layer import last_layer_of
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.score import Scorer, completion_logprobs
 from atesd.session import train
@@ -36,6 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "HyperCLOVAX": {"logits_scaling": 4.0},
 }
 SCALED = ("Gemma2", "Gemma3", "Granite", "Cohere", "Cohere2", "HyperCLOVAX")
+WITHOUT_LAST_LAYER = ("Phi",)  # its norm has another name
 TEXT_OF = {"Gemma3": "Gemma3Text"}
 IDS = (12, 13, 14, 15, 2, 29)
 
@@ -140,15 +142,37 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-def test_the_slope_along_a_change_of_the_weight_is_the_derivative_of_the_logits(soft_cap: float | None) -> None:
+def test_the_slope_along_a_change_of_the_states_is_the_derivative_of_the_logits(soft_cap: float | None) -> None:
     draws = torch.Generator().manual_seed(0)
-    weight, change = torch.randn(2, 7, 4, generator=draws, dtype=torch.float64)
-    hidden, bias = torch.randn(5, 4, generator=draws, dtype=torch.float64), torch.arange(7, dtype=torch.float64)
-    head = Head(weight, bias, scale=0.5, soft_cap=soft_cap)
+    weight = torch.randn(7, 4, generator=draws, dtype=torch.float64)
+    hidden, change = torch.randn(2, 5, 4, generator=draws, dtype=torch.float64)
+    head = Head(weight, torch.arange(7, dtype=torch.float64), scale=0.5, soft_cap=soft_cap)
 
     def along(step: Tensor) -> Tensor:
-        return Head(weight + step * change, bias, 0.5, soft_cap).logits(hidden)
+        return head.logits(hidden + step * change)
 
     start, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     logits, slope = torch.autograd.functional.jvp(along, start, one)
-    torch.testing.assert_close(head.slope(hidden, logits, change), slope)
+    torch.testing.assert_close(head.slope(change, logits), slope)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_last_layer_by_itself_gives_the_backbone_s_output_or_is_not_used(name: str) -> None:
+    model: Any = random_model(name)
+    backbone = model.eval().get_decoder()
+    found = last_layer_of(backbone, torch.tensor([IDS]))
+    assert (found is None) == (name in WITHOUT_LAST_LAYER)
+    if found is None:
+        return
+    ids = torch.tensor([IDS, IDS[::-1]])
+    with found.heard() as call:
+        wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
+    torch.testing.assert_close(found.again(call), wanted)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter *= 1.5 if id(parameter) in found.parameters() else 1
+        assert not torch.allclose(found.again(call), wanted)
+        torch.testing.assert_close(found.again(call), backbone(input_ids=ids, use_cache=False).last_hidden_state)
+    moved = {n for n, p in backbone.named_parameters() if not torch.equal(p, before[n])}
+    assert all(f"layers.{len(backbone.layers) - 1}." in n or "norm" in n for n in moved)

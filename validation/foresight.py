@@ -16,10 +16,11 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Literal
 
 import torch
 from scipy.stats import spearmanr
@@ -31,7 +32,7 @@ from atesd.build import build, close, objective
 from atesd.config import AlignmentConfig, Config, load_config
 from atesd.engine.interface import Request
 from atesd.evaluate.benchmark import student_prompts
-from atesd.models.score import Pair, completion_logprobs
+from atesd.models.score import Pair, Scorer, completion_logprobs
 from atesd.records import Alignment
 from atesd.runs import RunFolder, write_atomic
 from atesd.train.components import Components
@@ -51,6 +52,7 @@ WORLDS: dict[str, tuple[str, ...]] = {
     "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.ema_decay=0.98"),
     "bad teacher": ("data.leap_share=0",),
 }
+CHEAPER: tuple[Literal["last_layer", "features"], ...] = ("last_layer", "features")
 BATCHES_FOR_DIRECTION = 4
 BATCHES_SCORED = 8
 HELD_OUT_SAMPLES = 4
@@ -82,18 +84,17 @@ class Foresight:
     foreseen_errors: tuple[float, ...]
     true: tuple[float, ...]
     true_errors: tuple[float, ...]
-    foreseen_by_head: tuple[float, ...]
-    """The same with `alignment.parameters: head`, from the same rollouts."""
+    cheaper: Mapping[str, tuple[float, ...]]
+    """The same foreseen by fewer parameters (`alignment.parameters`), from the same rollouts."""
 
     @property
     def rank_correlation(self) -> float:
         """Spearman's, over the ratios."""
         return float(spearmanr(self.foreseen, self.true).statistic)
 
-    @property
-    def rank_correlation_by_head(self) -> float:
-        """Spearman's, over the ratios, where the output head alone is read."""
-        return float(spearmanr(self.foreseen_by_head, self.true).statistic)
+    def rank_correlation_of(self, parameters: str) -> float:
+        """Spearman's, over the ratios, where fewer parameters are read."""
+        return float(spearmanr(self.cheaper[parameters], self.true).statistic)
 
     @property
     def signs_agree(self) -> tuple[int, int]:
@@ -125,16 +126,10 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
     if not isinstance(foresight, AlignedForesight):
         raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.gate: aligned")
     scorer, direction = foresight.scorer, foresight.scorer.direction
-    of_head = AlignmentConfig(parameters="head", min_correct=config.alignment.min_correct)
-    by_head = SuccessDirection(
-        components.weights,
-        components.scorer,
-        components.encoder,
-        config.model_copy(update={"alignment": of_head}),
-    )
+    cheaper = {one: _direction(components, one) for one in CHEAPER}
     first = config.train.num_updates  # batches beyond those that were trained on
     given = [one for n in range(BATCHES_FOR_DIRECTION) for one in components.sampler.rollouts(first + n)]
-    for some in (direction, by_head):
+    for some in (direction, *cheaper.values()):
         some.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
         some.remember(given)
         some.renew(first)
@@ -143,8 +138,9 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
     students = [one.pair for one in rollouts]
     contexts = [[components.prompts.view(one.problem, ratio).context for one in rollouts] for ratio in scorer.ratios]
     foreseen = _overall(scorer, students, contexts)
-    scorer.direction = by_head
-    foreseen_by_head = _overall(scorer, students, contexts)
+    by_fewer: dict[str, tuple[float, ...]] = {}
+    for name, scorer.direction in cheaper.items():
+        by_fewer[name] = _overall(scorer, students, contexts).values
     gradients = {r: _gradient(components, students, seen) for r, seen in zip(scorer.ratios, contexts, strict=True)}
     held = held_out(components)
     rate = direction.epsilon / _length(gradients[scorer.ratios[-1]])
@@ -159,8 +155,16 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
         foreseen.errors,
         tuple(change for change, _ in true),
         tuple(error for _, error in true),
-        foreseen_by_head.values,
+        by_fewer,
     )
+
+
+def _direction(components: Components, parameters: Literal["last_layer", "features"]) -> SuccessDirection:
+    """A direction by fewer parameters than the config's."""
+    config, scorer = components.config, Scorer(components.loaded, components.weights, keeps_tail=True)
+    alignment = AlignmentConfig(parameters=parameters, min_correct=config.alignment.min_correct)
+    asked = config.model_copy(update={"alignment": alignment})
+    return SuccessDirection(components.weights, scorer, components.encoder, asked)
 
 
 def _overall(
@@ -260,7 +264,8 @@ def main() -> None:
                 agree, clear = seen.signs_agree
                 print(
                     f"{world}, checkpoint {checkpoint}, after {updates} updates: rank correlation "
-                    f"{seen.rank_correlation:.2f}, by the head {seen.rank_correlation_by_head:.2f}; "
+                    f"{seen.rank_correlation:.2f}"
+                    f"{''.join(f', {one} {seen.rank_correlation_of(one):.2f}' for one in CHEAPER)}; "
                     f"signs {agree} of {clear}, foreseen {_row(seen.foreseen)}, "
                     f"true {_row(seen.true)}",
                     flush=True,

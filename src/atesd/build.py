@@ -72,7 +72,8 @@ def build(
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
-    scorer, teacher = Scorer(loaded, weights), Teacher(weights, config.teacher)
+    keeps_tail = config.looks_ahead and config.alignment.parameters == "last_layer"
+    scorer, teacher = Scorer(loaded, weights, keeps_tail=keeps_tail), Teacher(weights, config.teacher)
     checker = make_checker(config.checker, config.data.checker_workers)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)

@@ -12,17 +12,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TypedDict, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from atesd.aligned.line import HeadLine, Line, TwoPoints
+from atesd.aligned.line import FeatureLine, Line, TwoPoints
 from atesd.config import Config
 from atesd.errors import ModelError
 from atesd.maths.fused import fused_likelihood
+from atesd.maths.head import Head
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import Gathered
@@ -35,7 +36,7 @@ from atesd.train.update import BatchPlan, Example, Likelihood, accumulate, per_t
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
 _ENLARGEMENTS = 6
-_HEAD = "head"  # the one part of a direction by the output head's weight
+_FEATURES = "features"  # the one part of such a direction
 _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
 
@@ -83,11 +84,11 @@ class SuccessDirection:
         self._encoder = encoder
         self._config = config
         self._step_metric = step_metric
-        self._of_head = config.alignment.parameters == "head"
-        if self._of_head and not scorer.has_separable_head:
+        self._of = config.alignment.parameters
+        if self._of == "features" and not scorer.has_separable_head:
             raise ModelError(
                 f"{config.model.path}: its output head is not a linear layer that atesd knows how to read, so that "
-                "alignment.parameters: head cannot be; set alignment.parameters: all"
+                "alignment.parameters: features cannot be; set alignment.parameters: all"
             )
         self._attempts: list[Attempt] = []
         self._unit: dict[str, Tensor] = {}
@@ -125,26 +126,29 @@ class SuccessDirection:
         if not rows:
             return
         rows = drawn(rows, self._config, update)
-        ascent: Mapping[str, Tensor] = self._head_ascent(rows) if self._of_head else self._ascent(rows)
+        ascents = {"all": self._ascent, "last_layer": self._last_layer_ascent, "features": self._features_ascent}
+        ascent: Mapping[str, Tensor] = ascents[self._of](rows)
         if self._config.alignment.metric == "optimiser":
             ascent = self._step_metric(ascent)
         length = _length(ascent.values())
         if not torch.isfinite(length) or length == 0:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
-        self.epsilon = 1.0 if self._of_head else self._scaled_epsilon(rows)
+        self.epsilon = 1.0 if self._of == "features" else self._scaled_epsilon(rows)
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
 
     def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
         """The student along the direction, on some completions; `student` is what it makes of them, where known."""
-        if self._of_head:
-            return HeadLine(student or self._scorer.scored(batch), self._unit[_HEAD])
-        with self.displaced(1):
-            plus = self._scorer.scored(batch)
-        with self.displaced(-1):
-            minus = self._scorer.scored(batch)
-        return TwoPoints(plus, minus, self.epsilon, student)
+        if self._of == "features":
+            return FeatureLine(student or self._scorer.scored(batch), self._unit[_FEATURES])
+        here = (student or self._scorer.scored(batch)) if self._of == "last_layer" else student
+        tail = None if here is None else here.tail
+        sides = []
+        for side in (1, -1):
+            with self.displaced(side):
+                sides.append(self._scorer.scored(batch) if tail is None else Scored(tail.hidden(), self._scorer.head()))
+        return TwoPoints(sides[0], sides[1], self.epsilon, here)
 
     def displaced(self, side: int) -> AbstractContextManager[None]:
         """Inside, the student is at theta + side * epsilon * u, without gradient; afterwards it is itself, bit for bit.
@@ -181,36 +185,63 @@ class SuccessDirection:
             parameter.grad = None
         return ascent
 
-    def _head_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The same gradient by the weight of the output head alone, whether it is trained or not: no backward pass.
+    def _last_layer_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The same by the parameters of the last layer alone: the backward pass goes through nothing else."""
+        layer = self._scorer.last_layer
+        assert layer is not None
+        wanted = layer.parameters()
+        with torch.no_grad():
+            head = self._scorer.head()
+        self._accumulate(examples, self._last_states, head)
+        self._weights.add_up_gradients()
+        trained = self._weights.trained
+        ascent = {name: -p.grad for name, p in trained.items() if p.grad is not None and id(p) in wanted}
+        for parameter in trained.values():
+            parameter.grad = None
+        return ascent
 
-        Memory: the head's weight twice in float32.
-        """
-        config, head, ranks = self._config, self._scorer.head(), self._scorer.ranks
-        plan = BatchPlan("sequence", config.train.micro_batch_size, config.train.micro_batch_tokens)
-        assert head.weight is not None
-        moving = nn.Parameter(head.weight.detach().to(torch.promote_types(head.weight.dtype, torch.float32), copy=True))
-        moved = replace(head, weight=moving)
+    def _features_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The same by a factor, 1, of every entry of the last hidden state: no backward pass through the model."""
+        with torch.no_grad():
+            head, hidden = self._scorer.head(), self._fixed_states([examples[0].student_pair])
+        gain = nn.Parameter(torch.ones_like(hidden[0]))
+        self._accumulate(examples, lambda pairs: self._fixed_states(pairs) * gain, head)
+        self._scorer.ranks.sum_gradients([gain])
+        assert gain.grad is not None
+        return {_FEATURES: -gain.grad}
+
+    def _accumulate(self, examples: Sequence[Example], states: Callable[[Sequence[Pair]], Tensor], head: Head) -> None:
+        """Accumulate the gradient of the examples' mean negative log-likelihood by what `states` and `head` let in."""
+        train, ranks, device = self._config.train, self._scorer.ranks, self._scorer.device
+        plan = BatchPlan("sequence", train.micro_batch_size, train.micro_batch_tokens)
         own, weights = ranks.shard(examples), ranks.shard(plan.weights(examples))
         with ranks.gathering(Gathered[None]()) as gathered:
             for places in plan.micro_batches(own):
                 batch = [own[place] for place in places]
-                with torch.no_grad():
-                    hidden = self._scorer.hidden([example.student_pair for example in batch])
-                factors = [weights[place] * own[place].advantage for place in places]
+                factors = per_token([weights[place] * own[place].advantage for place in places], batch, device)
+                pairs = [example.student_pair for example in batch]
+                hidden = states(pairs)
                 likelihood, _ = fused_likelihood(
-                    hidden.to(moving.dtype),
-                    moved,
-                    completion_tokens([example.student_pair for example in batch], self._scorer.device),
-                    per_token(factors, batch, self._scorer.device).to(moving.dtype),
-                    temperature=config.loss_temperature,
-                    chunk_tokens=config.loss.chunk_tokens,
+                    hidden,
+                    head,
+                    completion_tokens(pairs, device),
+                    factors.to(torch.promote_types(hidden.dtype, torch.float32)),
+                    temperature=self._config.loss_temperature,
+                    chunk_tokens=self._config.loss.chunk_tokens,
                 )
                 likelihood.backward()  # type: ignore[no-untyped-call]
             gathered.own = None
-        ranks.sum_gradients([moving])
-        assert moving.grad is not None
-        return {_HEAD: -moving.grad}
+
+    def _last_states(self, pairs: Sequence[Pair]) -> Tensor:
+        with torch.no_grad():
+            tail = self._scorer.scored(pairs).tail
+        assert tail is not None
+        return tail.hidden()
+
+    def _fixed_states(self, pairs: Sequence[Pair]) -> Tensor:
+        with torch.no_grad():
+            hidden = self._scorer.hidden(pairs)
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
     def _scaled_epsilon(self, rows: Sequence[Example]) -> float:
         """The step that changes logits by `alignment.logit_change` nats (root mean square), from a trial step.

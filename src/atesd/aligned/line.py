@@ -60,11 +60,11 @@ class TwoPoints:
 
 @final
 @dataclass(frozen=True, slots=True)
-class HeadLine:
-    """The student while only the weight of its output head moves, along `change`: exact, and without a pass."""
+class FeatureLine:
+    """The student while only the entries of its last hidden state are scaled, along `change`: exact, without a pass."""
 
     here: Scored
-    change: Float[Tensor, "V F"]
+    change: Float[Tensor, " F"]
 
     @property
     def vocabulary(self) -> int:
@@ -73,5 +73,5 @@ class HeadLine:
 
     def tangent(self, block: slice) -> Tangent:
         """The derivative of a linear map: the map itself."""
-        logits = self.here.logits(block)
-        return Tangent(logits, self.here.head.slope(self.here.hidden[block], logits, self.change))
+        logits, head = self.here.logits(block), self.here.head
+        return Tangent(logits, head.slope(self.here.hidden[block] * self.change, logits))

@@ -38,7 +38,7 @@ _TEXT = ActsWhen(
 )
 _READS = ActsWhen(lambda c: c.data.source not in ("world", *GENERATED), "a data.source that is a file or data set")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
-_DISPLACED = ActsWhen(lambda c: c.alignment.parameters == "all", "alignment.parameters: all")
+_DISPLACED = ActsWhen(lambda c: c.alignment.parameters != "features", "alignment.parameters: all or last_layer")
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
 
 
@@ -262,10 +262,10 @@ class AlignmentConfig(Component):
         description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
         "(a misleading control); correct ones of permuted verdicts (a null control)",
     )
-    parameters: Literal["all", "head"] = Field(
+    parameters: Literal["all", "last_layer", "features"] = Field(
         "all",
-        description="whose gradient is read: all that are trained, by two displaced passes; or the weight of the "
-        "output head alone, exactly and without them; ours",
+        description="whose gradient is read: all that are trained, by two displaced passes; those of the last layer, "
+        "which alone is displaced; or the scale of each entry of the last hidden state, without a pass; ours",
     )
     direction_rollouts: int | None = Field(
         None,
@@ -649,11 +649,11 @@ class Config(Component):
                 f"loss.gate: {self.loss.gate.kind} with exposure.granularity: per_token: a token that chooses "
                 "its ratio is gated by its own alignment or not at all; set loss.gate: none or aligned"
             )
-        displaced = self.looks_ahead and self.alignment.parameters == "all"
+        displaced = self.looks_ahead and self.alignment.parameters != "features"
         if displaced and self.model.dtype == "bfloat16" and self.model.lora is None:
             raise ValueError(
                 "model.dtype: bfloat16 without model.lora rounds away the displacement that aligned needs; set "
-                "alignment.parameters: head, model.lora, or model.dtype: float32"
+                "alignment.parameters: features, model.lora, or model.dtype: float32"
             )
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")

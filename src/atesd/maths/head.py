@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,9 @@ class Head:
         logits = logits * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
-    def slope(
-        self, hidden: Float[Tensor, "N F"], logits: Float[Tensor, "N V"], change: Float[Tensor, "V F"]
-    ) -> Float[Tensor, "N V"]:
-        """The derivative of `logits`, those of `hidden`, when the weight moves along `change`; exact."""
-        straight = F.linear(hidden.to(change.dtype), change) * self.scale
+    def slope(self, change: Float[Tensor, "N F"], logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """The derivative of `logits` when their hidden states move along `change`; exact."""
+        straight = replace(self, bias=None, soft_cap=None).logits(change)
         return straight if self.soft_cap is None else straight * (1 - (logits / self.soft_cap) ** 2)
 
     def is_linear_twin(self, other: Head) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from atesd.errors import ModelError
 from atesd.maths.fused import fused_likelihood
 from atesd.maths.head import Head
+from atesd.models.last_layer import Call, LastLayer, last_layer_of
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.models.token_tree import Backbone, follows_trees
@@ -33,11 +34,27 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Tail:
+    """The end of one pass: what its last layer read, and which of its states predict the completion tokens."""
+
+    layer: LastLayer
+    call: Call
+    rows: Int[Tensor, " N"]
+    columns: Int[Tensor, " N"]
+
+    def hidden(self) -> Float[Tensor, "N F"]:
+        """The hidden states with the last layer as it is now."""
+        return self.layer.again(self.call)[self.rows, self.columns]
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """Hidden states at some tokens, [N, F], and the head that reads them."""
 
     hidden: Float[Tensor, "N F"]
     head: Head
+    tail: Tail | None = None
+    """From where the last layer can be computed again, if the scorer keeps it."""
 
     @property
     def vocabulary(self) -> int:
@@ -52,19 +69,28 @@ class Scored:
 class Scorer:
     """Gives hidden states and head of one model; knows how its architecture makes logits."""
 
-    def __init__(self, loaded: LoadedModel, weights: Weights | None = None) -> None:
-        """`weights`: those of the run that trains this model; by default its parameters as they are."""
+    def __init__(self, loaded: LoadedModel, weights: Weights | None = None, *, keeps_tail: bool = False) -> None:
+        """`weights`: those of the run that trains this model; by default its parameters as they are.
+
+        With `keeps_tail`, what is `scored` has a `tail`; `ModelError` if the last layer cannot be computed by itself.
+        """
         self._loaded = loaded
         self._weights = weights or ReplicatedWeights(loaded.model, loaded.ranks)
         model: Any = loaded.model
         self._causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._backbone: Backbone = self._causal_lm.get_decoder()
         self._reading = self._reading_that_gives_the_models_logits()
+        self._last_layer = self._own_last_layer() if keeps_tail else None
 
     @property
     def has_separable_head(self) -> bool:
         """Whether backbone and head are used apart; if not, the model's own logits stand in for hidden states."""
         return self._reading is not None
+
+    @property
+    def last_layer(self) -> LastLayer | None:
+        """The last layer, if tails are kept."""
+        return self._last_layer
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +127,13 @@ class Scorer:
         return self._weights.head(self._reading, keep=not torch.is_grad_enabled())
 
     def scored(self, pairs: Sequence[Pair]) -> Scored:
-        """`hidden` and `head` of this moment."""
-        return Scored(self.hidden(pairs), self.head())
+        """`hidden` and `head` of this moment, and the tail of the pass if tails are kept."""
+        if self._last_layer is None:
+            return Scored(self.hidden(pairs), self.head())
+        ids, rows, columns = self._layout(pairs)
+        with self._last_layer.heard() as call:
+            hidden: Tensor = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return Scored(hidden[rows, columns], self.head(), Tail(self._last_layer, call, rows, columns))
 
     def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
         """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.
@@ -127,6 +158,16 @@ class Scorer:
         columns = [len(context) - 1 + n for context, completion in pairs for n in range(len(completion))]
         device = self._loaded.device
         return ids.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+    def _own_last_layer(self) -> LastLayer:
+        ids = torch.arange(8, device=self._loaded.device)[None] % self._causal_lm.config.get_text_config().vocab_size
+        found = last_layer_of(self._backbone, ids) if self.has_separable_head else None
+        if found is None:
+            raise ModelError(
+                f"alignment.parameters: last_layer cannot be for a {type(self._causal_lm).__name__}, whose last layer "
+                "computed by itself does not give the model's output; set alignment.parameters: all"
+            )
+        return found
 
     @torch.no_grad()
     def _reading_that_gives_the_models_logits(self) -> Head | None:

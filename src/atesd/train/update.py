@@ -236,7 +236,7 @@ class Distillation:
         """The divergence of the selected tokens, plus the advantage times -log q where examples have one."""
         weights = weights.float()
         with self.watch.phase("control"), torch.no_grad():
-            own = Scored(student.hidden.detach(), self.scorer.head())
+            own = Scored(student.hidden.detach(), self.scorer.head(), student.tail)
             chosen = self.selector.select(examples, own, targets.teachers, tokens)
         kept, meters = weights, chosen.meters
         if chosen.factors is not None:
@@ -328,7 +328,7 @@ def _backpropagate(method: Method, examples: Sequence[Example], weights: Sequenc
         tokens = completion_tokens([example.student_pair for example in batch], scorer.device)
         targets = method.targets(batch)
         with watch.phase("student"):
-            student = Scored(scorer.hidden([example.student_pair for example in batch]), scorer.head())
+            student = scorer.scored([example.student_pair for example in batch])
         with watch.phase("loss_backward"):
             weight = per_token([weights[place] for place in places], batch, scorer.device)
             loss, meters = method.loss(batch, student, tokens, weight, targets)
