@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TypedDict, cast, final
 
@@ -203,9 +204,10 @@ class SuccessDirection:
     def _features_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The same by a factor, 1, of every entry of the last hidden state: no backward pass through the model."""
         with torch.no_grad():
-            head, hidden = self._scorer.head(), self._fixed_states([examples[0].student_pair])
-        gain = nn.Parameter(torch.ones_like(hidden[0]))
-        self._accumulate(examples, lambda pairs: self._fixed_states(pairs) * gain, head)
+            head, hidden = self._scorer.head(), self._scorer.hidden([examples[0].student_pair])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        gain = nn.Parameter(torch.ones_like(hidden[0], dtype=wide))
+        self._accumulate(examples, partial(self._fixed_states, gain=gain), head)
         self._scorer.ranks.sum_gradients([gain])
         assert gain.grad is not None
         return {_FEATURES: -gain.grad}
@@ -238,10 +240,10 @@ class SuccessDirection:
         assert tail is not None
         return tail.hidden()
 
-    def _fixed_states(self, pairs: Sequence[Pair]) -> Tensor:
+    def _fixed_states(self, pairs: Sequence[Pair], gain: Tensor) -> Tensor:
         with torch.no_grad():
             hidden = self._scorer.hidden(pairs)
-        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return hidden.to(gain.dtype) * gain
 
     def _scaled_epsilon(self, rows: Sequence[Example]) -> float:
         """The step that changes logits by `alignment.logit_change` nats (root mean square), from a trial step.

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from atesd.models.token_tree import Backbone
+
 
 @final
 @dataclass(slots=True)
@@ -25,9 +27,8 @@ class Call:
 class LastLayer:
     """The last decoder layer of a backbone and the norm behind it, called as the backbone calls them."""
 
-    def __init__(self, backbone: Any) -> None:
-        self._layer: nn.Module = backbone.layers[-1]
-        self._norm: nn.Module = backbone.norm
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        self._layer, self._norm = layer, norm
 
     def parameters(self) -> set[int]:
         """The ids of the parameters of layer and norm."""
@@ -55,11 +56,12 @@ class LastLayer:
         return hidden
 
 
-def last_layer_of(backbone: Any, ids: Tensor) -> LastLayer | None:
+def last_layer_of(backbone: Backbone, ids: Tensor) -> LastLayer | None:
     """The last layer, if computing it again gives the backbone's own output, bit for bit, on some ids; None if not."""
-    if not isinstance(getattr(backbone, "layers", None), nn.ModuleList) or not hasattr(backbone, "norm"):
+    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or norm is None:
         return None
-    layer = LastLayer(backbone)
+    layer = LastLayer(layers[-1], norm)
     with torch.no_grad(), layer.heard() as call:
         wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
         return layer if torch.equal(layer.again(call), wanted) else None
