@@ -119,10 +119,15 @@ class Handle:
         """
         ratio = self.ratio(update, group_of(self.config.granularity, problem.id, problem.difficulty))
         view = self.view(problem, ratio)
-        with self._lock:
-            for served in range(update, update + updates):
-                self._seen.setdefault(served, []).append((ratio, view.effective_ratio))
+        self.note(update, [(ratio, view.effective_ratio)], updates)
         return view
+
+    def note(self, update: int, shown: Iterable[tuple[float, float]], updates: int = 1) -> None:
+        """Note views by ratio and effective ratio: what `show` does, for a trainer that trains on a view later."""
+        with self._lock:
+            listed = list(shown)
+            for served in range(update, update + updates):
+                self._seen.setdefault(served, []).extend(listed)
 
     def grade(self, update: int, verdicts: Iterable[tuple[str, int, float]], updates: int = 1) -> None:
         """Note graded rollouts of an update, or of several: (problem id, difficulty, 1.0 or 0.0). May come in parts."""
