@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import test_peer_trl
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.problems import problem_of
 from atesd.bridges.trl import Exposed, expose
-from atesd.config import Config, FixedSettings, FullSettings, load_config
-from atesd.data.views import TextRenderer, shown_segments
+from atesd.config import Config, FixedSettings, FullSettings, ModelConfig, load_config
+from atesd.data.views import TextRenderer
 from atesd.errors import CheckpointError, ConfigError, DataError
-from atesd.models.load import save_model
+from atesd.models.load import load_model, save_model
+from atesd.models.prompts import PromptEncoder
 from atesd.runs import RunFolder
 from atesd_lab.audit.audit import run_audit
 from atesd_lab.report.page import write_report
@@ -30,6 +33,7 @@ from tiny import tiny_model
 __all__ = ["pytestmark"]  # needs trl, and takes no note of its two warnings
 
 UPDATES = 6
+FEEDBACK = "Line one.\nLine two. And more.\nLine three.\nThe last."
 CREDIT = {"progress_signal": "train_kl", "hold_updates": 1, "lookahead_updates": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"exposure": {"kind": "full"}},
@@ -116,7 +120,7 @@ def sdpo(model: Path, out: Path, witness: Witness, **changes: Any) -> Any:
     from datasets import Dataset
 
     trl = pytest.importorskip("trl.experimental.sdpo", reason="needs the extra `trl`")
-    rows = [{"prompt": chat, "privileged_context": "Line one.\nLine two.\nLine three."} for chat in chats()]
+    rows = [{"prompt": chat, "privileged_context": FEEDBACK} for chat in chats()]
     arguments = trl.SDPOConfig(**common(out, include_environment_feedback=True, **changes))
     return trl.SDPOTrainer(
         model=str(model),
@@ -173,22 +177,47 @@ def test_the_teacher_of_sdft_reads_our_view_id_by_id(
         assert rows != our_rows(whole, completions)
 
 
-def test_the_teacher_of_sdpo_reads_a_part_of_the_solution_and_of_the_feedback(model: Path, tmp_path: Path) -> None:
-    witness, trainer, exposed = trained(sdpo, model, tmp_path, "fixed")
-    assert exposed is not None
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_the_teacher_of_sdpo_reads_our_view_of_solution_and_feedback_id_by_id(
+    ratio: float, model: Path, tmp_path: Path
+) -> None:
+    witness = Witness()
+    trainer = sdpo(model, tmp_path / "trainer", witness, max_completion_length=40, shuffle_dataset=False)
+    settings = {"exposure": {"kind": "fixed", "reveal_ratio": ratio}, "data": {"segmenter": "token"}}
+    exposed = expose(trainer, settings, tmp_path / "run")
+    trainer.train()
+    encoder = PromptEncoder(load_model(ModelConfig(path=str(model))).tokenizer, exposed.config.model)
     renderer = TextRenderer(exposed.config.views.model_copy(update={"answer": "withhold"}))
-    feedback = problem_of("?", "Line one.\nLine two.\nLine three.")
-    expected = renderer.visible(feedback, shown_segments(0.5, 3), whole=False)
-    assert expected == "Line one.\n[The reference may be incomplete from here on.]"
-    seen = [trainer.processing_class.decode(row) for batch in witness.batches for row in batch["teacher_input_ids"]]
-    told = [text for text in seen if "Line one." in spelled(text)]
-    assert told
-    assert not [text for text in told if "Line two." in spelled(text)]
 
+    def part(prompt: str, text: str) -> str:
+        """Our loop's view of a reference without an answer: the first floor(r m) of its m segments, and a note."""
+        problem = problem_of(prompt, text, segmenter="token")
+        shown = math.floor(Fraction(str(ratio)) * len(problem.segments))
+        return renderer.visible(problem, shown, whole=ratio == 1)
 
-def spelled(text: str) -> str:
-    """What a tokenizer of single characters decodes, without the spaces that it puts between them."""
-    return text[::2] if text[1::2].strip() == "" else text.replace("  ", "\0").replace(" ", "").replace("\0", " ")
+    told, cut = {True: 0, False: 0}, 0
+    for batch in witness.batches:
+        tokens = batch["completion_ids"].shape[1]
+        said = [trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in batch["completion_ids"]]
+        pairs = zip(batch["teacher_input_ids"], batch["teacher_attention_mask"].bool(), strict=True)
+        for row, (ids, mask) in enumerate(pairs):
+            group = range(row // SAMPLES * SAMPLES, (row // SAMPLES + 1) * SAMPLES)
+            right = [one for one in group if one != row and len(said[one]) % 3 > 0]  # TRL shows none its own
+            prompt = PROBLEMS[row // SAMPLES].text
+            solution = trainer.args.solution_template.format(
+                successful_previous_attempt=part(prompt, said[right[0]]) if right else ""
+            )
+            text = trainer.args.reprompt_template.format(
+                prompt=prompt,
+                solution=solution if right else "",
+                feedback=trainer.args.feedback_template.format(feedback_raw=part(prompt, FEEDBACK)),
+            )
+            assert tuple(ids[:-tokens][mask[:-tokens]].tolist()) == encoder.student(text)
+            told[bool(right)] += 1
+            cut += bool(right) and part(prompt, said[right[0]]) != said[right[0]]
+    assert min(told.values()) > 0
+    assert (cut > 0) == (ratio < 1)
+    assert len({part("?", FEEDBACK), FEEDBACK}) == (2 if ratio < 1 else 1)
 
 
 @pytest.mark.parametrize("name", MAKERS)
