@@ -33,7 +33,9 @@ if CHECKOUT is None:
     pytest.skip("ATESD_PRIME_RL names no checkout of prime-rl; make test-prime-rl", allow_module_level=True)
 ROOT = Path(CHECKOUT).absolute()
 if not (ROOT / "src/prime_rl/orchestrator").is_dir():
-    pytest.fail(f"ATESD_PRIME_RL: {ROOT} is no checkout of prime-rl: it has no src/prime_rl/orchestrator", pytrace=False)
+    pytest.fail(
+        f"ATESD_PRIME_RL: {ROOT} is no checkout of prime-rl: it has no src/prime_rl/orchestrator", pytrace=False
+    )
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "packages/prime-rl-configs/src")]
 
 with warnings.catch_warnings():
@@ -107,9 +109,7 @@ def episode(group: str, reward: float, demonstration: Any = REFERENCE, step: int
     ]
     task = vf.TraceTask(type="Task", data=Task(idx=0, prompt=None, demonstration=demonstration))
     rewards = {"solved": vf.Reward(score=reward)}
-    trace = vf.Trace(
-        task=task, agent=vf.AgentInfo(config=vf.AgentConfig()), nodes=nodes, rewards=rewards, ok=True
-    )
+    trace = vf.Trace(task=task, agent=vf.AgentInfo(config=vf.AgentConfig()), nodes=nodes, rewards=rewards, ok=True)
     env = vf.EnvInfo(id="sums", name="sums")
     made = vf.Episode(env=env, task=task, group=vf.GroupInfo(id=group), traces=[trace])
     made.record_run(vf.TrainRunInfo(id="run", work=vf.TrainWorkInfo(step=step)))
@@ -234,9 +234,7 @@ def test_the_two_lines_of_the_proposal_load_a_plugin(
     place = "        setup_logger(config.log.level, json_logging=config.log.json_logging)\n"
     assert source.count(place) == 1
     patched = ast.parse(source.replace(place, place + "\n".join(lines) + "\n"))
-    made = next(
-        node for node in ast.walk(patched) if isinstance(node, ast.ClassDef) and node.name == "Orchestrator"
-    )
+    made = next(node for node in ast.walk(patched) if isinstance(node, ast.ClassDef) and node.name == "Orchestrator")
     first = next(node for node in made.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     loop = next(node for node in first.body if isinstance(node, ast.For))
     (tmp_path / "my_exposure.py").write_text(

@@ -21,13 +21,14 @@ from atesd.bridges.problems import problem_of
 from atesd.bridges.trl import Exposed, expose
 from atesd.config import Config, FixedSettings, FullSettings, ModelConfig, load_config
 from atesd.data.views import TextRenderer
-from atesd.errors import CheckpointError, ConfigError, DataError
+from atesd.errors import CheckpointError, ConfigError, DataError, RunError
 from atesd.models.load import load_model, save_model
 from atesd.models.prompts import PromptEncoder
 from atesd.runs import RunFolder
 from atesd_lab.audit.audit import run_audit
 from atesd_lab.report.page import write_report
 from test_peer_trl import PROBLEMS, SAMPLES, TRL_WORDING, our_rows, peer_config, pytestmark, unpadded
+from test_ranks import outputs, start_ranks
 from tiny import tiny_model
 
 __all__ = ["pytestmark"]  # needs trl, and takes no note of its two warnings
@@ -403,3 +404,126 @@ def test_a_measure_is_called_when_the_exposure_wants_it(model: Path, tmp_path: P
     assert asked == [0, 2, 4]
     rows = RunFolder.open(tmp_path / "run").rows("metrics")
     assert [row["probe_success"] for row in rows] == [0.1, None, 0.2, None, 0.3, None]
+
+
+def test_two_processes_share_one_ratio_and_write_their_rows_once(model: Path, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("trl_rank_program.py")
+    outputs(start_ranks([str(program), str(model), str(tmp_path)], [tmp_path / "cwd-0", tmp_path / "cwd-1"]))
+    one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text("utf-8")) for rank in (0, 1))
+    assert one == other  # both exposures, the resumed one too, to the last weight of the policy
+    assert one["sdft rows"] == SAMPLES * len(PROBLEMS) // 2  # each rank had half of the rollouts
+    assert one["updates"] == [UPDATES] * 2
+    for name in MAKERS:
+        run = RunFolder.open(tmp_path / name / "run")
+        rows = run.whole_rows("metrics")
+        assert [row["update"] for row in rows] == list(range(UPDATES))
+        assert len({row["reveal_ratio"] for row in rows}) > 1
+        assert all((row["accuracy"] or 0) * SAMPLES * len(PROBLEMS) % 1 == 0 for row in rows)
+    probes = [row["probe_success"] for row in RunFolder.open(tmp_path / "sdft/run").rows("metrics")]
+    assert probes == [0.5] * UPDATES  # what the ranks measure differently is told as its mean
+    assert len(RunFolder.open(tmp_path / "sdft/run").manifest["sessions"]) == 2
+
+
+def test_epochs_of_shuffled_rows_are_graded_by_their_own_problems(model: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": -1, "num_train_epochs": 4, "generation_batch_size": 4, "steps_per_generation": None}
+    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "shuffle_dataset": True}
+    witness = Witness()
+    trainer = sdft(model, tmp_path / "trainer", witness, **changes, **shape)
+    settings = {"exposure": {"kind": "random", "granularity": "per_problem"}, "data": {"checker": "exact"}}
+    exposed = expose(trainer, settings, tmp_path / "run")
+    noted: list[list[str]] = []
+    grade = exposed.graded
+    exposed.graded = lambda verdicts: (noted.append([name for name, *_ in verdicts]), grade(verdicts))[1]  # type: ignore[method-assign]
+    trainer.train()
+    texts = {problem_of(problem.text, "").id: problem.text for problem in PROBLEMS}
+    decode = trainer.processing_class.decode
+    for batch, names in zip(witness.batches, noted, strict=True):
+        asked = [spelled(decode(ids, skip_special_tokens=True)) for ids in batch["prompt_ids"]]
+        assert all(spelled(texts[name]) in text or texts[name] in text for text, name in zip(asked, names, strict=True))
+    assert len({tuple(names) for names in noted}) > 2  # the order of an epoch is not that of the one before
+    assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == len(noted) == 8
+
+
+def spelled(text: str) -> str:
+    """What a tokenizer of single characters decodes, without the spaces that it puts between them."""
+    return text[::2] if text[1::2].strip() == "" else text
+
+
+def test_an_interrupted_training_goes_on_in_the_same_process(model: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    settings = {**SETTINGS["bandit"], "data": {"checker": "exact"}}
+    cut = sdft(model, tmp_path / "trainer", Witness(stop_after=5), **saving)
+    left = expose(cut, settings, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    again = sdft(model, tmp_path / "trainer", Witness(), **saving)  # as in a notebook: nothing was closed
+    expose(again, settings, tmp_path / "run")
+    again.train(resume_from_checkpoint=True)
+    assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == UPDATES
+    with pytest.raises(RunError, match="a later exposure of this process has resumed this run"):
+        left.on_save(cut.args, cut.state)
+    left.contexts.close()
+
+
+def test_a_run_cannot_be_resumed_with_another_exposure(model: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trained(sdft, model, tmp_path, "bandit", **saving)
+    again = sdft(model, tmp_path / "trainer", Witness(), **saving)
+    exposed = expose(again, {**SETTINGS["fixed"], "data": {"checker": "exact"}}, tmp_path / "run")
+    with pytest.raises(RunError, match="the config differs"):
+        again.train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-3"))
+    exposed.close()
+
+
+def test_a_checkpoint_within_a_generation_batch_is_refused(model: Path, tmp_path: Path) -> None:
+    credit = {**CREDIT, "hold_updates": 2, "lookahead_updates": 2}
+    settings = {"exposure": {"kind": "bandit"}, "credit": credit, "data": {"checker": "exact"}}
+    made = {"num_iterations": 2, "save_strategy": "steps"}
+    with pytest.raises(ConfigError, match="save_steps: 3 is no multiple of 2"):
+        expose(sdft(model, tmp_path / "a", Witness(), save_steps=3, **made), settings, tmp_path / "run")
+    trainer = sdft(model, tmp_path / "b", Witness(), save_steps=2, **made)
+    exposed = expose(trainer, settings, tmp_path / "run")
+    trainer.state.global_step, trainer.state.max_steps = 3, UPDATES
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: 3 is no multiple of 2"):
+        exposed.on_train_begin(trainer.args, trainer.state)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("sdft", {"privilegd_context": "x"}, "row 0: no column privileged_context; it has prompt, privilegd_context"),
+        ("sdft", {"privileged_context": " "}, "row 0: the reference is empty"),
+        ("sdpo", {"feedbak": "x"}, "row 0: no column privileged_context; it has prompt, feedbak"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(
+    name: str, row: dict[str, str], says: str, model: Path, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    trainer = MAKERS[name](model, tmp_path / "trainer", Witness())
+    trainer.train_dataset = Dataset.from_list([{"prompt": chat, **row} for chat in chats()])
+    with pytest.raises(DataError, match=says):
+        expose(trainer, SETTINGS["full"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_teachers_row_longer_than_the_model_stops_the_training(name: str, model: Path, tmp_path: Path) -> None:
+    trainer = MAKERS[name](model, tmp_path / "trainer", Witness())
+    trainer.model.config.max_position_embeddings = 50
+    exposed = expose(trainer, {**SETTINGS["full"], "data": {"checker": "exact"}}, tmp_path / "run")
+    with pytest.raises(DataError, match="the model 50 positions"):
+        trainer.train()
+    exposed.close()
+
+
+def test_a_measure_that_will_not_do_is_refused(model: Path, tmp_path: Path) -> None:
+    trainer = sdft(model, tmp_path / "trainer", Witness())
+    settings = {"exposure": {"kind": "bandit"}, "data": {"checker": "exact"}}
+    typo: Any = {"probe_sucess": lambda: 1.0, "probe_success": lambda: None}
+    with pytest.raises(ConfigError, match="probe_sucess, which no exposure knows"):
+        expose(trainer, settings, tmp_path / "run", measure=typo)
+    exposed = expose(trainer, settings, tmp_path / "run", measure={"probe_success": typo["probe_success"]})
+    with pytest.raises(ConfigError, match="measure: probe_success gave None"):
+        trainer.train()
+    exposed.close()

@@ -29,7 +29,6 @@ from atesd.bridges.log import Log
 from atesd.bridges.problems import problem_in, require_problems
 from atesd.bridges.settings import Settings, bridge_config
 from atesd.config import ModelConfig
-from atesd.control.settings import group_of
 from atesd.errors import ConfigError, TrainingError
 
 _NOTE = "atesd"  # the key in a trace's info that says what its teacher read
@@ -44,7 +43,8 @@ def expose(settings: Settings, out: Path | str, updates: int, solved_from: float
     """
     if Exposed.active is not None:
         raise ConfigError("prime-rl bridge: expose() was called before in this process; call it once")
-    facts = {"model": {"path": "unnamed"}, "train": {"num_updates": updates, "evaluate_every": 0}}
+    train = {"num_updates": updates, "evaluate_every": 0}
+    facts: dict[str, dict[str, Any]] = {"model": {"path": "unnamed"}, "train": train}
     config = bridge_config(settings, facts, trainer="prime-rl", measurable=_MEASURABLE)
     Exposed.active = Exposed(Handle(config), Path(out), solved_from)
     ALGORITHM_CLASSES["opsd"] = ExposedOPSD
@@ -87,8 +87,7 @@ class Exposed:
         pair = (question_of(trace), demonstration)
         require_problems([pair], config, f"'{pair[0]:.40}', row")
         problem = problem_in(*pair, config.data.segmenter)
-        ratio = self.handle.ratio(self._update, group_of(config.granularity, problem.id, problem.difficulty))
-        view = self.handle.view(problem, ratio)
+        ratio, view = self.handle.look(self._update, problem)
         shown = {"reveal_ratio": ratio, "effective_ratio": view.effective_ratio}
         trace.info[_NOTE] = {"update": self._update, "problem": problem.id, "difficulty": problem.difficulty, **shown}
         return view.text
