@@ -5,7 +5,7 @@ LOCK := requirements/lock.txt
 # For builds too: a new pip reads their constraints from the second variable, an old one from the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo test check format test-slow test-real test-peer test-bridges test-demo test-trackers test-fuzz test-window lock bench clean
+.PHONY: demo test check format test-slow test-real test-peer test-bridges test-prime-rl test-demo test-trackers test-fuzz test-window lock bench clean
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,18 @@ $(BRIDGES)/installed: pyproject.toml $(LOCK) requirements/bridges.txt
 test-bridges: $(BRIDGES)/installed  ## the bridges against the released wheels of other trainers, in an environment of their own
 	$(BRIDGES)/bin/pytest -m bridges -n 0
 
+# prime-rl has no release: CHECKOUT is a folder with its source, of the commit that docs/bridges.md names or a newer one.
+PRIME_RL := .venv-prime-rl
+$(PRIME_RL)/installed: pyproject.toml $(LOCK) requirements/prime_rl.txt
+	$(PYTHON) -m venv $(PRIME_RL)
+	$(LOCKED) $(PRIME_RL)/bin/pip install --quiet --editable ".[dev]"
+	$(PRIME_RL)/bin/pip install --quiet --no-deps --requirement requirements/prime_rl.txt
+	touch $@
+
+test-prime-rl: $(PRIME_RL)/installed  ## the bridge for prime-rl against a checkout of it: CHECKOUT=folder
+	@test -d "$(CHECKOUT)/src/prime_rl" || { echo "CHECKOUT=$(CHECKOUT): no checkout of prime-rl; set CHECKOUT=folder" >&2; exit 2; }
+	ATESD_PRIME_RL=$(abspath $(CHECKOUT)) $(PRIME_RL)/bin/pytest -m bridges -n 0 tests/test_bridge_prime_rl.py
+
 test-demo: $(VENV)/installed  ## the demo's tables are those of the README; about two minutes
 	$(BIN)/pytest -n 0 -m demo
 
@@ -87,4 +99,4 @@ bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes;
 	$(BIN)/python -m benchmarks table
 
 clean:
-	rm -rf $(VENV) .venv-bridges $(TRACKERS) .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-bridges $(PRIME_RL) $(TRACKERS) .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache

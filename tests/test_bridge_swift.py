@@ -165,6 +165,11 @@ def test_a_resumed_run_continues_the_controller(tmp_path: Path) -> None:
         ({"exposure": {"kind": "learned"}}, {}, "probe_success is not measured in ms-swift"),
         (HALF, {"logging_steps": 10}, "logging_steps: 10"),
         (BANDIT, {"steps_per_generation": 2}, "no multiple of 2"),
+        (
+            {"exposure": {"kind": "bandit"}, "credit": {**CREDIT, "hold_updates": 2, "lookahead_updates": 2}},
+            {"steps_per_generation": 2, "save_steps": 3},
+            "save_steps: 3 is no multiple of 2",
+        ),
     ],
 )
 def test_what_will_not_do_is_refused(settings: Any, changes: Any, says: str, tmp_path: Path) -> None:
@@ -177,6 +182,14 @@ def test_without_the_callback_the_first_sample_says_so(tmp_path: Path) -> None:
     bridge.expose(HALF, tmp_path / "run")
     with pytest.raises(ConfigError, match="add --callbacks atesd"):
         sample().build_teacher_view()
+
+
+def test_an_interrupted_training_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    bridge.expose(BANDIT, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path, stop_after=4).train()
+    loop(tmp_path).train(resume_from_checkpoint=True)  # nothing was closed
+    assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == UPDATES
 
 
 def test_a_reference_without_an_answer_is_refused(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def test_a_tap_passes_everything_on():
     [
         ({"exposure": {"kind": "bandti"}}, {}, {}, "bandit"),
         (BANDIT, {"topk": 20}, {}, "train_kl is not measured"),
+        (HALF, {}, {"probe_sucess": "test/correct"}, "probe_sucess, which no exposure knows"),
         (
             {"exposure": {"kind": "bandit"}},
             {"eval_every": 3},

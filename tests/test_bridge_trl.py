@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,22 @@ import test_peer_trl
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.problems import problem_of
 from atesd.bridges.trl import Exposed, expose
-from atesd.config import Config, FixedSettings, FullSettings, load_config
-from atesd.data.views import TextRenderer, shown_segments
-from atesd.errors import CheckpointError, ConfigError, DataError
-from atesd.models.load import save_model
+from atesd.config import Config, FixedSettings, FullSettings, ModelConfig, load_config
+from atesd.data.views import TextRenderer
+from atesd.errors import CheckpointError, ConfigError, DataError, RunError
+from atesd.models.load import load_model, save_model
+from atesd.models.prompts import PromptEncoder
 from atesd.runs import RunFolder
 from atesd_lab.audit.audit import run_audit
 from atesd_lab.report.page import write_report
 from test_peer_trl import PROBLEMS, SAMPLES, TRL_WORDING, our_rows, peer_config, pytestmark, unpadded
+from test_ranks import outputs, start_ranks
 from tiny import tiny_model
 
 __all__ = ["pytestmark"]  # needs trl, and takes no note of its two warnings
 
 UPDATES = 6
+FEEDBACK = "Line one.\nLine two. And more.\nLine three.\nThe last."
 CREDIT = {"progress_signal": "train_kl", "hold_updates": 1, "lookahead_updates": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"exposure": {"kind": "full"}},
@@ -116,7 +121,7 @@ def sdpo(model: Path, out: Path, witness: Witness, **changes: Any) -> Any:
     from datasets import Dataset
 
     trl = pytest.importorskip("trl.experimental.sdpo", reason="needs the extra `trl`")
-    rows = [{"prompt": chat, "privileged_context": "Line one.\nLine two.\nLine three."} for chat in chats()]
+    rows = [{"prompt": chat, "privileged_context": FEEDBACK} for chat in chats()]
     arguments = trl.SDPOConfig(**common(out, include_environment_feedback=True, **changes))
     return trl.SDPOTrainer(
         model=str(model),
@@ -173,22 +178,47 @@ def test_the_teacher_of_sdft_reads_our_view_id_by_id(
         assert rows != our_rows(whole, completions)
 
 
-def test_the_teacher_of_sdpo_reads_a_part_of_the_solution_and_of_the_feedback(model: Path, tmp_path: Path) -> None:
-    witness, trainer, exposed = trained(sdpo, model, tmp_path, "fixed")
-    assert exposed is not None
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_the_teacher_of_sdpo_reads_our_view_of_solution_and_feedback_id_by_id(
+    ratio: float, model: Path, tmp_path: Path
+) -> None:
+    witness = Witness()
+    trainer = sdpo(model, tmp_path / "trainer", witness, max_completion_length=40, shuffle_dataset=False)
+    settings = {"exposure": {"kind": "fixed", "reveal_ratio": ratio}, "data": {"segmenter": "token"}}
+    exposed = expose(trainer, settings, tmp_path / "run")
+    trainer.train()
+    encoder = PromptEncoder(load_model(ModelConfig(path=str(model))).tokenizer, exposed.config.model)
     renderer = TextRenderer(exposed.config.views.model_copy(update={"answer": "withhold"}))
-    feedback = problem_of("?", "Line one.\nLine two.\nLine three.")
-    expected = renderer.visible(feedback, shown_segments(0.5, 3), whole=False)
-    assert expected == "Line one.\n[The reference may be incomplete from here on.]"
-    seen = [trainer.processing_class.decode(row) for batch in witness.batches for row in batch["teacher_input_ids"]]
-    told = [text for text in seen if "Line one." in spelled(text)]
-    assert told
-    assert not [text for text in told if "Line two." in spelled(text)]
 
+    def part(prompt: str, text: str) -> str:
+        """Our loop's view of a reference without an answer: the first floor(r m) of its m segments, and a note."""
+        problem = problem_of(prompt, text, segmenter="token")
+        shown = math.floor(Fraction(str(ratio)) * len(problem.segments))
+        return renderer.visible(problem, shown, whole=ratio == 1)
 
-def spelled(text: str) -> str:
-    """What a tokenizer of single characters decodes, without the spaces that it puts between them."""
-    return text[::2] if text[1::2].strip() == "" else text.replace("  ", "\0").replace(" ", "").replace("\0", " ")
+    told, cut = {True: 0, False: 0}, 0
+    for batch in witness.batches:
+        tokens = batch["completion_ids"].shape[1]
+        said = [trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in batch["completion_ids"]]
+        pairs = zip(batch["teacher_input_ids"], batch["teacher_attention_mask"].bool(), strict=True)
+        for row, (ids, mask) in enumerate(pairs):
+            group = range(row // SAMPLES * SAMPLES, (row // SAMPLES + 1) * SAMPLES)
+            right = [one for one in group if one != row and len(said[one]) % 3 > 0]  # TRL shows none its own
+            prompt = PROBLEMS[row // SAMPLES].text
+            solution = trainer.args.solution_template.format(
+                successful_previous_attempt=part(prompt, said[right[0]]) if right else ""
+            )
+            text = trainer.args.reprompt_template.format(
+                prompt=prompt,
+                solution=solution if right else "",
+                feedback=trainer.args.feedback_template.format(feedback_raw=part(prompt, FEEDBACK)),
+            )
+            assert tuple(ids[:-tokens][mask[:-tokens]].tolist()) == encoder.student(text)
+            told[bool(right)] += 1
+            cut += bool(right) and part(prompt, said[right[0]]) != said[right[0]]
+    assert min(told.values()) > 0
+    assert (cut > 0) == (ratio < 1)
+    assert len({part("?", FEEDBACK), FEEDBACK}) == (2 if ratio < 1 else 1)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -374,3 +404,126 @@ def test_a_measure_is_called_when_the_exposure_wants_it(model: Path, tmp_path: P
     assert asked == [0, 2, 4]
     rows = RunFolder.open(tmp_path / "run").rows("metrics")
     assert [row["probe_success"] for row in rows] == [0.1, None, 0.2, None, 0.3, None]
+
+
+def test_two_processes_share_one_ratio_and_write_their_rows_once(model: Path, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("trl_rank_program.py")
+    outputs(start_ranks([str(program), str(model), str(tmp_path)], [tmp_path / "cwd-0", tmp_path / "cwd-1"]))
+    one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text("utf-8")) for rank in (0, 1))
+    assert one == other  # both exposures, the resumed one too, to the last weight of the policy
+    assert one["sdft rows"] == SAMPLES * len(PROBLEMS) // 2  # each rank had half of the rollouts
+    assert one["updates"] == [UPDATES] * 2
+    for name in MAKERS:
+        run = RunFolder.open(tmp_path / name / "run")
+        rows = run.whole_rows("metrics")
+        assert [row["update"] for row in rows] == list(range(UPDATES))
+        assert len({row["reveal_ratio"] for row in rows}) > 1
+        assert all((row["accuracy"] or 0) * SAMPLES * len(PROBLEMS) % 1 == 0 for row in rows)
+    probes = [row["probe_success"] for row in RunFolder.open(tmp_path / "sdft/run").rows("metrics")]
+    assert probes == [0.5] * UPDATES  # what the ranks measure differently is told as its mean
+    assert len(RunFolder.open(tmp_path / "sdft/run").manifest["sessions"]) == 2
+
+
+def test_epochs_of_shuffled_rows_are_graded_by_their_own_problems(model: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": -1, "num_train_epochs": 4, "generation_batch_size": 4, "steps_per_generation": None}
+    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "shuffle_dataset": True}
+    witness = Witness()
+    trainer = sdft(model, tmp_path / "trainer", witness, **changes, **shape)
+    settings = {"exposure": {"kind": "random", "granularity": "per_problem"}, "data": {"checker": "exact"}}
+    exposed = expose(trainer, settings, tmp_path / "run")
+    noted: list[list[str]] = []
+    grade = exposed.graded
+    exposed.graded = lambda verdicts: (noted.append([name for name, *_ in verdicts]), grade(verdicts))[1]  # type: ignore[method-assign]
+    trainer.train()
+    texts = {problem_of(problem.text, "").id: problem.text for problem in PROBLEMS}
+    decode = trainer.processing_class.decode
+    for batch, names in zip(witness.batches, noted, strict=True):
+        asked = [spelled(decode(ids, skip_special_tokens=True)) for ids in batch["prompt_ids"]]
+        assert all(spelled(texts[name]) in text or texts[name] in text for text, name in zip(asked, names, strict=True))
+    assert len({tuple(names) for names in noted}) > 2  # the order of an epoch is not that of the one before
+    assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == len(noted) == 8
+
+
+def spelled(text: str) -> str:
+    """What a tokenizer of single characters decodes, without the spaces that it puts between them."""
+    return text[::2] if text[1::2].strip() == "" else text
+
+
+def test_an_interrupted_training_goes_on_in_the_same_process(model: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    settings = {**SETTINGS["bandit"], "data": {"checker": "exact"}}
+    cut = sdft(model, tmp_path / "trainer", Witness(stop_after=5), **saving)
+    left = expose(cut, settings, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    again = sdft(model, tmp_path / "trainer", Witness(), **saving)  # as in a notebook: nothing was closed
+    expose(again, settings, tmp_path / "run")
+    again.train(resume_from_checkpoint=True)
+    assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == UPDATES
+    with pytest.raises(RunError, match="a later exposure of this process has resumed this run"):
+        left.on_save(cut.args, cut.state)
+    left.contexts.close()
+
+
+def test_a_run_cannot_be_resumed_with_another_exposure(model: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trained(sdft, model, tmp_path, "bandit", **saving)
+    again = sdft(model, tmp_path / "trainer", Witness(), **saving)
+    exposed = expose(again, {**SETTINGS["fixed"], "data": {"checker": "exact"}}, tmp_path / "run")
+    with pytest.raises(RunError, match="the config differs"):
+        again.train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-3"))
+    exposed.close()
+
+
+def test_a_checkpoint_within_a_generation_batch_is_refused(model: Path, tmp_path: Path) -> None:
+    credit = {**CREDIT, "hold_updates": 2, "lookahead_updates": 2}
+    settings = {"exposure": {"kind": "bandit"}, "credit": credit, "data": {"checker": "exact"}}
+    made = {"num_iterations": 2, "save_strategy": "steps"}
+    with pytest.raises(ConfigError, match="save_steps: 3 is no multiple of 2"):
+        expose(sdft(model, tmp_path / "a", Witness(), save_steps=3, **made), settings, tmp_path / "run")
+    trainer = sdft(model, tmp_path / "b", Witness(), save_steps=2, **made)
+    exposed = expose(trainer, settings, tmp_path / "run")
+    trainer.state.global_step, trainer.state.max_steps = 3, UPDATES
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: 3 is no multiple of 2"):
+        exposed.on_train_begin(trainer.args, trainer.state)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("sdft", {"privilegd_context": "x"}, "row 0: no column privileged_context; it has prompt, privilegd_context"),
+        ("sdft", {"privileged_context": " "}, "row 0: the reference is empty"),
+        ("sdpo", {"feedbak": "x"}, "row 0: no column privileged_context; it has prompt, feedbak"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(
+    name: str, row: dict[str, str], says: str, model: Path, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    trainer = MAKERS[name](model, tmp_path / "trainer", Witness())
+    trainer.train_dataset = Dataset.from_list([{"prompt": chat, **row} for chat in chats()])
+    with pytest.raises(DataError, match=says):
+        expose(trainer, SETTINGS["full"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_teachers_row_longer_than_the_model_stops_the_training(name: str, model: Path, tmp_path: Path) -> None:
+    trainer = MAKERS[name](model, tmp_path / "trainer", Witness())
+    trainer.model.config.max_position_embeddings = 50
+    exposed = expose(trainer, {**SETTINGS["full"], "data": {"checker": "exact"}}, tmp_path / "run")
+    with pytest.raises(DataError, match="the model 50 positions"):
+        trainer.train()
+    exposed.close()
+
+
+def test_a_measure_that_will_not_do_is_refused(model: Path, tmp_path: Path) -> None:
+    trainer = sdft(model, tmp_path / "trainer", Witness())
+    settings = {"exposure": {"kind": "bandit"}, "data": {"checker": "exact"}}
+    typo: Any = {"probe_sucess": lambda: 1.0, "probe_success": lambda: None}
+    with pytest.raises(ConfigError, match="probe_sucess, which no exposure knows"):
+        expose(trainer, settings, tmp_path / "run", measure=typo)
+    exposed = expose(trainer, settings, tmp_path / "run", measure={"probe_success": typo["probe_success"]})
+    with pytest.raises(ConfigError, match="measure: probe_success gave None"):
+        trainer.train()
+    exposed.close()

@@ -295,6 +295,7 @@ def test_a_validation_counts_as_the_probe_of_the_next_update(tmp_path: Path, mon
         ("exposure: {kind: fixd}\n", {}, "fixed"),
         (HALF, {"setings": "x"}, r"unknown \['setings'\]"),
         (BANDIT, {"policy_gradient": True}, "train_kl is not measured"),
+        (HALF, {"metrics": {"probe_sucess": "val/acc"}}, "probe_sucess, which no exposure knows"),
         (
             "exposure: {kind: bandit}\n",
             {"test_freq": 3},
@@ -308,7 +309,9 @@ def test_a_validation_counts_as_the_probe_of_the_next_update(tmp_path: Path, mon
     ],
 )
 def test_what_will_not_do_is_refused(settings: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
-    mine = {"setings": "x"} if "setings" in changes else {"metrics": {"probe_success": "val/acc"}}
+    mine = (
+        {"setings": "x"} if "setings" in changes else {"metrics": changes.get("metrics", {"probe_success": "val/acc"})}
+    )
     config = config_of(tmp_path, settings, **mine)
     config.distillation.distillation_loss.use_policy_gradient = changes.get("policy_gradient", False)
     config.trainer.test_freq, config.trainer.val_before_train = changes.get("test_freq", -1), changes.get("first", True)

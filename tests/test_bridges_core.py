@@ -14,8 +14,8 @@ import pytest
 
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log
-from atesd.bridges.problems import Judge, problem_in, problem_of, require_problems
-from atesd.bridges.settings import bridge_config, updates_per_batch
+from atesd.bridges.problems import Judge, columns, message_text, problem_in, problem_of, require_problems
+from atesd.bridges.settings import bridge_config, require_whole_batches, taken, updates_per_batch
 from atesd.config import Config
 from atesd.errors import CheckpointError, ConfigError, DataError, RunError
 from atesd.evaluate.benchmark import Graded
@@ -72,12 +72,34 @@ def test_the_core_imports_neither_torch_nor_a_trainer():
         ({"exposure": {"kind": "aligned"}}, "needs our own loop"),
         ({"exposure": {"kind": "bandit"}, "credit": {**CREDIT, "hold_updates": 3}}, "no multiple of 2"),
         ({"exposure": {"kind": "random", "granularity": "per_problem"}}, "2 processes"),
+        ({}, "exposure: missing"),
+        (["bandit"], "expected a mapping"),
     ],
 )
 def test_a_setting_that_cannot_act_here_is_refused(settings: dict[str, Any], says: str):
     measurable = frozenset({"train_kl", "train_success"})
     with pytest.raises(ConfigError, match=says):
         bridge_config(settings, FACTS, trainer="some-trainer", measurable=measurable, updates_per_batch=2, processes=2)
+
+
+def test_what_a_trainer_measures_has_a_name_that_exposures_know():
+    with pytest.raises(ConfigError, match=r"probe_sucess, which no exposure knows; allowed are train_success"):
+        bridge_config({"exposure": {"kind": "full"}}, FACTS, trainer="x", measurable=frozenset({"probe_sucess"}))
+
+
+def test_what_a_measure_gives_is_a_number():
+    measure = {"probe_success": lambda: 1, "probe_kl": lambda: None}
+    assert taken(measure, {"probe_success"}) == {"probe_success": 1.0}
+    with pytest.raises(ConfigError, match="probe_kl gave None; expected a number"):
+        taken(measure, {"probe_kl", "probe_success"})
+
+
+def test_a_checkpoint_within_a_generation_batch_matters_where_ratios_change():
+    credit = {**CREDIT, "hold_updates": 4, "lookahead_updates": 4}
+    require_whole_batches(config("bandit", credit=credit), 4, 8, "save_steps")
+    require_whole_batches(config("full"), 4, 6, "save_steps")
+    with pytest.raises(ConfigError, match="save_steps: 6 is no multiple of 4"):
+        require_whole_batches(config("bandit", credit=credit), 4, 6, "save_steps")
 
 
 def test_a_generation_batch_serves_whole_updates():
@@ -125,11 +147,33 @@ def test_no_answer_is_shown_where_none_is_known():
         ({"reference": "x", "anwser": "1"}, "anwser"),
         ({"reference": "so \\boxed{3}", "answer": "4"}, "boxes '3' but its answer is '4'"),
         ("no box", "states? ?.*answer"),
+        ("  \n", "row 1: the reference is empty"),
+        ({"reference": "x", "answer": 9}, "row 1: answer 9, difficulty 0; expected text"),
+        ({"reference": "x", "answer": "9", "difficulty": "hard"}, "difficulty 'hard'; expected .* a whole number"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(context: object, says: str):
     with pytest.raises(DataError, match=says):
         require_problems([("?", REFERENCE), ("??", context)], config())
+
+
+@pytest.mark.parametrize("prompt", [[], 7, [{"role": "user"}]])
+def test_a_prompt_that_is_neither_text_nor_chat_is_named(prompt: object):
+    with pytest.raises(DataError, match="row 1: the prompt is"):
+        require_problems([("?", REFERENCE), (prompt, REFERENCE)], config())
+
+
+def test_a_column_that_a_row_does_not_have_is_named():
+    rows = [{"prompt": "?", "context": "x"}, {"prompt": "?", "contxt": "x"}]
+    assert list(columns(rows[:1], "prompt", "context")) == [("?", "x")]
+    assert list(columns(rows, "prompt", optional="context")) == [("?", "x"), ("?", None)]
+    with pytest.raises(DataError, match="row 1: no column context; it has prompt, contxt"):
+        list(columns(rows, "prompt", "context"))
+
+
+def test_the_problem_of_a_message_in_parts_is_its_texts():
+    parts = [{"type": "text", "text": "2 + 3"}, {"type": "image"}, {"type": "text", "text": "+ 4?"}]
+    assert message_text([{"role": "user", "content": parts}]) == PROBLEM.text
 
 
 def test_the_problem_of_a_chat_is_what_the_user_says_last():
@@ -168,6 +212,24 @@ def test_feedback_that_never_comes_is_counted_and_holds_nothing_up():
         handle.observe(0, Feedback(1.0))
     with pytest.raises(ValueError, match="ask for the ratio of update 3"):
         handle.ratio(2)
+
+
+def test_feedback_that_comes_twice_is_refused_while_it_waits_and_when_it_was_told():
+    handle = Handle(config(), max_delay=2)
+    handle.observe(1, told_of(handle, 1))
+    with pytest.raises(ValueError, match="update 1 was observed before; awaited is update 0"):
+        handle.observe(1, Feedback(1.0))
+    handle.observe(0, told_of(handle, 0))
+    with pytest.raises(ValueError, match="update 1 was observed before; awaited is update 2"):
+        handle.observe(1, Feedback(1.0))
+
+
+def test_a_view_that_is_trained_on_later_counts_where_it_is_noted():
+    handle = Handle(config("fixed", exposure={"kind": "fixed", "reveal_ratio": 0.7}))
+    ratio, view = handle.look(0, PROBLEM)
+    handle.note(1, [(ratio, view.effective_ratio)])
+    told = [handle.observe(update, Feedback(1.0))[0].stats for update in (0, 1)]
+    assert [one and one.effective_ratio for one in told] == [0.7, 0.5]  # of the first no view is known
 
 
 def test_a_measurement_of_an_unknown_name_is_refused():
@@ -251,6 +313,22 @@ def test_a_resume_without_its_state_or_into_another_run_is_refused(tmp_path: Pat
         opened("bandit", tmp_path / "run")[1].resume(tmp_path / "there", 11)
     with pytest.raises(RunError, match="already holds a run"):
         opened("bandit", tmp_path / "run")[1].begin()
+
+
+def test_a_later_log_of_this_process_takes_over_what_an_interrupted_one_holds(tmp_path: Path):
+    handle, left = opened("bandit", tmp_path / "run")
+    left.begin()
+    run_updates(handle, left, 0, 12, {10: tmp_path / "there"})  # and then it was interrupted; nothing closed it
+    again, log = opened("bandit", tmp_path / "run")
+    log.resume(tmp_path / "there", 10)
+    with pytest.raises(RunError, match="a later exposure of this process has resumed this run"):
+        left.write([])
+    run_updates(again, log, 10, UPDATES)
+    left.close()
+    with pytest.raises(RunError, match="in use by"), RunFolder.open(tmp_path / "run").lock():
+        pass
+    log.end("finished")
+    assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == UPDATES
 
 
 def test_a_state_that_is_older_than_the_trainers_loses_the_updates_between(

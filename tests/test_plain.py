@@ -17,7 +17,7 @@ ROOT = Path(atesd.__file__).parent
 MOST_FRAMES = 10
 METHOD = ("maths", "control", "train", "aligned", "engine", "evaluate", "build", "session", "records", "rows")
 """The rooms that a reader of the paper reads; the others meet files, models, templates, users and other trainers."""
-MOST_LINES = {"the method": 10_000, "its edges": 12_450, "bridges": 1_400, "the laboratory": 10_650}
+MOST_LINES = {"the method": 10_100, "its edges": 12_600, "bridges": 1_700, "the laboratory": 10_650}
 TYPED = ("train", "engine", "models", "control")
 
 
@@ -77,7 +77,7 @@ def test_no_signature_says_any(path: Path) -> None:
             assert "Any" not in names, f"{path.name}: line {node.lineno}, {node.name}"
 
 
-@pytest.mark.parametrize("name", ["swift", "tinker", "trl", "trl_sdpo", "verl"])
+@pytest.mark.parametrize("name", ["prime_rl", "swift", "tinker", "trl", "trl_sdpo", "verl"])
 def test_a_bridge_stays_short(name: str) -> None:
     assert len((ROOT / "bridges" / f"{name}.py").read_text("utf-8").splitlines()) <= 200
 

@@ -23,6 +23,8 @@ from atesd.runs import recorded_ratios
 _PROBES = ("probe_nll", "probe_success", "probe_gain", "probe_kl", "grounding")
 _MEANS = ("top1_disagreement", "student_confidence")
 _ALSO = ("teacher_entropy", "student_entropy", "completion_tokens", "truncated_share", "loop_share", "grad_norm")
+MEASURED = (*_PROBES, *_MEANS, *_ALSO)
+"""What a trainer may measure besides loss, kl and verdicts, by its name in a metrics row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,8 @@ class Feedback:
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        allowed = (*_PROBES, *_MEANS, *_ALSO)
-        if unknown := sorted(set(self.measured) - {*allowed}):
-            raise ValueError(f"measured: {', '.join(unknown)} is unknown; allowed are {', '.join(allowed)}")
+        if unknown := sorted(set(self.measured) - {*MEASURED}):
+            raise ValueError(f"measured: {', '.join(unknown)} is unknown; allowed are {', '.join(MEASURED)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,21 @@ class Handle:
 
         `updates`: for how many updates, from this one on, the trainer keeps the teacher's context.
         """
-        ratio = self.ratio(update, group_of(self.config.granularity, problem.id, problem.difficulty))
-        view = self.view(problem, ratio)
-        with self._lock:
-            for served in range(update, update + updates):
-                self._seen.setdefault(served, []).append((ratio, view.effective_ratio))
+        ratio, view = self.look(update, problem)
+        self.note(update, [(ratio, view.effective_ratio)], updates)
         return view
+
+    def look(self, update: int, problem: Problem) -> tuple[float, View]:
+        """The ratio of an update for a problem, and the view at it; nothing is noted."""
+        ratio = self.ratio(update, group_of(self.config.granularity, problem.id, problem.difficulty))
+        return ratio, self.view(problem, ratio)
+
+    def note(self, update: int, shown: Iterable[tuple[float, float]], updates: int = 1) -> None:
+        """Note views by ratio and effective ratio: what `show` does, for a trainer that trains on a view later."""
+        with self._lock:
+            listed = list(shown)
+            for served in range(update, update + updates):
+                self._seen.setdefault(served, []).extend(listed)
 
     def grade(self, update: int, verdicts: Iterable[tuple[str, int, float]], updates: int = 1) -> None:
         """Note graded rollouts of an update, or of several: (problem id, difficulty, 1.0 or 0.0). May come in parts."""

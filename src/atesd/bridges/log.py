@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, cast, final
 
 from atesd.bridges.core import Feedback, Handle, Told
-from atesd.errors import CheckpointError
+from atesd.errors import CheckpointError, RunError
 from atesd.records import Graded, Split, UpdateStats
 from atesd.rows import MetricsRow, skipped_row
 from atesd.runs import EndStatus, RunFolder, new_manifest
 
 _STATE = "atesd"
+_HELD: dict[Path, Log] = {}  # the logs of this process that hold their folder
 _say = logging.getLogger("atesd").warning  # to stderr, unless the trainer has set up something else
 
 
@@ -34,7 +35,7 @@ class Log:
         """Of several processes with a copy of the exposure each, rank 0 writes; the others only read state."""
         self._out, self._handle, self._first, self._ranks = Path(out), handle, rank == 0, ranks
         self._trainer, self._fingerprint = trainer, fingerprint
-        self._held, self._run = ExitStack(), cast("RunFolder | None", None)
+        self._held, self._run, self._lost = ExitStack(), cast("RunFolder | None", None), False
 
     def begin(self) -> None:
         """Begin a run in a new or empty folder. Raises `RunError` if it holds one."""
@@ -42,9 +43,12 @@ class Log:
             return
         config, found = self._handle.config, self._fingerprint
         manifest = new_manifest(config, data_fingerprint=found, command=sys.argv, ranks=self._ranks)
-        run = RunFolder.create(self._out, config, {**manifest, "trainer": self._trainer})
-        self._held.enter_context(run.lock())
-        self._run = run
+        try:
+            run = RunFolder.create(self._out, config, {**manifest, "trainer": self._trainer})
+        except RunError as error:
+            said = str(error).replace("resume it,", "resume the trainer from its checkpoint,")
+            raise RunError(said.replace("choose another --out", "give another out")) from None
+        self._hold(run)
 
     def start(self, args: Any, state: Any) -> None:
         """`begin`, or `resume` from the checkpoint of a trainer of transformers, by its arguments and its state."""
@@ -77,8 +81,7 @@ class Log:
         if not self._first:
             self._handle.lose(updates_done)
             return
-        self._held.enter_context(run.lock())
-        self._run = run
+        self._hold(run)
         config = self._handle.config
         run.check_config(config)
         run.check_data(self._fingerprint)
@@ -91,6 +94,7 @@ class Log:
         """Write the controller's state into a folder beside the trainer's own checkpoint, of which `keep` stay."""
         from atesd.train.checkpoint import save_checkpoint
 
+        self._require_held()
         if self._run is not None:
             self._run.sync()
             rows = self._run.rows_written()
@@ -102,6 +106,7 @@ class Log:
         """Append the rows of what the exposure was told."""
         from atesd.train.rows import decision_row
 
+        self._require_held()
         for one in told if self._run is not None else ():
             for decision in one.decisions:
                 self._append("decisions", decision_row(decision, one.update, "finished"))
@@ -132,8 +137,23 @@ class Log:
 
     def close(self) -> None:
         """Release the folder, as after a training that raised; a new log may then resume it."""
+        if _HELD.get(self._out.resolve()) is self:
+            del _HELD[self._out.resolve()]
         self._held.close()
         self._run = None
+
+    def _hold(self, run: RunFolder) -> None:
+        """Lock the folder, which an interrupted training of this very process may still hold."""
+        place = self._out.resolve()
+        if (earlier := _HELD.get(place)) is not None:
+            earlier.close()
+            earlier._lost = True
+        self._held.enter_context(run.lock())
+        self._run, _HELD[place] = run, self
+
+    def _require_held(self) -> None:
+        if self._lost:
+            raise RunError(f"{self._out}: a later exposure of this process has resumed this run; end this training")
 
     def _append(self, kind: Any, row: Any) -> None:
         if self._run is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast, final
 
@@ -41,8 +41,9 @@ def problem_of(
 
 
 def message_text(prompt: Any) -> str:
-    """The problem in a prompt, which is text or a chat: what the user says last."""
-    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    """The problem in a prompt, which is text or a chat: what the user says last, of a message in parts the texts."""
+    content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if part.get("text"))
 
 
 def problem_in(prompt: Any, context: Any, segmenter: str, where: str = "a row") -> Problem:
@@ -55,8 +56,28 @@ def problem_in(prompt: Any, context: Any, segmenter: str, where: str = "a row") 
         raise DataError(
             f"{where}: the reference is {context!s:.60}; expected text, or a mapping with {', '.join(_KEYS)}"
         )
-    difficulty = values.get("difficulty") or 0
-    return problem_of(message_text(prompt), values["reference"], values.get("answer"), difficulty, segmenter)
+    if not values["reference"].strip():
+        raise DataError(
+            f"{where}: the reference is empty, so that no ratio shows anything; give one, or leave the row out"
+        )
+    answer, difficulty = values.get("answer"), values.get("difficulty") or 0
+    if not isinstance(answer, str | None) or type(difficulty) is not int:
+        raise DataError(
+            f"{where}: answer {answer!r:.40}, difficulty {difficulty!r:.40}; expected text, '9', and a whole number"
+        )
+    return problem_of(_text_of(prompt, where), values["reference"], answer, difficulty, segmenter)
+
+
+def columns(rows: Iterable[Any], *needed: str, optional: str = "") -> Iterator[tuple[Any, ...]]:
+    """Columns of the trainer's data set, row by row; last the optional one or None.
+
+    Raises `DataError` for a row without one that is needed.
+    """
+    for number, row in enumerate(rows):
+        if missing := [name for name in needed if name not in row]:
+            found = ", ".join(map(str, row))
+            raise DataError(f"row {number}: no column {missing[0]}; it has {found}. Rename one of them")
+        yield (*(row[name] for name in needed), *([row.get(optional)] if optional else []))
 
 
 def require_problems(rows: Iterable[tuple[Any, Any]], config: Config, where: str = "row") -> str:
@@ -78,6 +99,13 @@ def require_problems(rows: Iterable[tuple[Any, Any]], config: Config, where: str
 def fingerprint_of(rows: Iterable[Any]) -> str:
     """SHA-256 (hexadecimal) over rows whose references are made during the run."""
     return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+
+
+def _text_of(prompt: Any, where: str) -> str:
+    try:
+        return message_text(prompt)
+    except (LookupError, TypeError, AttributeError):
+        raise DataError(f"{where}: the prompt is {prompt!s:.60}; expected text, or a chat of messages") from None
 
 
 @final

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
+from atesd.bridges.core import MEASURED
 from atesd.config import Config, config_from_mapping, parse_yaml, recipe_text
 from atesd.errors import ConfigError
 
@@ -34,6 +35,9 @@ def bridge_config(
     """
     written = (parse_yaml(recipe_text(settings), settings) or {}) if isinstance(settings, str) else settings
     _refuse_foreign(written, trainer)
+    if unknown := sorted(measurable - {"train_kl", "train_success", *MEASURED}):
+        known = ", ".join(("train_success", *MEASURED))
+        raise ConfigError(f"measured are {', '.join(unknown)}, which no exposure knows; allowed are {known}")
     data = {"source": "name-the-file-of-the-rows-in-data.source.jsonl", **written.get("data", {})}
     config = config_from_mapping({**facts, **written, "data": data}, f"{trainer} bridge")
     if config.exposure.reference_ablation != "off" or config.looks_ahead or config.granularity == "per_token":
@@ -83,6 +87,29 @@ def require_probes(config: Config, every: int, metrics: Container[str], setting:
         )
 
 
+def require_whole_batches(config: Config, updates_per_batch: int, steps: int, what: str) -> None:
+    """Raise `ConfigError` where a checkpoint after `steps` updates lies within a generation batch, and ratios change.
+
+    The trainers begin a generation batch when they resume: from then on it would reach into the next hold. `what` names
+    the setting or folder that has the number.
+    """
+    held = config.exposure.holds or config.decides
+    if held and steps % updates_per_batch:
+        raise ConfigError(
+            f"{what}: {steps} is no multiple of {updates_per_batch}, the updates that one generation batch serves; a "
+            "run resumed there would give updates of two holds one ratio. Save, and resume, at a multiple"
+        )
+
+
+def taken(measure: Mapping[Any, Callable[[], float]], wanted: Iterable[str]) -> dict[str, float]:
+    """What the user's functions measure of what is wanted. Raises `ConfigError` for a result that is no number."""
+    found: dict[str, Any] = {name: function() for name, function in measure.items() if name in set(wanted)}
+    for name, value in found.items():
+        if not isinstance(value, int | float):
+            raise ConfigError(f"measure: {name} gave {value!r:.40}; expected a number (a tensor: its .item())")
+    return {name: float(value) for name, value in found.items()}
+
+
 def updates_per_batch(every: int, accumulated: int) -> int:
     """How many updates a generation batch of `every` micro-batches serves, with `accumulated` of them in an update.
 
@@ -98,6 +125,10 @@ def updates_per_batch(every: int, accumulated: int) -> int:
 
 
 def _refuse_foreign(written: Mapping[str, Any], trainer: str) -> None:
+    if not isinstance(written, Mapping):
+        raise ConfigError(
+            f"settings: {written!s:.60}: expected a mapping, such as {{'exposure': {{'kind': 'bandit'}}}}"
+        )
     foreign = [name for name in written if name not in _GROUPS]
     views = written.get("views") or {}
     foreign += [f"views.{name}" for name in views if isinstance(views, Mapping) and name not in _VIEWS]
@@ -106,3 +137,5 @@ def _refuse_foreign(written: Mapping[str, Any], trainer: str) -> None:
             f"{', '.join(foreign)}: not read in a bridge; allowed are the groups {', '.join(_GROUPS)}, and of views "
             f"{', '.join(_VIEWS)}. All else is {trainer}'s: set it there"
         )
+    if "exposure" not in written:
+        raise ConfigError("exposure: missing; name one, such as {'exposure': {'kind': 'bandit'}}")

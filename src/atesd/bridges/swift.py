@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log, checkpoint_of
 from atesd.bridges.problems import message_text, problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config, updates_per_batch
+from atesd.bridges.settings import Settings, bridge_config, require_whole_batches, taken, updates_per_batch
 from atesd.config import Config
 from atesd.control.interface import Measurement
 from atesd.errors import ConfigError
@@ -63,6 +63,8 @@ class Exposed(TrainerCallback):
         every = getattr(args, "steps_per_generation", None) or 1
         self._batch_updates = updates_per_batch(int(every), int(args.gradient_accumulation_steps))
         self.config = self._config(args, 1)
+        if args.save_strategy == "steps" and args.save_steps >= 1:
+            require_whole_batches(self.config, self._batch_updates, int(args.save_steps), "save_steps")
         Exposed.active = self
 
     def view(self, sample: Any) -> str:
@@ -77,6 +79,7 @@ class Exposed(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.config = self._config(args, state.max_steps)
+        require_whole_batches(self.config, self._batch_updates, state.global_step, "resume_from_checkpoint")
         self.handle = Handle(self.config)
         named, places = (
             f"ms-swift {metadata.version('ms-swift')}",
@@ -88,8 +91,7 @@ class Exposed(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
-        wanted = self.handle.measurements(state.global_step)
-        self._measured: dict[str, float] = {name: f() for name, f in self._measure.items() if name in wanted}
+        self._measured = taken(self._measure, self.handle.measurements(state.global_step))
 
     def on_log(self, args: Any, state: Any, *_: Any, **parts: Any) -> None:  # noqa: ARG002
         logs = parts["logs"]

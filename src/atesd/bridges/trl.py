@@ -20,12 +20,12 @@ from transformers import TrainerCallback
 
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log, checkpoint_of
-from atesd.bridges.problems import Judge, problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config, updates_per_batch
+from atesd.bridges.problems import Judge, columns, problem_in, require_problems
+from atesd.bridges.settings import Settings, bridge_config, require_whole_batches, taken, updates_per_batch
 from atesd.bridges.trl_sdpo import Rollouts
 from atesd.config import Config
 from atesd.control.interface import Measurement
-from atesd.errors import ConfigError
+from atesd.errors import ConfigError, DataError
 from atesd.records import Problem
 
 Measure = Mapping[Measurement, Callable[[], float]]
@@ -64,6 +64,9 @@ class Exposed(TrainerCallback):
         every = trainer.args.steps_per_generation * trainer.num_iterations
         self._batch_updates = updates_per_batch(int(every), int(trainer.args.gradient_accumulation_steps))
         self.config, self.handle = self._config(1), cast("Handle | None", None)
+        self._shown: list[tuple[float, float]] = []  # ratio and effective ratio of each view since the last batch
+        if trainer.args.save_strategy == "steps" and trainer.args.save_steps >= 1:
+            require_whole_batches(self.config, self._batch_updates, int(trainer.args.save_steps), "save_steps")
         self.contexts = contexts(self)
         self._fingerprint = self.contexts.fingerprint()
 
@@ -71,15 +74,30 @@ class Exposed(TrainerCallback):
         """What the teacher sees of a reference; all of it in an evaluation, which so stays comparable."""
         if self.handle is None or not self.trainer.model.training:
             return problem.reference
-        return self.handle.show(self.trainer.state.global_step, problem, self._batch_updates).text
+        ratio, view = self.handle.look(self.trainer.state.global_step, problem)
+        self._shown.append((ratio, view.effective_ratio))
+        return view.text
+
+    def require_room(self, built: Mapping[str, Any]) -> None:
+        """Raise `DataError` for teacher's rows that are longer than the positions of the model."""
+        tokens = int(built["teacher_attention_mask"].sum(dim=1).max())
+        room = getattr(self.trainer.model.config, "max_position_embeddings", None) or tokens
+        if tokens > room:
+            raise DataError(
+                f"a teacher's prompt and completion have {tokens} tokens, the model {room} positions "
+                "(max_position_embeddings); leave out the longest references, or lower max_completion_length"
+            )
 
     def graded(self, verdicts: list[tuple[str, int, float]]) -> None:
-        """Note the verdicts of a generation batch, of all processes, for every update that it serves."""
+        """Note verdicts and views of a generation batch, of all processes, for every update that it serves."""
         if self.handle is not None and self.trainer.model.training:
+            shown, self._shown = gather_object(self._shown), []
+            self.handle.note(self.trainer.state.global_step, shown, self._batch_updates)
             self.handle.grade(self.trainer.state.global_step, gather_object(verdicts), self._batch_updates)
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.config = self._config(state.max_steps)
+        require_whole_batches(self.config, self._batch_updates, state.global_step, "resume_from_checkpoint")
         self.handle = Handle(self.config)
         named, places = f"trl {metadata.version('trl')}", {"rank": args.process_index, "ranks": args.world_size}
         self._log = Log(self._out, self.handle, trainer=named, fingerprint=self._fingerprint, **places)
@@ -87,8 +105,8 @@ class Exposed(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **parts: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
-        wanted = self.handle.measurements(state.global_step)
-        self._measured: dict[str, float] = {name: f() for name, f in self._measure.items() if name in wanted}
+        measured = gather_object([taken(self._measure, self.handle.measurements(state.global_step))])
+        self._measured = {name: math.fsum(one[name] for one in measured) / len(measured) for name in measured[0]}
         self._rate = float(parts["optimizer"].param_groups[0]["lr"])
         self._before = len(self._losses())
 
@@ -151,8 +169,8 @@ class Demonstrations:
         self.close = self._judge.close
 
     def fingerprint(self) -> str:
-        rows = ((row["prompt"], row["privileged_context"]) for row in self._exposed.trainer.train_dataset)
-        return require_problems(rows, self._exposed.config)
+        pairs = columns(self._exposed.trainer.train_dataset, "prompt", "privileged_context")
+        return require_problems(pairs, self._exposed.config)
 
     def select_generation_prompts(self, prompts: list[Any], privileged_contexts: list[Any]) -> Any:
         """See TRL's builder: what a teacher that writes the rollouts itself reads."""
@@ -164,11 +182,13 @@ class Demonstrations:
     ) -> Any:
         """See TRL's builder: the teacher's ids and mask."""
         problems = self._problems(prompts, privileged_contexts)
+        visible = [self._exposed.visible(problem) for problem in problems]
         if self._exposed.trainer.model.training:
             texts = self._exposed.trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
             self._exposed.graded(self._judge.verdicts(problems, texts))
-        visible = [self._exposed.visible(problem) for problem in problems]
-        return self._plain.build(prompts, visible, completion_ids, completion_mask)
+        built = self._plain.build(prompts, visible, completion_ids, completion_mask)
+        self._exposed.require_room(built)
+        return built
 
     def _problems(self, prompts: list[Any], contexts: list[Any]) -> list[Problem]:
         segmenter = self._exposed.config.data.segmenter

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from atesd.bridges.problems import fingerprint_of, message_text, problem_of
+from atesd.bridges.problems import columns, fingerprint_of, message_text, problem_of
 from atesd.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,22 +34,23 @@ class Rollouts:
         return self._plain.last_metrics
 
     def fingerprint(self) -> str:
-        return fingerprint_of(
-            (row["prompt"], row.get("privileged_context")) for row in self._exposed.trainer.train_dataset
-        )
+        told, rows = self._exposed.trainer.args.include_environment_feedback, self._exposed.trainer.train_dataset
+        needed = ("prompt", "privileged_context") if told else ("prompt",)
+        return fingerprint_of(columns(rows, *needed, optional="" if told else "privileged_context"))
 
     def build(self, output: Any, prompts: list[Any], rewards: Any, feedbacks: list[Any] | None = None) -> Any:
         """See TRL's builder: the teacher's ids and mask. Raises `DataError` where its limit would cut a prompt."""
         args = self._exposed.trainer.args
         ids = [problem_of(message_text(prompt), "").id for prompt in prompts]
         right = [float(reward >= args.success_reward_threshold) for reward in rewards.tolist()]
-        self._exposed.graded([(name, 0, one) for name, one in zip(ids, right, strict=True)])
         built = self._plain.build(output, prompts, rewards, feedbacks=feedbacks)
+        self._exposed.graded([(name, 0, one) for name, one in zip(ids, right, strict=True)])
         if built["teacher_input_ids"].shape[1] - output["completion_ids"].shape[1] >= args.max_reprompt_len:
             raise DataError(
                 f"max_reprompt_len: {args.max_reprompt_len}: a teacher's prompt has as many tokens or more, of which "
                 "TRL keeps the last: the problem would be cut. Raise it"
             )
+        self._exposed.require_room(built)
         return built
 
     def close(self) -> None: ...
