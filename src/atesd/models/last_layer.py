@@ -67,7 +67,7 @@ def last_layer_of(backbone: Backbone, ids: Tensor) -> LastLayer | None:
         return layer if torch.equal(layer.again(call), wanted) else None
 
 
-def _detached(value: Any) -> Any:
+def _detached(value: object) -> object:
     if isinstance(value, Tensor):
         return value.detach()
     return tuple(map(_detached, value)) if isinstance(value, tuple) else value
