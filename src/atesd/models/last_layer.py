@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,8 @@ from atesd.models.token_tree import Backbone
 class Call:
     """What the last layer was given in one pass, without gradient."""
 
-    arguments: tuple[Any, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    arguments: tuple[object, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @final
@@ -39,7 +39,7 @@ class LastLayer:
         """Inside, a pass of the backbone tells what it gives to the last layer."""
         call = Call()
 
-        def hear(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        def hear(_module: nn.Module, arguments: tuple[object, ...], options: dict[str, object]) -> None:
             call.arguments = tuple(map(_detached, arguments))
             call.options = {name: _detached(value) for name, value in options.items()}
 
