@@ -30,18 +30,14 @@ SMALLER = {
     "data.validation_size": 2,
     "data.checker": "exact",
     "sampling.completion_tokens": 8,
-    "train.num_updates": 4,
-    "train.batch_size": 4,
-    "train.micro_batch_size": 4,
-    "train.group_size": 4,
-    "train.evaluate_every": 2,
-    "train.checkpoint_every": 4,
+    "train.num_updates": 8,
+    "train.batch_size": 8,
+    "train.evaluate_every": 4,
+    "train.checkpoint_every": 8,
     "train.log_samples": 4,
     "evaluation.samples": 2,
     "evaluation.completion_tokens": 8,
     "evaluation.temperature": 2.0,
-    "credit.hold_updates": 1,
-    "credit.lookahead_updates": 1,
 }
 """What makes a cell a matter of a second."""
 
@@ -166,7 +162,7 @@ def test_the_printed_commands_train_and_evaluate_and_the_tables_are_then_written
     assert "Model: " in summary
     assert "toys" not in summary
     rows = RunFolder.open(tmp_path / "out" / "cells" / "openthoughts-sft-seed-0").rows("evaluations")
-    assert {(row["split"], row["update"]) for row in rows} >= {(name, 4) for name in THREE}
+    assert {(row["split"], row["update"]) for row in rows} >= {(name, 8) for name in THREE}
 
 
 def find(page: str, start: str) -> str:

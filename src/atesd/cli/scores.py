@@ -46,8 +46,8 @@ def evaluate_target(
     run = finished_run(target)
     if data is None and run and not _holds_out(run.config, split):
         raise ConfigError(
-            f"{run.path} holds out no {split} problems (data.{split}_size: 0), so say on which: --data FILE.jsonl, a "
-            "line for each problem and answer; its row is kept in the run, for compare and report"
+            f"{run.path} holds out no {split} problems (data.{split}_size: 0), so say on which: --benchmark NAMES, or "
+            "--data FILE.jsonl, a line for each problem and answer; its row is kept in the run, for compare and report"
         )
     config = with_overrides(_config(target, run, data, recipe), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
