@@ -151,6 +151,16 @@ def test_a_hub_id_is_loaded_with_its_subset_and_split(tmp_path: Path, monkeypatc
     assert asked_of_datasets == [("openai/gsm8k", "main")]
 
 
+def test_without_hub_and_cache_the_way_by_a_file_is_named(monkeypatch: pytest.MonkeyPatch):
+    class Datasets:
+        def load_dataset(self, *_: str) -> None:
+            raise ConnectionError
+
+    monkeypatch.setattr(tables, "require", lambda *_: Datasets())
+    with pytest.raises(DataError, match=r"aime24: .*hub cannot be reached(.|\n)*--benchmark aime24=FILE\.jsonl"):
+        load_content(Asked("aime24"), DataConfig())
+
+
 # Power
 
 

@@ -29,12 +29,14 @@ SMALLER = {
     "data.probe_size": 2,
     "data.validation_size": 2,
     "data.checker": "exact",
-    "sampling.completion_tokens": 8,
+    "sampling.completion_tokens": 12,
+    "sampling.temperature": 2.0,
     "train.num_updates": 8,
     "train.batch_size": 8,
     "train.evaluate_every": 4,
     "train.checkpoint_every": 8,
-    "train.log_samples": 4,
+    "train.log_samples": 8,
+    "train.learning_rate": 0.05,
     "evaluation.samples": 2,
     "evaluation.completion_tokens": 8,
     "evaluation.temperature": 2.0,
@@ -162,7 +164,11 @@ def test_the_printed_commands_train_and_evaluate_and_the_tables_are_then_written
     assert "Model: " in summary
     assert "toys" not in summary
     rows = RunFolder.open(tmp_path / "out" / "cells" / "openthoughts-sft-seed-0").rows("evaluations")
-    assert {(row["split"], row["update"]) for row in rows} >= {(name, 8) for name in THREE}
+    last = {row["split"]: row["average"]["value"] for row in rows if row["update"] == 8}
+    cells = find(page.partition("on each benchmark")[2], "| sft").strip("| ").split(" | ")
+    means = [last[name] for name in THREE]
+    assert cells[2:9:2] == [f"{100 * value:.1f}" for value in (*means, sum(means) / 3)]
+    assert "test: aime24 (" in page
 
 
 def find(page: str, start: str) -> str:

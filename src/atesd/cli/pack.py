@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 from atesd.build import build, close
 from atesd.cli.options import say
@@ -29,6 +30,7 @@ from atesd.text import MISSING, number, percent, percent_interval
 from atesd.train.checkpoint import load_checkpoint
 from atesd.train.components import Components
 from atesd.train.fitting import problems_that_fit
+from atesd.train.snapshots import RunState
 
 PINNED = {"pinned": "as pinned", "expected": "as expected", "no": "not pinned yet"}
 
@@ -53,10 +55,10 @@ class _Subject:
 
     def key(self, content: Content) -> str:
         """Names everything that the grades depend on but the number of ranks: 16 hexadecimal digits."""
-        model, data = self.config.model, content.data.model_copy(update={"source": "world", "test_source": None})
+        model = self.config.model
         path = self.run.run_id if self.run else model.path
         config = self.config.model_copy(update={"model": model.model_copy(update={"path": path}), "data": DataConfig()})
-        words = [dump_config(config), data.checker, content.asked.name, content.sha256, self.update]
+        words = [dump_config(config), content.data.checker, content.asked.name, content.sha256, self.update]
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
@@ -133,7 +135,8 @@ def _evaluate(subject: _Subject, contents: Sequence[Content], ranks: Ranks) -> l
     try:
         if subject.checkpoint is not None and subject.run is not None:
             state = load_checkpoint(subject.checkpoint, subject.run.run_id).state
-            components.weights.load(state["student"])  # type: ignore[arg-type]
+            components.weights.load(cast("RunState", state)["student"])
+            components.engine.publish(subject.update)
         fitting = [
             problems_that_fit(content.problems, config, components.encoder, components.renderer)
             for content, config in zip(contents, configs, strict=True)

@@ -154,7 +154,11 @@ def load_content(asked: Asked, data: DataConfig) -> Content:
     kept = {"checker": data.checker, "checker_workers": data.checker_workers}
     settings = {"source": asked.source, "test_source": asked.source, "columns": columns, "split_name": entry.split}
     config = DataConfig.model_validate({**settings, **kept})
-    problems = load_benchmark(config, subset=None if asked.file else entry.subset)
+    try:
+        problems = load_benchmark(config, subset=None if asked.file else entry.subset)
+    except DataError as error:
+        hint = "" if asked.file else f"\nOr name a file of yours: --benchmark {asked.name}=FILE.jsonl"
+        raise DataError(f"{asked.name}: {error}{hint}") from None
     found = content_hash(problems.test)
     if asked.expected is None and len(problems.test) != entry.problems:
         raise DataError(

@@ -26,14 +26,15 @@ def report(bench: Bench) -> Findings:
     averages = {arm: float(printed("main", model, row)[3]) for arm, row in ROWS.items()}
     column = {arm: number(value, 4) for arm, value in averages.items()}
     claims = [claim for arms in bench.values() for claim in _claims(arms, averages)]
-    on_benchmarks = bool(benchmarks_of(bench[main_world(bench)]))
+    names = benchmarks_of(bench[main_world(bench)])
+    on_benchmarks, on_its_own = bool(names), set(names) in (set(), set(COLUMNS))
     return Findings(
         "The methods: table 1 of the paper",
         (
             *(bench[world].table(_arms(bench[world]), "full", column) for world in bench),
             *(benchmark_table(arms, model) for arms in bench.values() if on_benchmarks),
         ),
-        {"accuracy": accuracy_dots(bench, list(bench), ARMS, averages)},
+        {"accuracy": accuracy_dots(bench, list(bench), ARMS, averages if on_its_own else {})},
         tuple(claims),
         (
             f"Paper: average of three benchmarks, {model}, Average@12. full: OPSD. "
