@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from atesd.maths.keyed import generator
 
-_POWER = 1.960 + 0.842  # standard errors: 5 % level, two-sided, and 80 % power
+_POWER = 2.802  # standard errors: 1.960 for the 5 % level, two-sided, and 0.842 for 80 % power
 _BLOCK = 2**20  # drawn indices that exist at one time
 
 
