@@ -92,11 +92,15 @@ class Job:
         return self.folder.with_name(f"{self.name}.log")
 
     @property
-    def commands(self) -> list[list[str]]:
-        """The words after `atesd` of each of its commands, as a user would type them."""
+    def command(self) -> list[str]:
+        """The words after `atesd` that train it, as a user would type them."""
         settings = [word for override in self.overrides for word in ("--set", override)]
-        trained = ["train", self.recipe, *settings, "--out", str(self.folder)]
-        return [trained, *(self.scoring.commands(self.folder) if self.scoring else [])]
+        return ["train", self.recipe, *settings, "--out", str(self.folder)]
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The same of all its commands."""
+        return [self.command, *(self.scoring.commands(self.folder) if self.scoring else [])]
 
     @property
     def command_line(self) -> str:
