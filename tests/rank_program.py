@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from atesd.cli.pack import evaluate_benchmarks
 from atesd.cli.scores import evaluate_target
 from atesd.config import Config
 from atesd.errors import AtesdError, DataError
@@ -25,6 +27,7 @@ from atesd.session import train
 from atesd.train import loop
 from atesd.train.rollouts import GradedRollout, RolloutSampler
 from atesd.train.update import StepMeters, accumulate
+from pack import three_problems
 from quick import quick
 
 UNEVEN = ("train.num_updates=6", "train.batch_size=5", "train.micro_batch_size=2")  # rank 0 has three rows, rank 1 two
@@ -130,6 +133,12 @@ def main(folder: Path) -> None:
         found["skipped"] = never_finite(folder / "skipped")
         scored = evaluate_target(str(folder / "learned"), None, "test", [])
         found["evaluated"] = scored and scored.row
+        (folder / f"files-{ranks.rank}").mkdir()
+        asked = three_problems("aime24", folder / f"files-{ranks.rank}")
+        ignored = shutil.ignore_patterns(".lock", ".owner.json")
+        ranks.broadcast(lambda: str(shutil.copytree(folder / "learned", folder / "scored", ignore=ignored)))
+        pack = evaluate_benchmarks(str(folder / "scored"), [asked])
+        found["benchmark"] = pack and pack[0].row
         (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(found), "utf-8")
         (folder / "end.json").write_text(json.dumps(left_alone(ranks)), "utf-8")
 

@@ -418,7 +418,10 @@ def test_a_run_that_holds_out_nothing_is_told_what_to_be_evaluated_on(atesd: She
     run = begin_run(tmp_path / "run", fake_config(8, data={"source": "world", "test_size": 0}))
     run.end_session("finished")
     assert atesd("evaluate", str(run.path)) == 2
-    assert "holds out no test problems (data.test_size: 0), so say on which: --data FILE.jsonl" in atesd.err
+    assert (
+        "holds out no test problems (data.test_size: 0), so say on which: --benchmark NAMES, or --data FILE.jsonl"
+        in atesd.err
+    )
 
 
 def test_a_run_that_is_not_finished_is_not_evaluated(atesd: Shell, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from atesd.cli.pack import evaluate_benchmarks
 from atesd.config import dump_config
 from atesd.errors import ConfigError
 from atesd.models.ranks import SINGLE_PROCESS, interleave, process_group
 from atesd.runs import RunFolder
 from atesd.session import train
 from atesd.train.checkpoint import load_newest
+from pack import three_problems
 from quick import cut_after, finished
 from rank_program import RUNS, STOPPED_IN, config_of
 
@@ -171,6 +174,21 @@ def test_three_updates_without_a_finite_loss_end_both_ranks(together: Path, fact
 def test_an_evaluation_by_two_ranks_is_that_of_one(alone: dict[str, RunFolder], facts: list[dict[str, Any]]) -> None:
     last = alone["learned"].rows("evaluations")[-1]
     assert [found["evaluated"] for found in facts] == [last, None]  # rank 0 alone has something to print
+
+
+def test_a_benchmark_is_shared_by_the_ranks_and_kept_once(
+    together: Path, facts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    row = facts[0]["benchmark"]
+    assert facts[1]["benchmark"] is None
+    assert RunFolder.open(together / "scored").rows("evaluations")[-1] == row
+    # By one process: there is no folder of such a run to write to, so the run is copied.
+    alone = shutil.copytree(
+        together / "learned", tmp_path / "run", ignore=shutil.ignore_patterns(".lock", "evaluations*")
+    )
+    found = evaluate_benchmarks(str(alone), [three_problems("aime24", tmp_path)])
+    assert found is not None
+    assert found[0].row == row
 
 
 def test_both_ranks_know_what_each_has_found(facts: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from atesd.config import (
     recipe_text,
 )
 from atesd.control.learned import LearnedSettings
+from atesd.data.benchmarks import family_of
 from atesd.data.views import shown_segments
 from atesd.engine.builtin import BuiltinEngine
 from atesd.engine.factory import engine_for, engine_note
@@ -127,7 +128,10 @@ def test_every_setting_that_the_record_of_the_papers_has_is_in_the_paper_s_recip
     assert evaluation.items() <= record["evaluation"].items()
     # Thinking belongs to an evaluation of its own: the recipe scores nothing on the way, and says how.
     assert (config.data.validation_size, config.data.test_size) == (0, 0)
-    assert "--set model.student_template.enable_thinking=true" in recipe_text("qwen3-1.7b-paper")
+    assert "--benchmark aime24,aime25,hmmt-feb25" in recipe_text("qwen3-1.7b-paper")
+    family = family_of(config.model.path)
+    assert family is not None
+    assert family.thinking == "enable_thinking"
 
 
 @pytest.mark.parametrize(("size", "threshold"), [("1.7b", 0.05), ("4b", 0.05), ("8b", 0.06)])

@@ -280,7 +280,7 @@ class Pretender:
         self._name = ""
 
     def give(self, run: Any) -> None:
-        recipe, overrides, folder = run
+        recipe, overrides, folder, _ = run
         self._name = Path(folder).name
         type(self).given.append(self._name)
         if self._name not in self.endings:

@@ -89,6 +89,26 @@ class LevelRow(TypedDict):
     problems: int
 
 
+class BenchmarkRow(TypedDict):
+    """What of an evaluation on a benchmark its settings do not say; `cli.pack` writes it.
+
+    `source`: the hub id, or the name of a file. `pinned`: by what its content was checked, the registry's hash, one
+    that was expected, or nothing. `clean`: no problem was public when the family was released. `pass_at`: unbiased, by
+    k. `key`: what the grades depend on, hashed.
+    """
+
+    source: str
+    sha256: str
+    pinned: Literal["pinned", "expected", "no"]
+    held: str
+    family: str | None
+    clean: bool | None
+    thinking: bool | None
+    engine: str
+    pass_at: dict[str, float]
+    key: str
+
+
 class EvaluationRow(TypedDict):
     """One evaluation of one split, in evaluations.jsonl: Average@k and pass@k, and what became of the answers."""
 
@@ -105,6 +125,7 @@ class EvaluationRow(TypedDict):
     loop_share: float
     sampler: dict[str, float | int | bool]
     correct_counts: dict[str, int]
+    benchmark: NotRequired[BenchmarkRow]
 
 
 class SampleRow(TypedDict):

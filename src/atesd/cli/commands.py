@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -160,6 +161,10 @@ def serve(
 @app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder, or a hub id.")],
+    benchmark: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Benchmarks, as in aime24,math500=FILE.jsonl (docs/data.md lists them)."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -167,19 +172,52 @@ def evaluate(
             help="Problems: those of a recipe or YAML, or every row of a .jsonl or .parquet file. Default: the run's.",
         ),
     ] = None,
-    split: Annotated[EvaluationSplit, typer.Option(help="Which problems.")] = EvaluationSplit.TEST,
+    split: Annotated[EvaluationSplit, typer.Option(help="Which problems of a run or recipe.")] = EvaluationSplit.TEST,
     samples: Annotated[int | None, typer.Option(min=1, help="k of Average@k. Default: evaluation.samples.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE_OR_YAML", help="Prompts and sampler for a model that is no run.")
+    ] = None,
+    update: Annotated[
+        int | None, typer.Option(min=0, help="With --benchmark: a run after so many updates; 0: before training.")
+    ] = None,
+    expect_hash: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SHA256", help="The content that a benchmark must have. Repeatable."),
+    ] = None,
+    released: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="The day of the model's release, where its name does not say it."),
+    ] = None,
     settings: Settings = None,
 ) -> None:
-    """Average@k with 95 % intervals. A run's own problems: the row goes into its evaluations.jsonl."""
+    """Average@k with 95 % intervals, kept in the run's evaluations.jsonl for compare and report."""
     from atesd.cli.scores import evaluate_target, score_table
+    from atesd.errors import ConfigError
 
     say(f"evaluating {target}; this may take a while", err=True)
     overrides = [*(settings or []), *([f"evaluation.samples={samples}"] if samples else [])]
-    scored = evaluate_target(target, data, split.value, overrides)
-    if scored is not None:
-        say(score_table(scored))
-        say(scored.where)
+    if benchmark is None:
+        idle = {"--update": update, "--expect-hash": expect_hash, "--released": released}
+        for option in (name for name, value in idle.items() if value is not None):
+            raise ConfigError(f"{option} is read with --benchmark alone; leave it out, or name a benchmark")
+        scored = evaluate_target(target, data, split.value, overrides, recipe)
+        if scored is not None:
+            say(score_table(scored))
+            say(scored.where)
+        return
+    if data is not None:
+        raise ConfigError(f"--data {data}: a benchmark has its own problems; give --benchmark or --data")
+
+    from atesd.cli.pack import evaluate_benchmarks, pack_table
+    from atesd.data.benchmarks import asked_for
+    from atesd.table import render_text
+
+    asked, day = asked_for(benchmark, expect_hash or []), released.date() if released else None
+    found = evaluate_benchmarks(target, asked, overrides, recipe=recipe, released=day, update=update)
+    if found is not None:
+        say(render_text(pack_table(found)))
+        for one in found:
+            say(f"{one.row['split']}: {one.where}")
 
 
 @app.command()

@@ -34,22 +34,22 @@ class Scored:
     where: str
 
 
-def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequence[str]) -> Scored | None:
+def evaluate_target(
+    target: str, data: str | None, split: Split, overrides: Sequence[str], recipe: str | None = None
+) -> Scored | None:
     """Evaluate the trained model of a run folder, or any model, on a split of a run's, a recipe's or a file's problems.
 
     The row of a run on its own problems, or on those of a file, is appended to the run, unless it is there already.
     Raises `RunError` for a run that is not finished, `ConfigError` for a model without problems. Under torchrun the
     ranks share the work, and all but the first return None.
     """
-    run = RunFolder.open(target) if RunFolder.exists(target) else None
-    if run and run.manifest["status"] != "finished":
-        raise RunError(f"{run.path} is {run.manifest['status']}; let `atesd train` finish it first")
+    run = finished_run(target)
     if data is None and run and not _holds_out(run.config, split):
         raise ConfigError(
-            f"{run.path} holds out no {split} problems (data.{split}_size: 0), so say on which: --data FILE.jsonl, a "
-            "line for each problem and answer; its row is kept in the run, for compare and report"
+            f"{run.path} holds out no {split} problems (data.{split}_size: 0), so say on which: --benchmark NAMES, or "
+            "--data FILE.jsonl, a line for each problem and answer; its row is kept in the run, for compare and report"
         )
-    config = with_overrides(_config(target, run, data), overrides)
+    config = with_overrides(_config(target, run, data, recipe), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
     update = run.config.train.num_updates if run else 0
     with process_group(config.model.device) as ranks:
@@ -66,6 +66,26 @@ def evaluate_target(target: str, data: str | None, split: Split, overrides: Sequ
     return scored
 
 
+def finished_run(target: str) -> RunFolder | None:
+    """The run of this folder; None: it is none. `RunError` for one that is not finished."""
+    run = RunFolder.open(target) if RunFolder.exists(target) else None
+    if run and run.manifest["status"] != "finished":
+        raise RunError(f"{run.path} is {run.manifest['status']}; let `atesd train` finish it first")
+    return run
+
+
+def model_config(target: str, run: RunFolder | None, recipe: str | None) -> Config:
+    """A run's config with its trained model, or that of a bare model with the prompts and sampler of a recipe."""
+    if run:
+        if recipe is not None:
+            raise ConfigError(
+                f"--recipe {recipe}: {run.path} is a run and has prompts of its own; leave the recipe out"
+            )
+        return config_of_trained(run)
+    named = load_config(recipe) if recipe else Config()
+    return named.model_copy(update={"model": named.model.model_copy(update={"path": target, "lora": None})})
+
+
 def _scored(target: str, data: str | None, run: RunFolder | None, row: EvaluationRow, components: Components) -> Scored:
     """Keep the row in its run, if it has one and belongs there."""
     config = components.config
@@ -75,7 +95,7 @@ def _scored(target: str, data: str | None, run: RunFolder | None, row: Evaluatio
         row = _of_benchmark(row, data, config)
     elif components.problems.fingerprint != run.manifest["data_fingerprint"]:
         return Scored(target, True, row, f"nothing was written: these are not the problems of {run.path}")
-    return Scored(target, True, row, _keep(run, row))
+    return Scored(target, True, row, keep(run, row))
 
 
 def score_table(scored: Scored) -> str:
@@ -100,20 +120,20 @@ def score_table(scored: Scored) -> str:
     return render_text(Table(f"{scored.name} on {row['split']}{after}", columns, tuple(rows), notes))
 
 
-def _config(target: str, run: RunFolder | None, data: str | None) -> Config:
+def _config(target: str, run: RunFolder | None, data: str | None, recipe: str | None) -> Config:
     """The model to evaluate, with the problems to evaluate it on."""
     if data is None:
         if run is None:
             raise ConfigError(
-                f"{target} is no run folder, so say on which problems: --data RECIPE or --data FILE.jsonl"
+                f"{target} is no run folder, so say on which problems: --benchmark NAME, --data RECIPE or --data "
+                "FILE.jsonl"
             )
-        return config_of_trained(run)
-    named = Config() if is_benchmark(data) else load_config(data)
-    if run:
-        base = config_of_trained(run)
-    else:
-        base = named.model_copy(update={"model": named.model.model_copy(update={"path": target, "lora": None})})
-    return _on_benchmark(base, data) if is_benchmark(data) else base.model_copy(update={"data": named.data})
+        return model_config(target, run, recipe)
+    if is_benchmark(data):
+        return _on_benchmark(model_config(target, run, recipe), data)
+    return model_config(target, run, recipe or (None if run else data)).model_copy(
+        update={"data": load_config(data).data}
+    )
 
 
 def is_benchmark(data: str) -> bool:
@@ -133,16 +153,17 @@ def _holds_out(config: Config, split: Split) -> bool:
 
 def _of_benchmark(row: EvaluationRow, source: str, config: Config) -> EvaluationRow:
     """The row under the name of its file or data set, with what the student's template was told (a thinking mode)."""
-    told = {
-        f"student_template.{name}": value
-        for name, value in config.model.student_template.items()
-        if isinstance(value, bool | int | float)
-    }
     name = Path(source).name if source.endswith(FILES) else source
-    return {**row, "split": name, "sampler": {**row["sampler"], **told}}
+    return {**row, "split": name, "sampler": {**row["sampler"], **told(config)}}
 
 
-def _keep(run: RunFolder, row: EvaluationRow) -> str:
+def told(config: Config) -> dict[str, bool | int | float]:
+    """What the student's template was told, as the sampler of a row has it."""
+    words = config.model.student_template
+    return {f"student_template.{name}": value for name, value in words.items() if not isinstance(value, str)}
+
+
+def keep(run: RunFolder, row: EvaluationRow) -> str:
     """Append the row to its run if it is new; says what was done."""
     if row in run.rows("evaluations"):
         return f"nothing was written: {run.path} holds this very evaluation"

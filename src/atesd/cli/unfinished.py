@@ -32,9 +32,9 @@ class Unfinished:
     The key says everything that the grades depend on, so that no other evaluation goes on with them.
     """
 
-    def __init__(self, path: Path | None, ranks: Ranks) -> None:
-        """`path`: None keeps nothing, and only tells how far it is."""
-        self._path, self._ranks = path, ranks
+    def __init__(self, path: Path | None, ranks: Ranks, name: str = "") -> None:
+        """`path`: None keeps nothing, and only tells how far it is; `name`: of what, where there are several."""
+        self._path, self._ranks, self._name = path, ranks, f"{name}: " if name else ""
         self._began, self._before, self._told = time.monotonic(), 0, 0.0
 
     def known(self) -> dict[str, list[Graded]]:
@@ -51,7 +51,7 @@ class Unfinished:
         if self._ranks.first and (now - self._told >= SECONDS_BETWEEN_LINES or done == total):
             self._told = now
             left = (now - self._began) / max(1, done - self._before) * (total - done)
-            say(f"{done} of {total} problems, left {duration(left)}", err=True)
+            say(f"{self._name}{done} of {total} problems, left {duration(left)}", err=True)
 
     def forget(self) -> None:
         """The row is written: the grades are needed no longer."""
@@ -86,19 +86,19 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished(run: Path | None, key: Sequence[str], ranks: Ranks) -> Iterator[Unfinished]:
+def unfinished(run: Path | None, key: Sequence[str], ranks: Ranks, name: str = "") -> Iterator[Unfinished]:
     """The grades of the evaluation that `key` describes, in the folder of its run; without a run none are kept.
 
     Raises `RunError` where another process is at the same evaluation.
     """
     if run is None:
-        yield Unfinished(None, ranks)
+        yield Unfinished(None, ranks, name)
         return
     path = run / FOLDER / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]}.jsonl"
     lock = FileLock(path.with_suffix(".lock"))
     ranks.broadcast(partial(_take, lock, path))
     try:
-        yield Unfinished(path, ranks)
+        yield Unfinished(path, ranks, name)
     finally:
         lock.release()
 

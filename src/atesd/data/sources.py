@@ -62,14 +62,15 @@ def load_problems(config: DataConfig) -> ProblemSets:
     return ProblemSets(train, validation, probe, held_out, skipped, seal, main.notes + said(short, config, main.name))
 
 
-def load_benchmark(config: DataConfig) -> ProblemSets:
+def load_benchmark(config: DataConfig, subset: str | None = None) -> ProblemSets:
     """Every usable problem of `data.test_source` as the test split, and no other: to evaluate on, not to train with.
 
-    Raises `DataError` as `load_problems` does, and where nothing is left.
+    `subset` is the configuration of a `datasets` id that has several. Raises `DataError` as `load_problems` does, and
+    where nothing is left.
     """
     if config.test_source is None:
         raise ConfigError("data.test_source: none given; name a file or data set to evaluate on")
-    reading = _read_test(config.test_source, config)
+    reading = _read_test(config.test_source, config, subset)
     if not reading.entries:
         faults = (
             f"; of {len(reading.faults)} rows none can be used, the first is {reading.faults[0]}" if reading.bad else ""
@@ -154,13 +155,13 @@ def _with_references(reading: Reading, config: DataConfig) -> Reading:
     return replace(reading, entries=kept, left_out=(*reading.left_out, *lines), notes=(*reading.notes, note))
 
 
-def _read_test(source: str, config: DataConfig) -> Reading:
+def _read_test(source: str, config: DataConfig, subset: str | None = None) -> Reading:
     """Read `data.test_source` by `data.columns`. It may lack the solution column, and a column `answer` is found.
 
     A test problem is scored by its answer, so that its solution need not come to the same.
     Ids of a column get the prefix `test:`, as two files often count their rows alike.
     """
-    table = open_table(source, "test", config.split_name)
+    table = open_table(source, "test", config.split_name, subset=subset)
     columns = config.columns
     if columns.answer is None and "answer" in table.columns:
         columns = columns.model_copy(update={"answer": "answer"})

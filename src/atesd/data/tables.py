@@ -24,20 +24,20 @@ _OTHER_FORMATS = {".csv", ".tsv", ".txt", ".yaml", ".yml", ".arrow", ".gz", ".zs
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 
 
-def open_table(source: str, *split_names: str) -> Table:
+def open_table(source: str, *split_names: str, subset: str | None = None) -> Table:
     """Open a .jsonl, .json or .parquet file, a folder, or an id of `datasets`; the first of `split_names` there is.
 
-    Raises `DataError` for what does not exist, cannot be read, is of another format, or needs a package that is not
-    installed.
+    `subset` is the configuration of an id that has several, as `main` of GSM8K. Raises `DataError` for what does not
+    exist, cannot be read, is of another format, or needs a package that is not installed.
     """
     path = Path(source)
     try:
-        return _open(path, source, split_names)
+        return _open(path, source, split_names, subset)
     except OSError as error:
         raise DataError(f"data.source: {source}: cannot be read: {error.strerror or error}") from None
 
 
-def _open(path: Path, source: str, split_names: Sequence[str]) -> Table:
+def _open(path: Path, source: str, split_names: Sequence[str], subset: str | None) -> Table:
     suffix = path.suffix.lower()
     if suffix in _READERS and not path.is_dir():
         if not path.is_file():
@@ -52,7 +52,8 @@ def _open(path: Path, source: str, split_names: Sequence[str]) -> Table:
         chosen = _split(files, source, split_names)
         tables = [_reader_in_folder(Path(file))(Path(file)) for file in chosen]
         return tables[0] if len(tables) == 1 else chained(source, tables)
-    loaded = _loaded(source, lambda: datasets.load_from_disk(source) if saved else datasets.load_dataset(source))
+    load = datasets.load_from_disk if saved else datasets.load_dataset
+    loaded = _loaded(source, lambda: load(source) if subset is None else load(source, subset))
     return dataset_table(source, _split(loaded, source, split_names) if isinstance(loaded, dict) else loaded)
 
 

@@ -42,9 +42,14 @@ def engine_for(loaded: LoadedModel, kind: LocalKind, batch_size: int, whole: Who
 
     `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not.
     """
-    builtin = kind == "builtin" or (kind == "auto" and unsupported(loaded.model) is None)
+    builtin = engine_word(loaded, kind) == "builtin"
     engine: Engine = (BuiltinEngine if builtin else TransformersEngine)(loaded, batch_size)
     return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks, whole)
+
+
+def engine_word(loaded: LoadedModel, kind: str) -> str:
+    """Which engine `sampling.engine` comes to: `auto` is builtin or transformers."""
+    return kind if kind != "auto" else "builtin" if unsupported(loaded.model) is None else "transformers"
 
 
 def engine_note(loaded: LoadedModel, kind: str) -> str | None:

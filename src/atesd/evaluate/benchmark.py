@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from statistics import fmean
 from typing import final, get_args
 
@@ -113,6 +114,12 @@ class SplitEvaluation:
         self._together = together
         self._problems, self._engine, self._encoder, self._renderer = problems, engine, encoder, renderer
         self._checker, self._params, self._samples, self._seed = checker, params, samples, seed
+
+    def on(self, problems: ProblemSets) -> SplitEvaluation:
+        """The same model and sampler on other problems."""
+        other = copy(self)
+        other._problems = problems
+        return other
 
     def evaluate(self, split: Split, update: int, grades: Grades | None = None) -> EvaluationRow:
         """The row of evaluations.jsonl of a split, after `update` updates; `ConfigError` without a checker."""

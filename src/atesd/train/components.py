@@ -61,6 +61,10 @@ class Evaluation(Protocol):
         """The row of evaluations.jsonl for a split, after `update` updates; with `grades` it may be interrupted."""
         ...
 
+    def on(self, problems: ProblemSets) -> Evaluation:
+        """The same on other problems."""
+        ...
+
 
 @dataclass(frozen=True)
 class Components:

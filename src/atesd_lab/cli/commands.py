@@ -172,16 +172,26 @@ def sweep(
 def reproduce(
     experiment: Annotated[str, typer.Argument(metavar="NAME", help="An experiment (--list), or all.")] = "all",
     settings: Settings = None,
-    scale: Annotated[str, typer.Option(help="Which grid: micro, the embedded worlds.")] = "micro",
-    out: Annotated[Path, typer.Option(help="Folder of cells, pages and figures.")] = Path("runs/reproduce"),
+    scale: Annotated[
+        str, typer.Option(help="Which grid: micro (the embedded worlds), qwen3-1.7b, qwen3-4b or qwen3-8b (GPUs).")
+    ] = "micro",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of cells, pages and figures. Default: runs/reproduce, -SCALE after it.")
+    ] = None,
     jobs: Jobs = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Paired seeds, from 0. Default: the scale's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells and expected time, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells, time and disk, and stop.")] = False,
     print_commands: PrintCommands = False,
     list_experiments: Annotated[bool, typer.Option("--list", help="List the experiments, and stop.")] = False,
+    benchmark: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="In place of the scale's benchmarks, as after evaluate.")
+    ] = None,
+    expect_hash: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SHA256", help="As of evaluate. Repeatable.")
+    ] = None,
 ) -> None:
     """The paper's tables and figures, its numbers beside ours, a verdict per claim. Run it again: it goes on."""
-    from atesd_lab.paper.scale import budget, cells_for, load_scale
+    from atesd_lab.paper.scale import asked_of, budget, cells_for, load_scale
 
     grid = load_scale(scale)
     if list_experiments:
@@ -192,7 +202,9 @@ def reproduce(
     from atesd_lab.paper.reproduce import named
 
     names = named(experiment)
-    cells = cells_for(grid, names, out, settings or [], seeds)
+    folder = out or Path("runs") / ("reproduce" if scale == "micro" else f"reproduce-{scale}")
+    asked = asked_of(grid, benchmark, expect_hash or [])
+    cells = cells_for(grid, names, folder, settings or [], seeds, asked)
     if dry_run:
         from atesd.table import render_text
         from atesd_lab.sweep.workers import slots
@@ -206,7 +218,7 @@ def reproduce(
     from atesd_lab.cli.reproduce import run_experiments
 
     with stops_with_checkpoints():
-        text, whole = run_experiments(grid, names, cells, jobs, out)
+        text, whole = run_experiments(grid, names, cells, jobs, folder)
     say(text)
     if not whole:
         raise typer.Exit(FAILED)

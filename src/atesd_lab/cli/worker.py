@@ -1,4 +1,4 @@
-"""`python -m atesd_lab.cli.worker`: train the runs that come in on stdin, one after another; see `sweep.workers`."""
+"""`python -m atesd_lab.cli.worker`: train (and evaluate) the runs that come in on stdin; see `sweep.workers`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 
 import atesd.build  # noqa: F401 (loaded while nobody waits for it)
 from atesd.cli import main
-from atesd_lab.sweep.jobs import Job
+from atesd.data.benchmarks import Asked
+from atesd_lab.sweep.jobs import Job, Scoring
 
 
 def serve() -> None:
@@ -24,9 +26,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     threads = torch.get_num_threads()
     for line in sys.stdin:
-        recipe, overrides, folder = json.loads(line)
         torch.set_num_threads(threads)
-        ending = _ending(Job(recipe, tuple(overrides), Path(folder)))
+        ending = _ending(_job(*json.loads(line)))
         try:
             print(json.dumps(ending), file=answers)
         except BrokenPipeError:  # whoever asked is gone
@@ -36,23 +37,43 @@ def serve() -> None:
         gc.collect()
 
 
+def _job(recipe: str, overrides: list[str], folder: str, scoring: dict[str, Any] | None) -> Job:
+    job = Job(recipe, tuple(overrides), Path(folder))
+    if scoring is None:
+        return job
+    asked = tuple(Asked(**one) for one in scoring["asked"])
+    return replace(job, scoring=Scoring(asked, tuple(scoring["settings"]), scoring["base"]))
+
+
 def _ending(job: Job) -> dict[str, Any]:
     """The fields of `atesd_lab.sweep.workers.Ending`."""
     with job.claim() as ours:
         if not ours:
             return {"code": 1, "held": True, "goes_on": True}
-        code = 0 if job.was_finished() else _train(job)
+        code = 0 if job.was_finished() else _run(job)
         held = code != 0 and job.is_in_use()
     return {"code": code, "held": held, "goes_on": code == 0 and job.config.model.path.startswith("world:")}
 
 
-def _train(job: Job) -> int:
-    """`atesd train` in this process with its output in the job's log; returns its exit code."""
-    sys.argv = [sys.argv[0], *job.command]
+def _run(job: Job) -> int:
+    """The job's commands in this process with their output in its log; returns the first exit code that is not 0."""
     with job.log.open("wb", buffering=0) as log:
         log.write(f"$ {job.command_line}\n".encode())
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
+    for words in job.commands:
+        code = _command(words)
+        if code:
+            return code
+        gc.collect()  # the next command loads a model of its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _command(words: list[str]) -> int:
+    """One `atesd` command; its exit code."""
+    sys.argv = [sys.argv[0], *words]
     try:
         main()
     except SystemExit as end:

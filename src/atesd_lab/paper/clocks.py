@@ -11,41 +11,41 @@ from matplotlib.figure import Figure
 
 from atesd.table import Table
 from atesd.text import percent
-from atesd_lab.paper.bench import Bench, Findings
+from atesd_lab.paper.bench import Bench, Findings, main_world
 from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.report.canvas import colour, plain, styled
 from atesd_lab.stats.contrast import POINTS, Contrast, over_seeds
 
-WEIGHTS: Mapping[str, str] = {"steps": "frozen", "ema": "EMA", "refresh": "refresh", "live": "live"}
+MOVING: Mapping[str, str] = {"ema": "EMA", "refresh": "refresh", "live": "live"}
+"""Worlds whose teacher's weights move, beside the first one, where they are frozen."""
 ARMS = ("full", "fixed-0.5", "sound")
 
 
 def report(bench: Bench) -> Findings:
     """Accuracy and late ratio by weights and exposure, a table for each weights, and the interactions."""
-    moving = [world for world in WEIGHTS if world != "steps"]
     claims = [
         Claim(
-            f"{WEIGHTS[world]} weights: what full exposure adds to a fixed ratio of 0.5 differs from frozen weights",
+            f"{MOVING[world]} weights: what full exposure adds to a fixed ratio of 0.5 differs from frozen weights",
             "ours",
             "-",
             (_two_sided(interaction(bench, world)),),
         )
-        for world in moving
+        for world in MOVING
     ]
     return Findings(
         "Exposure and the teacher's weights: two clocks",
         (clock_table(bench), *(bench[world].table(ARMS, "full") for world in bench)),
         {"clocks": _draw(bench)},
         tuple(claims),
-        ("The paper keeps the teacher's weights frozen. All in the steps world.",),
+        (f"The paper keeps the teacher's weights frozen. All in the {main_world(bench)} world.",),
     )
 
 
 def clock_table(bench: Bench) -> Table:
     """Mean accuracy in % of every exposure under every weights, with the range over seeds."""
     rows = []
-    for world, name in WEIGHTS.items():
+    for world, name in _weights(bench).items():
         cells = []
         for arm in ARMS:
             values = bench[world].accuracies(arm)
@@ -58,10 +58,15 @@ def clock_table(bench: Bench) -> Table:
 def interaction(bench: Bench, world: str) -> Contrast:
     """(full - fixed 0.5) under these weights minus the same under frozen weights, over seeds."""
     full, half, frozen_full, frozen_half = (
-        bench[where].accuracies(arm) for where in (world, "steps") for arm in ("full", "fixed-0.5")
+        bench[where].accuracies(arm) for where in (world, main_world(bench)) for arm in ("full", "fixed-0.5")
     )
     gaps = [(a - b) - (c - d) for a, b, c, d in zip(full, half, frozen_full, frozen_half, strict=True)]
-    return over_seeds(f"{WEIGHTS[world]}: (full - 0.5) - the same with frozen weights", gaps, POINTS)
+    return over_seeds(f"{MOVING[world]}: (full - 0.5) - the same with frozen weights", gaps, POINTS)
+
+
+def _weights(bench: Bench) -> dict[str, str]:
+    """What the teacher's weights do, by world."""
+    return {main_world(bench): "frozen", **MOVING}
 
 
 def _two_sided(one: Contrast) -> Contrast:
@@ -73,8 +78,8 @@ def _two_sided(one: Contrast) -> Contrast:
 
 @styled
 def _draw(bench: Bench) -> Figure:
-    figure, all_axes = panels(len(WEIGHTS), width=3.4)
-    for axes, (world, name) in zip(all_axes, WEIGHTS.items(), strict=True):
+    figure, all_axes = panels(len(bench), width=3.4)
+    for axes, (world, name) in zip(all_axes, _weights(bench).items(), strict=True):
         for index, arm in enumerate(ARMS):
             rows = [run.evaluated("validation") for run in bench[world].runs(arm)]
             updates = [int(row["update"]) for row in rows[0]]

@@ -16,7 +16,7 @@ from atesd.config import CreditConfig, PolicyConfig
 from atesd.table import Table
 from atesd.text import MISSING, number
 from atesd_lab.audit.null_simulation import NullBand, null_band
-from atesd_lab.paper.bench import RATIOS, Bench, Findings, best_fixed
+from atesd_lab.paper.bench import RATIOS, Bench, Findings, best_fixed, main_world
 from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import accuracy_dots, draw_seeds, panels
 from atesd_lab.paper.numbers import printed
@@ -45,7 +45,7 @@ def report(bench: Bench) -> Findings:
         "Learned exposure and its controls: ablation 2",
         (*(_world_table(bench, world) for world in bench), optimum_table(bench), selected_table(bench)),
         {
-            "accuracy": accuracy_dots(bench, list(bench), list(bench["leaps"].groups), {}),
+            "accuracy": accuracy_dots(bench, list(bench), list(bench[main_world(bench)].groups), {}),
             "ratios": _draw_ratios(bench),
         },
         (*_claims(bench, numbers), *_own_claims(bench)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -22,10 +22,11 @@ from atesd_lab.paper import (
     sweep,
     tokens,
 )
-from atesd_lab.paper.bench import Bench, Findings, read_bench
+from atesd_lab.paper.bench import Bench, Findings, pooling_for, read_bench
 from atesd_lab.paper.claims import Claim, Verdict
 from atesd_lab.paper.drawing import write_figure
 from atesd_lab.paper.numbers import source
+from atesd_lab.paper.pooling import Pooling
 from atesd_lab.paper.scale import Scale
 from atesd_lab.report.honest import markdown
 from atesd_lab.sweep.plan import Cell
@@ -44,9 +45,11 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], Findings]] = {
 }
 RULE = (
     "Verdict: agrees if every 95 % interval of the claim's differences is above 0, disagrees if one is below "
-    "0, otherwise not distinguishable. Where a claim has several differences no allowance is made for their number.",
+    "0, otherwise not distinguishable. Where a claim has several differences no allowance is made for their number."
+)
+TOYS = (
     "The worlds are embedded toys of a 101,056-parameter model; the leap world is made so that its best ratio is "
-    "interior. A verdict here is about a mechanism and no evidence about language models.",
+    "interior. A verdict here is about a mechanism and no evidence about language models."
 )
 
 
@@ -72,24 +75,28 @@ def write_experiments(
     scale: Scale, names: Sequence[str], cells: Sequence[Cell], finished: Set[Path], out: Path
 ) -> list[Written]:
     """Write NAME.md and figures/NAME-*.svg and .png for every experiment whose cells are finished, and results.md."""
-    written = [_write(name, scale, cells, finished, out) for name in names]
-    write_atomic(out / "results.md", summary(written).encode())
+    pooling = pooling_for(cells, finished)
+    written = [_write(name, scale, cells, finished, out, pooling) for name in names]
+    write_atomic(out / "results.md", summary(written, about(cells)).encode())
     return written
 
 
-def _write(name: str, scale: Scale, cells: Sequence[Cell], finished: Set[Path], out: Path) -> Written:
+def _write(
+    name: str, scale: Scale, cells: Sequence[Cell], finished: Set[Path], out: Path, pooling: Pooling | None
+) -> Written:
     pairs = scale.wanted([name])
     mine = [cell for cell in cells if (cell.points["world"], cell.points["arm"]) in pairs]
     left = [cell for cell in mine if cell.job.folder not in finished]
     if left:
         return Written(name, None, f"{len(left)} of {len(mine)} cells are not finished, such as {left[0].job.name}")
     try:
-        findings = EXPERIMENTS[name](read_bench(mine, pairs))
+        findings = EXPERIMENTS[name](read_bench(mine, pairs, pooling))
     except AtesdError as error:
         return Written(name, None, str(error))
     for key, figure in findings.figures.items():
         write_figure(figure, out / "figures" / f"{name}-{key}")
-    write_atomic(out / f"{name}.md", page(name, findings).encode())
+    notes = () if pooling is None else (about(cells),)
+    write_atomic(out / f"{name}.md", page(name, replace(findings, notes=(*findings.notes, *notes))).encode())
     return Written(name, findings)
 
 
@@ -101,9 +108,24 @@ def page(name: str, findings: Findings) -> str:
     return "\n\n".join([*parts, *(f"- {note}" for note in findings.notes)]) + "\n"
 
 
-def summary(written: Sequence[Written]) -> str:
+def about(cells: Sequence[Cell]) -> str:
+    """What a verdict is about: toys, or a model on benchmarks."""
+    scoring = cells[0].job.scoring
+    if scoring is None:
+        return TOYS
+    config, seeds = cells[0].job.config, len({cell.seed for cell in cells})
+    names = ", ".join(f"{one.name} ({one.source})" for one in scoring.asked)
+    chosen = "held-out problems of the training data (validation) choose between ratios and checkpoints"
+    return (
+        f"Model: {config.model.path}; {seeds} seeds; test: {names}, all problems together, after the last update; "
+        f"{chosen}. Settings of the evaluation: {', '.join(scoring.settings)}. The paper's ablations are of Qwen3-1.7B "
+        "on AIME 2024 alone."
+    )
+
+
+def summary(written: Sequence[Written], subject: str = TOYS) -> str:
     """What was claimed and what came out, experiment after experiment, as Markdown."""
-    parts = ["# Reproduction", *(f"- {line}" for line in RULE), f"- Paper: {source()}."]
+    parts = ["# Reproduction", f"- {RULE}", f"- {subject}", f"- Paper: {source()}."]
     for one in written:
         if one.findings is None:
             parts.append(f"## {one.name}\n\nNot written: {one.missing}")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from atesd.errors import RunError
 from atesd.table import Table
 from atesd.text import MISSING, number, percent
-from atesd_lab.paper.bench import RATIOS, Bench, Findings
+from atesd_lab.paper.bench import RATIOS, Bench, Findings, benchmarks_of, main_world
 from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import draw_seeds, log_axis, panels
 from atesd_lab.paper.numbers import printed
@@ -41,15 +41,15 @@ def report(bench: Bench) -> Findings:
             *(bench[world].table(ARMS, "full", _paper_column()) for world in bench),
             optimum_table(bench),
             mismatch_table(bench),
-            difficulty_table(bench, "leaps"),
-            level_table(bench, "leaps"),
+            difficulty_table(bench, main_world(bench)),
+            level_table(bench, main_world(bench)),
         ),
         {
             "accuracy": _draw_accuracy(bench),
-            "mismatch": _draw_mismatch(bench, "leaps"),
-            "difficulty": _draw_difficulty(bench, "leaps"),
+            "mismatch": _draw_mismatch(bench, main_world(bench)),
+            "difficulty": _draw_difficulty(bench, main_world(bench)),
         },
-        (*_accuracy_claims(bench), *mismatch_claims(bench), *_difficulty_claims(bench, "leaps")),
+        (*_accuracy_claims(bench), *mismatch_claims(bench), *_difficulty_claims(bench, main_world(bench))),
         (
             "Mismatch: KL(teacher || student) per token, nats, over the logged rollouts of an update; tail mean: "
             "over the 5 % of tokens with the largest. At the first update all ratios score the same rollouts.",
@@ -136,7 +136,7 @@ def difficulty_table(bench: Bench, world: str) -> Table:
 
 
 def level_table(bench: Bench, world: str) -> Table:
-    """Accuracy by the world's own level (clauses) and ratio."""
+    """Accuracy by the world's own level (clauses), or by benchmark, and ratio."""
     base = bench[world].base_test()
     levels = sorted(base[0]["by_difficulty"], key=natural)
     rows = []
@@ -144,8 +144,10 @@ def level_table(bench: Bench, world: str) -> Table:
         tested = [base, *(bench[world].last_test(arm) for arm in ARMS)]
         values = [fmean(row["by_difficulty"][level]["average"]["value"] for row in some) for some in tested]
         rows.append((level, str(base[0]["by_difficulty"][level]["problems"]), *map(percent, values)))
-    columns = ("clauses", "problems", "base", *(f"{ratio:g}" for ratio in RATIOS.values()))
-    return Table(f"{world}: Average@k in % by number of clauses and the fixed ratio", columns, tuple(rows))
+    of_benchmarks = bool(benchmarks_of(bench[world]))
+    level, by = ("benchmark", "benchmark") if of_benchmarks else ("clauses", "number of clauses")
+    columns = (level, "problems", "base", *(f"{ratio:g}" for ratio in RATIOS.values()))
+    return Table(f"{world}: Average@k in % by {by} and the fixed ratio", columns, tuple(rows))
 
 
 def _preferred(name: str) -> str:

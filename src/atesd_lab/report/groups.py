@@ -182,6 +182,11 @@ def shares_at(
                 f"{first_name} and {name} were evaluated on different {split} problems; compare runs of the same data "
                 "settings, or evaluate both on one set of problems with atesd evaluate"
             )
+        if _content(row) != _content(first):
+            raise RunError(
+                f"{first_name} and {name} were scored on other contents of {split}: {_content(first)} and "
+                f"{_content(row)}; evaluate both on one with atesd evaluate --benchmark"
+            )
         if _sampler(row) != _sampler(first):
             raise RunError(
                 f"{first_name} and {name} were evaluated with different samplers: {_sampler(first)} and "
@@ -267,6 +272,11 @@ def _found(run: RunRows, split: str, update: int) -> EvaluationRow:
     if row is None or not row.get("correct_counts"):
         raise RunError(f"{run.name}: no evaluation of {split} with correct_counts after update {update}")
     return row
+
+
+def _content(row: EvaluationRow) -> str | None:
+    """The hash of a benchmark's problems and answers; None for other problems."""
+    return row["benchmark"]["sha256"] if "benchmark" in row else None
 
 
 def _sampler(row: EvaluationRow) -> dict[str, float | int]:

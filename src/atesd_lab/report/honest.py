@@ -20,6 +20,7 @@ from atesd_lab.stats.contrast import Contrast, Verdict, contrast_of
 from atesd_lab.stats.differences import Needed, needed, paired_difference, sampling_noise, unpaired_difference
 
 POINT = 0.01
+POWER = (1.960 + 0.842) / 1.960  # of the half width of a 95 % interval: found with 80 % power
 WORDS: Mapping[Verdict, str] = {"above": "better", "below": "worse"}
 MARKDOWN_SPECIAL = str.maketrans({"|": "\\|", "\n": " "})
 
@@ -86,7 +87,8 @@ def compare_groups(baseline: RunGroup, candidate: RunGroup) -> Report:
     paired = are_paired(baseline, candidate)
     found = selections(groups)
     comparisons = tuple(_compare(scores, baseline, candidate, paired) for scores in found)
-    return Report(baseline.name, candidate.name, comparisons, (_pairing_note(groups, paired), *_notes(groups, found)))
+    notes = (_pairing_note(groups, paired), *_power_notes(comparisons), *_notes(groups, found))
+    return Report(baseline.name, candidate.name, comparisons, notes)
 
 
 def compare_last(baseline: RunGroup, candidate: RunGroup) -> Comparison:
@@ -294,6 +296,18 @@ def _notes(groups: Sequence[RunGroup], found: Sequence[Scores]) -> list[str]:
     if any(len(set(scores.samples.values())) > 1 for scores in found):
         notes.append("The groups have different numbers of samples per problem: means compare, the noise differs.")
     return notes + notes_on(groups)
+
+
+def _power_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """Which true differences at the last update these runs would find, from the width of the intervals."""
+    widths = {
+        one.split: (one.contrast.in_unit[2] - one.contrast.in_unit[1]) / 2 * POWER
+        for one in comparisons
+        if one.rule == LAST and np.isfinite(one.contrast.in_unit[2]) and one.contrast.low < one.contrast.high
+    }
+    told = ", ".join(f"{split} {width:.1f}" for split, width in widths.items())
+    words = "points; true differences of that size are found with about 80 % power by as many runs and samples"
+    return [f"Tells apart: {told} {words}."] if told else []
 
 
 def _require_disjoint(groups: Sequence[RunGroup]) -> None:

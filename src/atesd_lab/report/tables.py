@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from atesd.config import Config, describe_settings, method_name
-from atesd.maths.statistics import paired_bootstrap
+from atesd.maths.statistics import detectable_difference, paired_bootstrap
 from atesd.rows import EvaluationRow
 from atesd.table import Table
 from atesd.text import MISSING, number, percent, percent_interval, points_interval
 from atesd_lab.report.rows import RunRows, average, peak
 
+_PINNED = {"pinned": "as pinned", "expected": "as expected", "no": "not pinned yet"}
+_THINKING = {True: "thinking", False: "not thinking", None: "no thinking mode known"}
+_CLEAN = {
+    True: "Clean by date: no problem was public when the model's family was released.",
+    False: "Not clean by date: problems were public when the model's family was released.",
+    None: "Whether the problems are clean by date for the model is not known.",
+}
 PEAK_COLUMN = "peak (selected on the same data)"
 
 
@@ -46,6 +53,7 @@ def result_notes(runs: Sequence[RunRows], split: str, common: int | None) -> lis
         "The peak is picked and reported on the same data, so it is too high; compare runs at last"
         + (", or at the best common update, which is picked on their mean." if common is not None else "."),
     ]
+    notes += _power_notes(runs, split) + _benchmark_notes(rows)
     if split == "validation":
         notes.append("Validation problems are evaluated again and again; the held-out claim is the one on test.")
     if any(run.config.data != runs[0].config.data for run in runs):
@@ -58,6 +66,34 @@ def result_notes(runs: Sequence[RunRows], split: str, common: int | None) -> lis
     if any(run.config.data.source == "world" and run.config.data.leaps for run in runs):
         notes.append("The leap world is designed so that the best ratio is interior: no evidence on language models.")
     return notes
+
+
+def _power_notes(runs: Sequence[RunRows], split: str) -> list[str]:
+    """What the last evaluation of each run tells apart from another of its kind."""
+    lasts = {run.name: evaluated[-1] for run in runs if (evaluated := run.evaluated(split))}
+    shares = {
+        name: detectable_difference(list(row["correct_counts"].values()), row["samples"])
+        for name, row in lasts.items()
+        if row.get("correct_counts")
+    }
+    told = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items() if share is not None)
+    words = "points (80 % power, from the sampling alone: another seed of training is not in it)"
+    return [f"One such evaluation tells apart differences of {told} {words}."] if told else []
+
+
+def _benchmark_notes(rows: Sequence[EvaluationRow]) -> list[str]:
+    """Where a benchmark's problems came from, and what of the model they say."""
+    found = [row["benchmark"] for row in rows if "benchmark" in row]
+    sources = dict.fromkeys(f"{one['source']} ({_PINNED[one['pinned']]}, {one['sha256'][:12]})" for one in found)
+    clean = {one["clean"] for one in found}
+    engines = dict.fromkeys(one["engine"] for one in found)
+    thinking = dict.fromkeys(_THINKING[one["thinking"]] for one in found)
+    if not found:
+        return []
+    return [
+        f"Problems: {', '.join(sources)}. Sampled by {', '.join(engines)}, {', '.join(thinking)}.",
+        _CLEAN[next(iter(clean)) if len(clean) == 1 else None],
+    ]
 
 
 def differences_table(runs: Sequence[RunRows], split: str) -> Table | None:

@@ -11,14 +11,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol, final
 
 from filelock import FileLock, Timeout
 
-from atesd.config import Config, load_config
+from atesd.config import Config, load_config, with_overrides
+from atesd.data.benchmarks import Asked
 from atesd.errors import AtesdError, RunError
 from atesd.runs import RunFolder
 from atesd.text import duration
@@ -37,13 +38,48 @@ HELD_SECONDS = 2.0  # between two looks at a run that another process trains
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Benchmarks on which a run is evaluated once it is trained, and with `base` its model before training too."""
+
+    asked: tuple[Asked, ...]
+    settings: tuple[str, ...] = ()
+    base: bool = False
+
+    def commands(self, folder: Path) -> list[list[str]]:
+        """The words after `atesd` of each evaluation."""
+        names = ",".join(one.name if one.file is None else f"{one.name}={one.file}" for one in self.asked)
+        words = ["evaluate", str(folder), "--benchmark", names]
+        for one in self.asked:
+            words += [] if one.expected is None else ["--expect-hash", f"{one.name}={one.expected}"]
+        words += [word for setting in self.settings for word in ("--set", setting)]
+        return [words, *([[*words, "--update", "0"]] if self.base else [])]
+
+    def is_done(self, run: RunFolder, config: Config) -> bool:
+        """Whether the run holds a row for all of it, with as many samples as are asked for."""
+        samples = with_overrides(config, self.settings).evaluation.samples
+        held = {(row["split"], row["update"]) for row in run.rows("evaluations") if row["samples"] == samples}
+        updates = [config.train.num_updates, *([0] if self.base else [])]
+        return all((one.name, update) in held for one in self.asked for update in updates)
+
+
+def holds_base(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a run was evaluated on all of these benchmarks before its training."""
+    rows = RunFolder.open(folder).whole_rows("evaluations") if RunFolder.exists(folder) else []
+    return set(names) <= {row["split"] for row in rows if row["update"] == 0}
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One run: a recipe, what differs from it, where it goes, and the runs that must be finished before it."""
+    """One run: a recipe, what differs from it, where it goes, and the runs that must be finished before it.
+
+    `scoring`: the evaluations that follow, and belong to it.
+    """
 
     recipe: str
     overrides: tuple[str, ...]
     folder: Path
     needs: tuple[Path, ...] = ()
+    scoring: Scoring | None = None
 
     @property
     def name(self) -> str:
@@ -57,14 +93,19 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The words after `atesd`, as a user would type them."""
+        """The words after `atesd` that train it, as a user would type them."""
         settings = [word for override in self.overrides for word in ("--set", override)]
         return ["train", self.recipe, *settings, "--out", str(self.folder)]
 
     @property
+    def commands(self) -> list[list[str]]:
+        """The same of all its commands."""
+        return [self.command, *(self.scoring.commands(self.folder) if self.scoring else [])]
+
+    @property
     def command_line(self) -> str:
-        """The command as a shell takes it."""
-        return f"atesd {shlex.join(self.command)}"
+        """Its commands as a shell takes them, in one line."""
+        return " && ".join(f"atesd {shlex.join(words)}" for words in self.commands)
 
     @property
     def config(self) -> Config:
@@ -86,7 +127,8 @@ class Job:
                 f"{self.folder} was evaluated with other settings:\n  " + "\n  ".join(changes) + "\n"
                 "Take these changes back, choose another --out, or use `atesd evaluate` for more evaluations of a run."
             )
-        return bool(run.manifest["status"] == "finished" and run.config.train.num_updates == config.train.num_updates)
+        ended = run.manifest["status"] == "finished" and run.config.train.num_updates == config.train.num_updates
+        return bool(ended and (self.scoring is None or self.scoring.is_done(run, config)))
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
@@ -234,7 +276,8 @@ class _Crew:
         if place not in self._workers:
             self._workers[place] = Worker(self._environments[place])
         job = entry.job
-        self._workers[place].give([job.recipe, list(job.overrides), str(job.folder)])
+        scoring = asdict(job.scoring) if job.scoring else None
+        self._workers[place].give([job.recipe, list(job.overrides), str(job.folder), scoring])
         self._busy[place] = entry
 
     def ended(self) -> list[tuple[Entry, Ending]]:
