@@ -47,7 +47,7 @@ NOTES = (
     "of it under a student who never learns, solves what it solved before training and gives rewards of nothing but "
     "noise; pure simulation. A late ratio inside it needs no finding.",
     f"Found: the late ratio is within {CLOSE} of the best fixed ratio or of one not told from it, and off the band.",
-    "- null: against the arm of the same name with shuffled verdicts, rewards or holds.",
+    "Null: the arm of the same name with shuffled verdicts, rewards or holds.",
 )
 
 
