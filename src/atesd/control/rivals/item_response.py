@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, cast, final
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import expit, logit
 
 from atesd.control.controlled import ControlledExposure
 from atesd.control.credit import CreditConfig
@@ -57,7 +57,7 @@ class ItemResponse:
 
     def __init__(self, config: ItemResponseSettings) -> None:
         self._config = config
-        self._aim = float(logit(config.target))
+        self._aim = math.log(config.target / (1.0 - config.target))
         self._seen: dict[str, list[Seen]] = {}
 
     def features(self) -> tuple[float, ...]:
@@ -77,7 +77,7 @@ class ItemResponse:
         rows = np.stack([np.ones(len(table)), table[:, 0] - 0.5], axis=1)
         found = mean
         for _ in range(NEWTON_ROUNDS):
-            chance = expit(rows @ found)
+            chance = 0.5 * (1.0 + np.tanh(0.5 * (rows @ found)))  # the logistic curve, which cannot overflow so
             gradient = rows.T @ (table[:, 1] - table[:, 2] * chance) - precision @ (found - mean)
             curvature = rows.T @ (rows * (table[:, 2] * chance * (1.0 - chance))[:, None]) + precision
             step = np.linalg.solve(curvature, gradient)
