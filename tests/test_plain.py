@@ -87,6 +87,8 @@ def part_of(path: Path) -> str:
     if ROOT not in path.parents:
         return "the laboratory"
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if "rivals" in path.parts:
+        return "rivals"
     return "the method" if room in METHOD else "bridges" if room == "bridges" else "its edges"
 
 

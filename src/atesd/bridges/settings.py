@@ -12,8 +12,8 @@ from atesd.errors import ConfigError
 Settings = Mapping[str, Any] | str
 """The groups `exposure`, `credit`, `views` and `data`, or the name of a YAML file of them."""
 
-_FOLLOWED: Mapping[str, set[str]] = {"staircase": {"train_success"}, "setpoint": {"train_kl"}}
-"""What a controller reads of every update, besides its rewards."""
+_FOLLOWED: Mapping[str, set[str]] = {"setpoint": {"train_kl"}}
+"""What a controller reads of every update, besides its rewards and the verdicts that its settings ask for."""
 _GROUPS = ("exposure", "credit", "views", "data")
 _VIEWS = ("answer", "wording", "partial_note", "answer_text")
 
@@ -43,11 +43,12 @@ def bridge_config(
     if config.exposure.reference_ablation != "off" or config.looks_ahead or config.granularity == "per_token":
         raise ConfigError(
             f"exposure: kind {config.exposure.kind} with reference_ablation {config.exposure.reference_ablation} needs "
-            "our own loop (`atesd train`); here choose full, fixed, random, schedule, replay, learned, bandit, "
-            "setpoint, staircase or custom, without an ablation"
+            "our own loop (`atesd train`); here choose full, fixed, random, schedule, replay, learned, custom or a "
+            "controller such as bandit, without an ablation"
         )
     rewarded = config.decides and config.exposure.learns_from_rewards
     needed = set(_FOLLOWED.get(config.exposure.kind, ())) | ({config.credit.progress_signal} if rewarded else set())
+    needed |= {"train_success"} if config.exposure.follows_verdicts else set()
     needed |= {"grounding"} if config.decides and config.credit.grounding_weight else set()
     if missing := sorted(needed - measurable):
         raise ConfigError(

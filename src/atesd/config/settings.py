@@ -21,7 +21,7 @@ from atesd.control.aligned import AlignedSettings
 from atesd.control.credit import CreditConfig
 from atesd.control.kinds import exposure_kinds
 from atesd.control.learned import LearnedSettings, PolicyConfig
-from atesd.control.settings import BoundedSettings, ExposureSettings, Granularity, GranularSettings
+from atesd.control.settings import BoundedSettings, ExposureSettings, Granularity, GranularSettings, Run
 from atesd.maths.divergences import DIVERGENCES, Divergence
 
 GENERATED = ("gsm_symbolic", "arithmetic")
@@ -627,8 +627,8 @@ class Config(Component):
                 raise ValueError(
                     f"credit.progress_signal: {self.credit.progress_signal} needs a checker; use probe_nll"
                 )
-            if self.distils and self.exposure.kind == "staircase":
-                raise ValueError("exposure.kind: staircase searches by verified rollouts; set data.checker: math")
+            if self.distils and self.exposure.follows_verdicts:
+                raise ValueError(f"exposure.kind: {self.exposure.kind} follows verdicts; set data.checker: math")
             if self.looks_ahead:
                 raise ValueError(
                     "exposure.kind: aligned and loss.gate: aligned need verified rollouts; set data.checker"
@@ -699,6 +699,12 @@ class Config(Component):
     def loss_temperature(self) -> float:
         """What both logits are divided by in the loss."""
         return self.loss.temperature if self.loss.temperature is not None else self.sampling.temperature
+
+    @property
+    def rule_note(self) -> str:
+        """What the run can tell the rule that decides its ratios; empty where no rule does."""
+        run = Run(self.credit, self.train.num_updates, self.train.seed)
+        return self.exposure.budget(run, self.train.batch_size) if self.decides else ""
 
     @property
     def estimate_note(self) -> str:

@@ -21,10 +21,10 @@ _HOLDS = ActsWhen(
     lambda c: c.distils and (c.exposure.holds or c.looks_ahead),
     "an exposure that holds its ratio (exposure.kind: learned, bandit, random ...) or loss.gate: aligned",
 )
-_LEARNS = ActsWhen(lambda c: c.exposure.learns_from_rewards, "exposure.kind: learned, bandit or custom")
+_LEARNS = ActsWhen(lambda c: c.exposure.learns_from_rewards, "exposure.kind: learned, bandit, control_share or custom")
 _MIXED = ActsWhen(
     lambda c: c.credit.grounding_weight > 0 or (c.exposure.learns_from_rewards and c.exposure.kind != "learned"),
-    "credit.grounding_weight above 0, or exposure.kind: bandit or custom",
+    "credit.grounding_weight above 0, or exposure.kind: bandit, control_share or custom",
 )
 _GROUNDED = ActsWhen(lambda c: c.credit.grounding_weight > 0, "credit.grounding_weight above 0")
 

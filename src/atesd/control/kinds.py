@@ -1,4 +1,4 @@
-"""The kinds of exposure: every settings class in this folder that names a kind. A new file here is a new kind."""
+"""The kinds of exposure: every settings class below this folder that names a kind. A new file here is a new kind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMPORT_TORCH = {"policy"}
 @cache
 def exposure_kinds() -> dict[str, type[ExposureSettings]]:
     """The settings class of each `exposure.kind`, by name."""
-    for module in pkgutil.iter_modules(atesd.control.__path__, "atesd.control."):
+    for module in pkgutil.walk_packages(atesd.control.__path__, "atesd.control."):
         if module.name.rpartition(".")[2] not in IMPORT_TORCH:
             importlib.import_module(module.name)
     named = {kind_of(kind, "kind"): kind for kind in _subclasses(ExposureSettings) if _is_named(kind)}

@@ -18,12 +18,20 @@ from atesd.control.credit import CreditConfig
 if TYPE_CHECKING:
     from atesd.control.interface import Exposure
 
-Granularity = Literal["update", "per_difficulty", "per_problem", "per_token"]
+Granularity = Literal["update", "per_difficulty", "per_problem", "per_problem_in_difficulty", "per_token"]
 
 
 def group_of(granularity: Granularity, problem_id: str, difficulty: int) -> str:
-    """Which rollouts share a ratio of the exposure: all, those of a difficulty, or those of a problem."""
-    return {"per_difficulty": str(difficulty), "per_problem": problem_id}.get(granularity, "")
+    """Which rollouts share a ratio of the exposure: all, those of a difficulty, or those of a problem.
+
+    `per_problem_in_difficulty` is a ratio per problem for an exposure that has to know its difficulty: "3 problem-7".
+    """
+    names = {
+        "per_difficulty": str(difficulty),
+        "per_problem": problem_id,
+        "per_problem_in_difficulty": f"{difficulty} {problem_id}",
+    }
+    return names.get(granularity, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ class RatioSettings(Component):
     """Whether ratios are decided during the run from what it shows, and decisions are rewarded and logged."""
     learns_from_rewards: ClassVar[bool] = False
     """Whether the rewards are more than logged."""
+    follows_verdicts: ClassVar[bool] = False
+    """Whether it cannot decide without verified rollouts of the updates."""
 
     @property
     def holds(self) -> bool:
@@ -60,6 +70,10 @@ class RatioSettings(Component):
     def label(self, credit: CreditConfig) -> str:
         """The exposure in words, the same in every table and card."""
         raise NotImplementedError(f"{type(self).__name__} has no label")
+
+    def budget(self, run: Run, rollouts: int) -> str:  # noqa: ARG002
+        """What so many updates of so many rollouts can tell it, in a line; empty where nothing is to be said."""
+        return ""
 
     def make(self, run: Run) -> Exposure:
         """The exposure. Raises `ConfigError` where the settings and the run do not fit."""

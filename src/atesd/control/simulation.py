@@ -1,14 +1,20 @@
-"""The learned exposure driven without a model: by a made-up student, or by measurements of a real one."""
+"""Exposures driven without a model: by a made-up student, or by measurements of a real one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from atesd.control.credit import CreditConfig
-from atesd.control.interface import Measurement
+from atesd.control.interface import Exposure, Measurement
 from atesd.control.learned import LearnedExposure, PolicyConfig
+from atesd.control.settings import Granularity, group_of
+from atesd.maths import keyed
 from atesd.records import FinishedDecision, UpdateStats
 from atesd.rows import late_mean
 
@@ -22,6 +28,7 @@ NOT_MEASURED: dict[Measurement, Any] = {
 }
 
 
+_MOST_UPDATES, _DIFFICULTIES = 200, 4  # of a run with a frozen student; longer runs settle before
 Stats = Callable[[int, float], UpdateStats]
 """What an update shows at a reveal ratio."""
 
@@ -73,3 +80,41 @@ def drive(
 def _mean_ratio(finished: FinishedDecision) -> float:
     concentration1, concentration0 = finished.decision.concentrations
     return concentration1 / (concentration1 + concentration0)
+
+
+def late_ratio_of_a_frozen_student(
+    exposure: Exposure, granularity: Granularity, num_updates: int, rollouts: int, success: float, seed: int = 0
+) -> float:
+    """The mean ratio that an exposure shows, late in the run, to a student who never learns.
+
+    Each update has `rollouts` new problems of four difficulties, solved with the chance `success` whatever was shown;
+    every signal that an exposure can ask for is noise. Of a long run the first 200 updates are driven.
+    """
+    shown = []
+    for update in range(min(num_updates, _MOST_UPDATES)):
+        draws = keyed.generator(seed, "frozen_student", update)
+        names = [group_of(granularity, f"{update}-{place}", place % _DIFFICULTIES) for place in range(rollouts)]
+        verdicts = (draws.random(rollouts) < success).astype(float).tolist()
+        ratio = fmean(exposure.reveal_ratio(update, name) for name in names)
+        exposure.observe(update, _of_noise(ratio, draws, tuple(zip(names, verdicts, strict=True))))
+        shown.append(ratio)
+    return late_mean(shown)
+
+
+def _of_noise(ratio: float, draws: np.random.Generator, graded: tuple[tuple[str, float], ...]) -> UpdateStats:
+    signal, grounding, other = draws.standard_normal(3).tolist()
+    return UpdateStats(
+        ratio,
+        ratio,
+        loss=signal,
+        kl=abs(other),
+        top1_disagreement=abs(other),
+        student_confidence=abs(other),
+        probe_nll=math.exp(signal),
+        probe_success=signal,
+        probe_gain=signal,
+        probe_kl=signal,
+        grounding=grounding,
+        train_success=((0, signal),),
+        group_success=graded,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, TypedDict, cast, final
+from typing import ClassVar, Literal, TypedDict, cast, final
 
 import numpy as np
 from pydantic import Field
@@ -24,6 +24,8 @@ class StaircaseSettings(GranularSettings, ControllerSettings):
     step_solved: float = Field(0.1, ge=-1, le=1, description="change of the ratio after a verified rollout; ours")
     step_unsolved: float = Field(-0.1, ge=-1, le=1, description="change of the ratio after any other rollout; ours")
     start: Fraction = Field(0.5, description="the ratio of the first problems; ours")
+
+    follows_verdicts: ClassVar[bool] = True
 
     def label(self, credit: CreditConfig) -> str:  # noqa: ARG002
         """With what is searched for."""

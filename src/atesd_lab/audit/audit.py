@@ -382,6 +382,8 @@ def notes_of(config: Config) -> Iterator[str]:
         yield f"{config.credit.discount_note}."
     if config.exposure.kind != "learned":
         yield f"exposure.kind is {config.exposure.kind}: audited is the reward, as the learned policy would follow it."
+    if config.rule_note:
+        yield f"{config.rule_note[0].upper()}{config.rule_note[1:]}."
     if config.granularity != "update":
         yield f"exposure.granularity is {config.granularity}: audited with one ratio per update."
     if config.loss.gate.kind != "none":

@@ -166,7 +166,7 @@ class Scored:
         self._base, self._last = (shares_at(groups, "test", dict.fromkeys(lengths, at)) for at in (0, self.last_update))
         self._updates = [0, *common_updates(groups)]
         self._validation = [shares_at(groups, "validation", dict.fromkeys(lengths, at)) for at in self._updates]
-        self.fixed = _fixed_ratios(table.groups, baseline)
+        self.fixed = fixed_ratios(table.groups, baseline)
         self.best_fixed = self.arms.best_fixed(self.fixed) if self.arms.common(*self.fixed) else None
 
     def rivals(self, arm: str) -> dict[str, str]:
@@ -261,7 +261,7 @@ def seconds_per_update(run: RunFolder) -> float:
     return fmean(sum(value for phase, value in seconds.items() if phase != "evaluate") for seconds in rows)
 
 
-def _fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, float]:
+def fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, float]:
     """The arms that differ from the baseline in nothing but a fixed ratio, the baseline included, with their ratios."""
     reference = _apart_from_exposure(groups[baseline].runs[0])
     found = {}

@@ -41,6 +41,7 @@ WORLDS = {
     "ema-teacher": "EMA teacher",
     "aligned-bad-teacher": "bad teacher",
     "bad": "bad teacher",
+    "bad-teacher": "bad teacher",
 }
 ACCURACY_NOTES = (
     "Accuracy: Average@k on test after the last update. Brackets: 95 % interval over problems and seeds (Student's t "

@@ -351,8 +351,8 @@ def _checked_cells(cells: Sequence[Cell], plan: Plan, name: str) -> list[Cell]:
     idle: dict[str, str] = {}
     for cell in cells:
         try:
-            kept.append(_with_what_acts(cell, plan, idle))
-            updates[cell.job.folder] = kept[-1].job.config.train.num_updates
+            one, updates[cell.job.folder] = _with_what_acts(cell, plan, idle)
+            kept.append(one)
         except ConfigError as error:
             found.setdefault(str(error), cell.job.name)
     acting = {_setting(override) for cell in kept for override in cell.job.overrides}
@@ -369,18 +369,21 @@ def _checked_cells(cells: Sequence[Cell], plan: Plan, name: str) -> list[Cell]:
     return kept
 
 
-def _with_what_acts(cell: Cell, plan: Plan, idle: dict[str, str]) -> Cell:
-    """The cell without the settings of `set` that do not act in it; `idle` takes in which these are, and why."""
+def _with_what_acts(cell: Cell, plan: Plan, idle: dict[str, str]) -> tuple[Cell, int]:
+    """The cell without the settings of `set` that do not act in it, and its number of updates.
+
+    `idle` takes in which settings these are, and why. Its config is read once, as a plan may have a thousand cells.
+    """
     job = cell.job
     try:
-        job.config  # noqa: B018 - whether it holds
+        return cell, job.config.train.num_updates
     except IdleSettingError as error:
         common = [override for override in job.overrides if _setting(override) in plan.common]
         own = [override for override in job.overrides if _setting(override) not in plan.common]
         shared = shared_overrides(job.recipe, common, own)
         idle.update({_setting(override): str(error) for override in common if override not in shared})
-        return replace(cell, job=replace(job, overrides=(*shared, *own)))
-    return cell
+        job = replace(job, overrides=(*shared, *own))
+        return replace(cell, job=job), job.config.train.num_updates
 
 
 def _setting(override: str) -> str:
