@@ -48,7 +48,6 @@ def plan_lines(components: Components) -> Iterator[str]:
         yield f"exposure decisions: {decisions(train.num_updates, config.credit)}, {finished} of them rewarded in time"
     if config.decides and config.exposure.kind == "learned":
         yield f"policy updates: {updates}; {budget_line(config)}"
-    yield "nothing was trained and nothing was written (--dry-run)"
 
 
 def budget_line(config: Config) -> str:
