@@ -58,7 +58,7 @@ _TABLE = (  # GB, bfloat16 and float32 TFLOP/s, TB/s of memory, GB/s to a neighb
     ("a100-80gb", 80, 312, 19.5, 2.039, 300, "NVIDIA A100 data sheet; SXM"),
     ("h100-80gb", 80, 989, 66.9, 3.35, 450, "NVIDIA H100 data sheet; SXM"),
     ("h200-141gb", 141, 989, 66.9, 4.8, 450, "NVIDIA H200 data sheet; SXM"),
-    ("b200-180gb", 180, 2250, 75, 8.0, 900, "NVIDIA DGX B200 data sheet"),
+    ("b200-180gb", 180, 2250, 80, 8.0, 900, "NVIDIA HGX B200 data sheet"),
 )
 KINDS = {
     name: DeviceKind(name, gb * _GB, half * _TFLOP, single * _TFLOP, read * _TB, sent * _GB, source)
