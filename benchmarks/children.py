@@ -10,9 +10,10 @@ import ctypes
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +29,41 @@ def in_child(function: Callable[..., Any], source: Path | None = None, **argumen
     `source` is a folder to import atesd from instead of this checkout's. Raises `RuntimeError` with the last words of
     a child that fails.
     """
+    return _answer(_child(function, arguments, {"PYTHONPATH": str(source or ROOT / "src")}))
+
+
+def in_ranks(
+    function: Callable[..., Any], ranks: int, environment: Mapping[str, str] | None = None, **arguments: Any
+) -> list[Any]:
+    """What a function returns in each of several fresh processes that find one another as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
+    children = [
+        _child(function, arguments, {"PYTHONPATH": str(ROOT / "src"), **shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in map(str, range(ranks))
+    ]
+    return [_answer(child) for child in children]
+
+
+def _child(function: Callable[..., Any], arguments: dict[str, Any], added: dict[str, str]) -> subprocess.Popen[str]:
     target = f"{function.__module__}:{function.__qualname__}"
-    child = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.children", target, json.dumps(arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source or ROOT / "src")},
-        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **added},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
+
+
+def _answer(child: subprocess.Popen[str]) -> Any:
+    out, errors = child.communicate()
     if child.returncode:
-        raise RuntimeError(f"{target} {arguments}: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(child.stdout.splitlines()[-1])
+        raise RuntimeError(f"{child.args!r}: {(errors.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(out.splitlines()[-1])
 
 
 def peak_of(measure: Callable[..., int], settings: Settings, **arguments: Any) -> int:

@@ -57,9 +57,17 @@ QWEN3: Mapping[str, ModelShape] = {
 
 def random_model(shape: ModelShape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Equal weights at every call. No token ends a completion, so that all have the length asked for."""
-    tokenizer = word_tokenizer(shape.vocabulary)
-    kind, configured = FAMILIES[shape.family]
-    config = configured(
+    tokenizer, config = word_tokenizer(shape.vocabulary), configured(shape)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        model = FAMILIES[shape.family][0]._from_config(config, dtype=dtype)
+    never = frozenset({shape.vocabulary})
+    return LoadedModel(model.eval(), tokenizer, torch.device(device), never, tokenizer.pad_token_id)
+
+
+def configured(shape: ModelShape) -> Any:
+    """What transformers needs to know of a model of this shape, with `word_tokenizer`."""
+    return FAMILIES[shape.family][1](
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -69,16 +77,11 @@ def random_model(shape: ModelShape, device: str = "cpu", dtype: torch.dtype = to
         head_dim=shape.head_dim,
         max_position_embeddings=16_384,
         tie_word_embeddings=shape.tied,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIAL.index("<pad>"),
+        eos_token_id=SPECIAL.index("<end>"),
         bos_token_id=None,
         initializer_range=0.05,
     )
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(0)
-        model = kind._from_config(config, dtype=dtype)
-    never = frozenset({shape.vocabulary})
-    return LoadedModel(model.eval(), tokenizer, torch.device(device), never, tokenizer.pad_token_id)
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -20,7 +20,7 @@ ROWS = {
         {"maths"},
         {"control"},
         {"config"},
-        {"runs"},
+        {"runs", "forecast"},
         {"data", "models"},
         {"engine", "card"},
         {"world", "train"},
@@ -89,7 +89,7 @@ def modules_after(statement: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("module", ["atesd_lab.report.page", "atesd.runs", "atesd.config"])
+@pytest.mark.parametrize("module", ["atesd_lab.report.page", "atesd.runs", "atesd.config", "atesd.forecast.advice"])
 def test_what_reads_files_never_imports_torch(module: str):
     assert {"torch", "transformers"} & modules_after(f"import {module}") == set()
 

@@ -14,9 +14,11 @@ import json
 import math
 import os
 import platform
+import secrets
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -430,6 +432,28 @@ def new_manifest(
         **{key: session[key] for key in copied},
         "sessions": [session],
     }
+
+
+def leave_token(out: Path) -> str:
+    """Make an empty file of a name that never was, in `out` or where it will be made; gives its path.
+
+    Other processes that see it see the same folder. Raises `RunError` where none can be made.
+    """
+    place = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    token = place / f".ranks-{secrets.token_hex(8)}"
+    with refusals_told(place, "written to"):
+        token.touch()
+    return str(token)
+
+
+def sees_token(token: str, patience: float) -> bool:
+    """Whether the file is there, or appears within `patience` seconds, as on a network's file system it may."""
+    until = time.monotonic() + patience
+    while not Path(token).exists():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(min(0.2, patience))
+    return True
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import Literal
 
 import torch
@@ -22,14 +23,17 @@ from atesd.config import Config, dump_config
 from atesd.engine.factory import engine_note
 from atesd.errors import RunError
 from atesd.models.prompts import control_line, spelling_control_tokens
-from atesd.models.ranks import process_group
+from atesd.models.ranks import Ranks, process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
-from atesd.runs import EndStatus, RunFolder, new_manifest
+from atesd.runs import EndStatus, RunFolder, leave_token, new_manifest, sees_token
 from atesd.train.checkpoint import load_newest
 from atesd.train.components import Components
 from atesd.train.listeners import Listener, Listeners, RunInfo
 from atesd.train.loop import Trainer
+
+TOKEN_PATIENCE = 20.0
+"""Seconds that a file may take to appear on another machine: NFS believes what it knows of a folder for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ def train(
     """
     with process_group(config.model.device) as ranks:
         listener = Listeners(listeners if ranks.first else ())
+        _require_one_folder(ranks, out)
         known = ranks.broadcast(partial(_is_known, config, out, resume))
         components = build(config, ranks=ranks)
         words = list(command) or sys.argv
@@ -87,6 +92,27 @@ def config_of_trained(run: RunFolder) -> Config:
         raise RunError(f"{run.path} has no trained model yet ({run.final.name}/ is missing); let `atesd train` finish")
     config = run.config
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.final), "lora": None})})
+
+
+def _require_one_folder(ranks: Ranks, out: Path) -> None:
+    """Every rank sees the folder that rank 0 writes, which is found out before anything is loaded: `RunError`."""
+    if ranks.size == 1:
+        return
+    token = ranks.broadcast(partial(leave_token, out))
+    try:
+        seen = ranks.gather(lambda: [gethostname(), str(out.absolute()), sees_token(token, TOKEN_PATIENCE)])
+    finally:
+        if ranks.first:
+            with suppress(OSError):  # an empty file more, in a folder that then refuses everything else too
+                Path(token).unlink()
+    host, folder, _ = seen[0]
+    blind = [f"rank {rank} on {there} ({path})" for rank, (there, path, sees) in enumerate(seen) if not sees]
+    if blind:
+        raise RunError(
+            f"{', '.join(blind)} does not see the run folder that rank 0 on {host} writes ({folder}): a file made "
+            f"there did not appear within {TOKEN_PATIENCE:g} seconds. Give --out as an absolute path on a file system "
+            "that all machines share, mounted at the same place"
+        )
 
 
 def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bool:

@@ -83,6 +83,18 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME after the recipe.")] = None,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the newest valid checkpoint.")] = Resume.AUTO,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, say what is planned, stop.")] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan for as many, from the model's config.json alone.")
+    ] = None,
+    device_kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="With --dry-run: of this kind, such as h100-80gb.")
+    ] = None,
+    problem_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: the student's context, where no data is at hand.")
+    ] = None,
+    reference_tokens: Annotated[
+        int | None, typer.Option(min=0, help="With --dry-run: what the teacher reads more.")
+    ] = None,
     listener: Annotated[
         list[str] | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Who else watches: f(run folder) gives a listener. Repeatable."),
@@ -95,13 +107,19 @@ def train(
     """Train, with live progress. Ctrl-C saves a checkpoint; the same command resumes. torchrun: one process a card."""
     from atesd.cli.watching import NamedListeners, trackers
     from atesd.config import load_config
+    from atesd.errors import ConfigError
 
     config = load_config(recipe, settings or [])
     named = NamedListeners(listener or [])
     tracked = trackers(track or [])
+    asked = {"devices": devices, "device-kind": device_kind}
+    asked |= {"problem-tokens": problem_tokens, "reference-tokens": reference_tokens}
+    given = [f"--{name} {value}" for name, value in asked.items() if value is not None]
     if dry_run:
-        _show_plan(config)
+        _show_plan(config, devices, device_kind, problem_tokens, reference_tokens)
         return
+    if given:
+        raise ConfigError(f"{', '.join(given)}: read by --dry-run alone; add it, or start ranks with torchrun")
     folder = out or Path("runs") / run_name(recipe)
 
     from atesd.cli.display import closing_lines, display_for
@@ -122,13 +140,24 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def _show_plan(config: Config) -> None:
+def _show_plan(
+    config: Config, devices: int | None, kind: str | None, problem_tokens: int | None, reference_tokens: int | None
+) -> None:
+    """What was built here and what it needs; or, for devices that are named, what config.json and arithmetic tell."""
+    from atesd.cli.forecast import NOTHING_DONE, Asked, built_lines, described_lines
+
+    asked = Asked(devices, kind, problem_tokens, reference_tokens)
+    if asked.anything:
+        for line in described_lines(config, asked):
+            say(line)
+        return
+
     from atesd.build import build, close
     from atesd.cli.plan import plan_lines
 
     components = build(config)
     try:
-        for line in plan_lines(components):
+        for line in (*plan_lines(components), *built_lines(components), NOTHING_DONE):
             say(line)
     finally:
         close(components)
