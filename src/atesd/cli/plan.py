@@ -48,12 +48,8 @@ def plan_lines(components: Components) -> Iterator[str]:
         yield f"exposure decisions: {decisions(train.num_updates, config.credit)}, {finished} of them rewarded in time"
     if config.decides and config.exposure.kind == "learned":
         yield f"policy updates: {updates}; {budget_line(config)}"
-<<<<<<< HEAD
     if config.rule_note:
         yield config.rule_note
-    yield "nothing was trained and nothing was written (--dry-run)"
-=======
->>>>>>> plan
 
 
 def budget_line(config: Config) -> str:
