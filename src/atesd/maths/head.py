@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,14 @@ class Head:
         if self.weight is None or other.weight is None or self.soft_cap is not None or other.soft_cap is not None:
             return False
         return self.scale == other.scale and _same(self.weight, other.weight) and _same(self.bias, other.bias)
+
+    def detached(self) -> Head:
+        """The same tensors as they are now, without gradient."""
+        return replace(
+            self,
+            weight=None if self.weight is None else self.weight.detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+        )
 
     @property
     def trained(self) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -106,14 +107,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return _tokenizer(config, source, local)
 
 
-def save_model(loaded: LoadedModel, folder: Path) -> None:
+def save_model(loaded: LoadedModel, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write safetensors and tokenizer so that `AutoModelForCausalLM` reads them; of an adapter, PEFT's folder.
 
+    `tensors` are those to write where the model's own are divided over ranks (`Weights.saved`).
     An adapter's folder names its base model; `load_model` reads both. Whatever had the folder's name is replaced once
     all is written: nothing is written through a link, and no half-written model bears the name.
     """
     # PEFT would ask the hub whether the base's vocabulary has changed; adapters here never touch the embedding's size.
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(loaded.model, "peft_config") else {}
+    if tensors is not None:
+        options["state_dict"] = dict(tensors)
     with replacing(folder) as part:
         part.mkdir(parents=True)
         try:
