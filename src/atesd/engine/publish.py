@@ -66,7 +66,8 @@ class Publisher:
     def publish(self, update: int, tensors: Mapping[str, Tensor] | None = None) -> str | None:
         """Bring the weights of this moment to every server; returns the adapter's name, None for all weights.
 
-        `tensors`: `Weights.saved`. Raises `EngineError` that names the folder or the server that refuses, and leaves no half of it on the disk.
+        `tensors`: `Weights.saved`. Raises `EngineError` that names the folder or the server that refuses, and leaves
+        no half of it on the disk.
         """
         own = self._own = self._own or self._opened()
         self._count += 1

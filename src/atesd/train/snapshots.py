@@ -48,8 +48,8 @@ class Snapshots:
 
     def save(self, updates_done: int) -> None:
         """Write the checkpoint after so many updates, once all ranks agree on what it holds."""
-        agreed = self._components.weights.agreement()
-        self._ranks.require_equal(lambda: agreed, f"the student after {updates_done} updates")
+        agreed = partial(str, self._components.weights.agreement())  # which speaks to the other ranks itself
+        self._ranks.require_equal(agreed, f"the student after {updates_done} updates")
         self._ranks.broadcast(partial(self._save, updates_done))
 
     def state_dict(self) -> RunState:
