@@ -179,8 +179,8 @@ class ShardedWeights:
         like = self._trained[name]
         if not isinstance(like, DTensor) or not held.ndim:
             return held
-        shape = {"shape": like.shape, "stride": like.stride()}
-        return DTensor.from_local(held.to(like.device), like.device_mesh, like.placements, **shape)
+        mesh, placements = like.device_mesh, like.placements
+        return DTensor.from_local(held.to(like.device), mesh, placements, shape=like.shape, stride=like.stride())
 
     def rows(self, count: int) -> slice:
         """See `Weights`."""
