@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -79,6 +79,9 @@ CASES = [
     *(Case(model, "ema", answers=True) for model in ("tied", "untied adapter")),
     Case("tied", rows=1),  # rank 1 has none
 ]
+
+
+CASES_OF_NODES = [Case("tied", "ema"), Case("untied", "refresh"), Case("tied adapter", rows=2)]
 
 
 def model_of(case: Case, folder: Path) -> LoadedModel:
@@ -157,11 +160,11 @@ def numbers(meters: StepMeters, norm: float) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}
 
 
-def run_cases(ranks: Ranks, folder: Path) -> None:
+def run_cases(cases: Sequence[Case], sharding: Literal["full", "hybrid"], ranks: Ranks, folder: Path) -> None:
     """Every case, its results written by rank 0."""
-    for case in CASES:
+    for case in cases:
         loaded = replace(model_of(case, folder), ranks=ranks)
-        found = three_updates(case, loaded, ModelConfig(sharding="full"))
+        found = three_updates(case, loaded, ModelConfig(sharding=sharding))
         if ranks.first:
             save_file(found, folder / f"{case.name}.safetensors")
 
@@ -245,13 +248,38 @@ def held_bytes(weights: Weights) -> int:
     return sum(part.tensor.numel() * part.tensor.element_size() for part in weights.parts().values())
 
 
-def main(folder: Path) -> None:
+def of_nodes(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Whether nodes agree while they hold the same, and once one value of the second node is another."""
+    loaded = replace(model_of(Case("tied"), folder), ranks=ranks)
+    weights = weights_of(loaded, ModelConfig(sharding="hybrid"))
+    before = weights.agreement()
+    if ranks.rank == 3:
+        weights.parts()["model.norm.weight"].tensor[0] += 1
+    after = weights.agreement()
+    return {
+        "agree": ranks.gather(partial(str, before)),
+        "differ": ranks.gather(partial(str, after)),
+        "rows": ranks.gather(partial(first_rows, weights)),
+    }
+
+
+def first_rows(weights: Weights) -> list[int]:
+    """Where this rank's rows begin and end in the embedding."""
+    part = weights.parts()["model.embed_tokens.weight"]
+    return [part.first_row, part.first_row + len(part.tensor), part.shape[0]]
+
+
+def main(folder: Path, sharding: str = "full") -> None:
     with process_group("cpu") as ranks:
-        run_cases(ranks, folder)
-        found = facts(ranks, folder)
+        if sharding == "hybrid":
+            run_cases(CASES_OF_NODES, "hybrid", ranks, folder)
+            found = of_nodes(ranks, folder)
+        else:
+            run_cases(CASES, "full", ranks, folder)
+            found = facts(ranks, folder)
         if ranks.first:
             (folder / "facts.json").write_text(json.dumps(found), "utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

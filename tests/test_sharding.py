@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,13 +17,31 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from atesd.config import ModelConfig
-from atesd.models.load import LoadedModel
-from atesd.models.ranks import SINGLE_PROCESS
+from atesd.config import ModelConfig, TrainConfig, load_config
+from atesd.errors import ConfigError
+from atesd.models.load import DTYPES, LoadedModel
+from atesd.models.ranks import SINGLE_PROCESS, Ranks
+from atesd.models.score import Scorer
 from atesd.models.sharding import ShardedWeights
 from atesd.models.weights import Weights, weights_of
-from shard_program import CASES, MODELS, Case, bases, held_bytes, model_of, rollouts_of, states, three_updates
+from atesd.train.optimiser import Optimiser
+from atesd.train.update import BatchPlan, accumulate
+from shard_program import (
+    CASES,
+    CASES_OF_NODES,
+    MODELS,
+    Case,
+    bases,
+    examples_of,
+    held_bytes,
+    method_of,
+    model_of,
+    rollouts_of,
+    states,
+    three_updates,
+)
 from test_ranks import outputs, start_ranks
+from tiny import tiny_model
 from weights_contract import WeightsContract, loaded  # noqa: F401  (a fixture)
 
 PROGRAM = Path(__file__).with_name("shard_program.py")
@@ -52,13 +74,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_ranks_with_divided_weights_train_as_one_process_does(case: Case, folder: Path):
+def assert_trains_as_one_process(case: Case, folder: Path) -> None:
     expected = three_updates(case, model_of(case, folder), ModelConfig())
     found = load_file(folder / f"{case.name}.safetensors")
     assert found.keys() == expected.keys()
     worst = {name: float((found[name] - expected[name]).abs().max()) for name in expected}
     assert max(worst.values()) < ROUNDING, sorted(worst.items(), key=lambda pair: -pair[1])[:5]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_ranks_with_divided_weights_train_as_one_process_does(case: Case, folder: Path):
+    assert_trains_as_one_process(case, folder)
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +133,93 @@ def test_what_is_saved_of_divided_weights_is_the_model(name: str, folder: Path):
         expected = {n: p for n, p in expected.items() if "lora_" in n}
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[n], expected[n]) for n in expected)
+
+
+# Nodes
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks_train_as_one_process_does(tmp_path: Path):
+    # Two torchrun agents that meet on the loopback; the model is divided within each and held by both.
+    bases(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two"]
+    command = [*launch, *meet, str(PROGRAM), str(tmp_path), "hybrid"]
+    agents = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    for case in CASES_OF_NODES:
+        assert_trains_as_one_process(case, tmp_path)
+    found = json.loads((tmp_path / "facts.json").read_text("utf-8"))
+    assert len(set(found["agree"])) == 1
+    assert found["differ"][0] == found["differ"][1] != found["differ"][2] == found["differ"][3]
+    assert found["rows"][0] == found["rows"][2] == [0, found["rows"][1][0], found["rows"][0][2]]
+    assert found["rows"][1] == found["rows"][3]
+
+
+def test_hybrid_without_nodes_of_one_size_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    model = replace(tiny_model(), ranks=Ranks(0, 3))
+    monkeypatch.setattr(Ranks, "_exchange", lambda ranks, message: [message] * ranks.size)
+    with pytest.raises(ConfigError, match="the 3 ranks say that their nodes have 0 each; start torchrun with the same"):
+        weights_of(model, ModelConfig(sharding="hybrid"))
+
+
+# Passes in bfloat16, weights in float32
+
+
+def moved_by_small_steps(dtype: Literal["float32", "bfloat16"], compute: Literal["bfloat16"] | None) -> list[float]:
+    """The share of entries that three updates at a rate of 1e-6 change, of each trained tensor."""
+    model = tiny_model()
+    model.model.to(DTYPES[dtype])
+    config = ModelConfig(dtype=dtype, sharding="full" if compute else "none", compute_dtype=compute)
+    weights = weights_of(model, config)
+    scorer = Scorer(model, weights)
+    method, _ = method_of(Case("tied"), scorer, weights)
+    optimiser = Optimiser(weights.trained, TrainConfig(learning_rate=1e-6, num_updates=4))
+    before = {name: part.tensor.clone() for name, part in weights.parts().items()}
+    for update in range(3):
+        meters = accumulate(method, examples_of(update, 5), BatchPlan("sequence", 2))
+        weights.add_up_gradients()
+        assert optimiser.step(update, meters.loss).taken
+    assert scorer.hidden([examples_of(0, 1)[0].student_pair]).dtype == torch.bfloat16
+    return [float((part.tensor != before[name]).float().mean()) for name, part in weights.parts().items()]
+
+
+def test_with_weights_in_float32_small_steps_of_bfloat16_passes_are_kept():
+    rounded = moved_by_small_steps("bfloat16", None)
+    kept = moved_by_small_steps("float32", "bfloat16")
+    assert max(rounded) < 0.05
+    assert min(kept) > 0.5
+
+
+def test_the_engine_decodes_with_the_weights_in_which_the_passes_are_made():
+    model, low = tiny_model(), tiny_model()
+    for parameter in low.model.parameters():  # and no buffer, as transformers loads it
+        parameter.data = parameter.data.bfloat16()
+    weights = weights_of(model, ModelConfig(sharding="full", compute_dtype="bfloat16"))
+    assert rollouts_of(model, weights) == rollouts_of(low, weights_of(low, ModelConfig()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["exposure.kind=aligned"], "model.sharding: full does not go with exposure.kind: aligned or loss.gate"),
+        (["loss.gate=aligned"], "model.sharding: full does not go with exposure.kind: aligned or loss.gate"),
+        (
+            ["model.lora={rank: 2, alpha: 4}", "sampling.engine=server", "sampling.server.publish=weights"],
+            "sampling.server.publish: weights merges the adapter in a copy",
+        ),
+        (
+            ["model.lora={rank: 2, alpha: 4}", "model.compute_dtype=bfloat16"],
+            "model.compute_dtype: 'bfloat16' has no effect",
+        ),
+        (["model.dtype=bfloat16", "model.compute_dtype=bfloat16"], "model.compute_dtype: 'bfloat16' has no effect"),
+    ],
+)
+def test_what_does_not_go_with_divided_weights_is_refused(settings: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config("micro", ["model.sharding=full", *settings])

@@ -664,6 +664,11 @@ class Config(Component):
                 f"model.sharding: {self.model.sharding} does not go with exposure.kind: aligned or loss.gate: aligned, "
                 "whose ranks displace the weights at different times; set model.sharding: none"
             )
+        if self.model.sharding != "none" and self.model.lora is not None and self.publishes_weights:
+            raise ValueError(
+                f"sampling.server.publish: weights merges the adapter in a copy of the model, and model.sharding: "
+                f"{self.model.sharding} leaves no rank all of it; set sampling.server.publish: adapter"
+            )
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
         if self.sampling.completion_tokens >= self.model.max_context_tokens:
@@ -687,6 +692,11 @@ class Config(Component):
     def looks_ahead(self) -> bool:
         """Whether exposure or gate follow the first-order look-ahead."""
         return self.distils and (isinstance(self.exposure, AlignedSettings) or self.loss.gate.kind == "aligned")
+
+    @property
+    def publishes_weights(self) -> bool:
+        """Whether servers are given all weights, also where an adapter is trained."""
+        return self.sampling.engine == "server" and self.sampling.server.publish == "weights"
 
     @property
     def granularity(self) -> Granularity:
