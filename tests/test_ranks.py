@@ -225,7 +225,7 @@ def test_a_rank_that_differs_is_named_on_all(facts: list[dict[str, Any]]) -> Non
 
 def test_a_rank_that_dies_is_missed_at_once(together: Path) -> None:
     told, seconds = json.loads((together / "end.json").read_text("utf-8"))
-    assert told.startswith("TrainingError: rank 0 of 2 has lost the others")
+    assert told.startswith("LostRankError: rank 0 of 2 has lost the others: rank 1 gave no sign any more")
     assert seconds < 30
 
 

@@ -6,7 +6,8 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,7 @@ from tiny import tiny_model
 from weights_contract import WeightsContract, loaded  # noqa: F401  (a fixture)
 
 PROGRAM = Path(__file__).with_name("shard_program.py")
+FAILING = Path(__file__).with_name("failing_program.py")
 ROUNDING = 1e-12
 
 
@@ -223,3 +225,37 @@ def test_the_engine_decodes_with_the_weights_in_which_the_passes_are_made():
 def test_what_does_not_go_with_divided_weights_is_refused(settings: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         load_config("micro", ["model.sharding=full", *settings])
+
+
+# Ranks that fail
+
+LOST = "LostRankError: rank 0 of 2 has lost the others: rank 1 gave no sign any more"
+RAISES = ("teacher raises", "student raises", "backward raises", "between raises")
+
+
+def failed(folder: Path, failures: Sequence[str]) -> None:
+    """Let two ranks fail in these ways; what each says is in a file of that name and the rank's number."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in failures]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in sockets]
+    asked = [f"{port}:{how}" for port, how in zip(ports, failures, strict=True)]
+    outputs(start_ranks([str(FAILING), str(folder), *asked], [folder / "0", folder / "1"]))
+
+
+def test_the_reason_of_a_rank_that_fails_reaches_the_others_and_one_that_is_gone_is_named(tmp_path: Path):
+    failed(tmp_path, [*RAISES, "student dies"])
+    for how in RAISES:
+        told = [(tmp_path / f"{how} {rank}").read_text("utf-8") for rank in range(2)]
+        assert told == [
+            "LostRankError: rank 1 of 2 failed: row 7 is unreadable",
+            "DataError: row 7 is unreadable",
+        ]
+    assert (tmp_path / "student dies 0").read_text("utf-8").startswith(LOST)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(tmp_path: Path):
+    failed(tmp_path, ["student hangs"])
+    assert (tmp_path / "student hangs 0").read_text("utf-8").startswith(LOST)

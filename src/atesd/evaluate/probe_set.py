@@ -157,7 +157,7 @@ class ProbeSet:
         students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
         teachers = list(zip(contexts, self._completions, strict=True))
         pairs = list(zip(students, teachers, strict=True))
-        means = self._scorer.map_sharded(pairs, self._divergences)
+        means = self._scorer.map_sharded(pairs, self._divergences, exchanges=True)
         return fmean(means)
 
     @torch.no_grad()

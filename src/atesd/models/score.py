@@ -86,10 +86,16 @@ class Scorer:
         """`Weights.whole`: inside, each rank makes as many passes as it likes."""
         return self._weights.whole()
 
-    def map_sharded(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
-        """`Ranks.map_sharded` for work without gradient that runs this model, on each rank as often as it likes."""
+    def map_sharded(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]], *, exchanges: bool = False
+    ) -> list[R]:
+        """`Ranks.map_sharded` for work without gradient that runs this model, on each rank as often as it likes.
+
+        `exchanges`: the work exchanges its weights, on all ranks equally often.
+        """
+        in_step = exchanges and self._weights.in_step
         with self._weights.whole():
-            return self._loaded.ranks.map_sharded(items, work)
+            return self._loaded.ranks.map_sharded(items, work, in_step=in_step)
 
     @property
     def backbone(self) -> Backbone:

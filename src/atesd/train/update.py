@@ -318,11 +318,12 @@ def accumulate(method: Method, examples: Sequence[Example], plan: BatchPlan) -> 
         _MicroBatch(places, [own[place] for place in places], [own_weights[place] for place in places])
         for places in plan.micro_batches(own)
     ]
-    if method.scorer.in_step:
+    in_step = method.scorer.in_step
+    if in_step:
         most = max(len(plan.micro_batches(examples[rank :: ranks.size])) for rank in range(ranks.size))
         batches += [_MicroBatch((), [_least(examples[0])], [0.0])] * (most - len(batches))
     free = any(example.answer or example.candidates for example in examples)
-    with ranks.gathering(Gathered[_Part]()) as gathered:
+    with ranks.gathering(Gathered[_Part](), in_step=in_step) as gathered:
         gathered.own = _backpropagate(method, batches, len(own), free)
     losses, shards = zip(*gathered.all, strict=True)
     tokens = {name: interleave([shard.get(name, []) for shard in shards]) for name in shards[0]}
