@@ -20,6 +20,8 @@ from typing import Generic, TypeVar, cast, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
 from atesd.errors import AtesdError, ConfigError, LostRankError, ModelError, TrainingError
 
@@ -276,10 +278,9 @@ def _of_connection(error: Exception) -> bool:
     )
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """Where ranks meet: torchrun's own, which outlives them, or rank 0's."""
-    store: dist.Store = dist.distributed_c10d._get_default_store()
-    return store
+    return distributed_c10d._get_default_store()
 
 
 def _store_answers() -> bool:

@@ -238,8 +238,8 @@ def _kept(tensor: Tensor) -> Tensor:
 
 def _mesh(ranks: Ranks, config: ModelConfig, device: torch.device) -> DeviceMesh:
     """All ranks in a line, or, hybrid, a line of nodes by the ranks of each."""
-    if not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # `compute_dtype` in one process
+    if not dist.is_initialized():  # one process, for the sake of `compute_dtype`
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if config.sharding == "full" or ranks.size == 1:
         return init_device_mesh(device.type, (ranks.size,))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
