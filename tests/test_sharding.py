@@ -15,16 +15,16 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from atesd.config import ModelConfig, TrainConfig, load_config
+from atesd.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from atesd.errors import ConfigError
-from atesd.models.load import DTYPES, LoadedModel
+from atesd.models.load import DTYPES, LoadedModel, load_model
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
 from atesd.models.score import Scorer
-from atesd.models.sharding import ShardedWeights
-from atesd.models.weights import Weights, weights_of
+from atesd.models.sharding import ShardedWeights, sharded_weights
+from atesd.models.weights import ReplicatedWeights, Weights, weights_of
 from atesd.train.optimiser import Optimiser
 from atesd.train.update import BatchPlan, accumulate
 from shard_program import (
@@ -42,8 +42,8 @@ from shard_program import (
     three_updates,
 )
 from test_ranks import outputs, start_ranks
-from tiny import tiny_model
-from weights_contract import WeightsContract, loaded  # noqa: F401  (a fixture)
+from tiny import tiny_folder, tiny_model
+from weights_contract import WeightsContract, loaded, untied  # noqa: F401  (a fixture)
 
 PROGRAM = Path(__file__).with_name("shard_program.py")
 FAILING = Path(__file__).with_name("failing_program.py")
@@ -168,6 +168,44 @@ def test_hybrid_without_nodes_of_one_size_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Ranks, "_exchange", lambda ranks, message: [message] * ranks.size)
     with pytest.raises(ConfigError, match="the 3 ranks say that their nodes have 0 each; start torchrun with the same"):
         weights_of(model, ModelConfig(sharding="hybrid"))
+
+
+# Loading
+
+
+def held_in_memory(model: LoadedModel) -> int:
+    """Bytes of all parameters that are not an adapter's."""
+    kept = {p.untyped_storage().data_ptr(): p for n, p in model.model.named_parameters() if "lora_" not in n}
+    return sum(p.untyped_storage().nbytes() for p in kept.values())
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "several files"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "adapter"])
+def test_weights_about_to_be_divided_stay_in_their_files_and_are_those_of_the_folder(
+    name: str, lora: LoraConfig | None, tmp_path: Path
+):
+    source = untied() if name == "untied" else tiny_model()
+    source.model.save_pretrained(tmp_path, max_shard_size="20KB" if name == "several files" else "1GB")
+    source.tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), device="cpu", sharding="full", lora=lora)
+    expected, found = load_model(config, 3), load_model(config, 3, divided=True)
+    assert held_in_memory(found) < 500 < held_in_memory(expected) / 20
+    weights = sharded_weights(found, config)
+    same = ReplicatedWeights(expected.model).parts()
+    assert weights.parts().keys() == same.keys()
+    assert all(torch.equal(part.tensor, same[n].tensor) for n, part in weights.parts().items())
+    assert rollouts_of(found, weights) == rollouts_of(expected, weights_of(expected, ModelConfig()))
+    assert found.model.generation_config.to_dict() == expected.model.generation_config.to_dict()
+
+
+def test_weights_whose_names_are_not_the_models_are_read_by_transformers(tmp_path: Path):
+    folder = tiny_folder(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = ModelConfig(path=str(folder), device="cpu", sharding="full")
+    found = load_model(config, divided=True)
+    assert found.deferred is None
+    assert torch.equal(found.model.model.norm.weight, tensors["model.norm.weight"])
 
 
 # Passes in bfloat16, weights in float32

@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from atesd.config import ModelConfig
 from atesd.errors import ConfigError, ModelError
 from atesd.maths.head import Head
-from atesd.models.load import DTYPES, LoadedModel
+from atesd.models.load import DTYPES, Deferred, LoadedModel
+from atesd.models.model_checks import require_forward
 from atesd.models.ranks import Ranks
 from atesd.models.weights import Part, digest_of, overwrite, require_trained
 
@@ -33,7 +34,11 @@ from atesd.models.weights import Part, digest_of, overwrite, require_trained
 def sharded_weights(loaded: LoadedModel, config: ModelConfig) -> ShardedWeights:
     """The weights of a model divided as `model.sharding` says; `ConfigError` or `ModelError` where they cannot be."""
     compute = None if config.compute_dtype is None else DTYPES[config.compute_dtype]
-    return ShardedWeights(loaded.model, loaded.ranks, _mesh(loaded.ranks, config, loaded.device), compute)
+    mesh = _mesh(loaded.ranks, config, loaded.device)
+    weights = ShardedWeights(loaded.model, loaded.ranks, mesh, compute, loaded.deferred)
+    if loaded.deferred is not None:
+        require_forward(config.path, loaded.model, min(loaded.end_ids))
+    return weights
 
 
 @final
@@ -43,13 +48,23 @@ class ShardedWeights:
     A tensor of n rows is cut into pieces of ceil(n / ranks), the last ones shorter or empty.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, mesh: DeviceMesh, compute: torch.dtype | None = None) -> None:
-        """Divide the model, for good. `compute`: what gathered tensors are cast to, while the rows stay as they are."""
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        mesh: DeviceMesh,
+        compute: torch.dtype | None = None,
+        deferred: Deferred | None = None,
+    ) -> None:
+        """Divide the model, for good. `compute`: what gathered tensors are cast to, while the rows stay as they are.
+
+        What is `deferred` is read a layer at a time, and each layer divided before the next is read.
+        """
         self._model = cast(Any, model)
         self._ranks, self._mesh = ranks, mesh
         self._causal_lm: Any = self._model.get_base_model() if self.has_adapter else self._model
         self._head: Any = self._causal_lm.get_output_embeddings()
-        self._groups = _divided(self._causal_lm, mesh, compute)
+        self._groups = _divided(self._causal_lm, mesh, compute, deferred)
         self._depth = 0
         with torch.no_grad():  # the first pass decides which module is the root of all others
             self._causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
@@ -253,7 +268,9 @@ def _mesh(ranks: Ranks, config: ModelConfig, device: torch.device) -> DeviceMesh
     return init_device_mesh(device.type, (ranks.size // here, here), mesh_dim_names=("node", "rank"))
 
 
-def _divided(causal_lm: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> list[FSDPModule]:
+def _divided(
+    causal_lm: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None, deferred: Deferred | None
+) -> list[FSDPModule]:
     """Divide each layer by itself, then what lies outside them, then the head; the modules that gather each group.
 
     Gradients are summed, not averaged. A head that shares its weight with the embedding is in the group of that.
@@ -271,9 +288,15 @@ def _divided(causal_lm: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None
     else:
         groups += [outside, *([] if whole else [[head]])]
     _require_all(causal_lm, groups, whole)
+    cuda = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type)
     policy = MixedPrecisionPolicy() if compute is None else MixedPrecisionPolicy(compute, torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+    for parameter in whole:  # which FSDP2 leaves where they are
+        parameter.data = (_values(parameter, deferred)).to(device)
     for group in groups:
+        for parameter in {p for module in group for p in module.parameters()} - whole:
+            parameter.data = _values(parameter, deferred)
         fully_shard(group if len(group) > 1 else group[0], reshard_after_forward=True, **options)
     fully_shard(causal_lm, **options)
     for module in causal_lm.modules():
@@ -281,6 +304,11 @@ def _divided(causal_lm: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
     return [group[0] for group in groups if isinstance(group[0], FSDPModule)]
+
+
+def _values(parameter: nn.Parameter, deferred: Deferred | None) -> Tensor:
+    read = None if deferred is None else deferred.read(parameter)
+    return parameter.data if read is None else read
 
 
 def _holds(module: nn.Module, inside: set[int]) -> bool:

@@ -228,12 +228,17 @@ class ReplicatedWeights:
                 self._trained[name].data = tensor
 
 
+def is_divided(config: ModelConfig, ranks: Ranks) -> bool:
+    """Whether no rank has all weights; a single one divides them only to keep them in float32 beside its passes."""
+    return config.sharding != "none" and (ranks.size > 1 or config.compute_dtype is not None)
+
+
 def weights_of(loaded: LoadedModel, config: ModelConfig) -> Weights:
     """Who owns the values of a model: every rank all of them, or, as `model.sharding` says, each its rows.
 
     Raises `ConfigError` or `ModelError` where model or ranks cannot be divided like that.
     """
-    if config.sharding == "none" or (loaded.ranks.size == 1 and config.compute_dtype is None):
+    if not is_divided(config, loaded.ranks):
         return ReplicatedWeights(loaded.model, loaded.ranks)
     from atesd.models.sharding import sharded_weights  # half a second of imports
 
