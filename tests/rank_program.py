@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,12 +24,13 @@ from atesd.cli.scores import evaluate_target
 from atesd.config import Config
 from atesd.errors import AtesdError, DataError
 from atesd.models.ranks import Ranks, process_group
+from atesd.runs import RunFolder
 from atesd.session import train
 from atesd.train import loop
 from atesd.train.rollouts import GradedRollout, RolloutSampler
 from atesd.train.update import StepMeters, accumulate
 from pack import three_problems
-from quick import quick
+from quick import cut_after, quick
 
 UNEVEN = ("train.num_updates=6", "train.batch_size=5", "train.micro_batch_size=2")  # rank 0 has three rows, rank 1 two
 RUNS: dict[str, tuple[str, ...]] = {
@@ -42,8 +44,23 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "grpo": ("train.method=grpo", "train.group_size=5"),
     "fewer rows than ranks": ("train.method=sft", "train.batch_size=1"),
+    "divided": (
+        "model.sharding=full",
+        "credit.preset=paper",
+        "credit.progress_signal=probe_kl",
+        "teacher.weights=ema",
+        "teacher.decay=0.9",
+    ),
+    "divided adapter": (
+        "model.sharding=full",
+        "model.lora={rank: 2, alpha: 4}",
+        "model.gradient_checkpointing=true",
+        "exposure.kind=random",
+    ),
 }
 STOPPED_IN = 2
+CUT = 3
+DIVIDED = ("divided", "divided adapter")
 
 
 def config_of(name: str) -> Config:
@@ -122,6 +139,11 @@ def left_alone(ranks: Ranks) -> tuple[str, float]:
     return error_of(lambda: ranks.gather(lambda: 0)), time.monotonic() - started
 
 
+def copied(run: Path, out: Path) -> str:
+    """A run of these ranks as a kill would have left it."""
+    return str(cut_after(RunFolder.open(run), CUT, out))
+
+
 def main(folder: Path) -> None:
     """Write facts, runs and what happens at the end into the folder."""
     with process_group("cpu") as ranks:
@@ -130,6 +152,10 @@ def main(folder: Path) -> None:
             train(config_of(name), folder / name)
         found["stopped"] = stopped_by_rank_1(ranks, folder / "stopped")
         found["resumed"] = train(config_of("learned"), folder / "resumed").status
+        for name in DIVIDED:
+            ranks.broadcast(partial(copied, folder / name, folder / f"{name} again"))
+            train(config_of(name), folder / f"{name} again")
+            train(config_of(name), folder / f"{name} of one")
         found["skipped"] = never_finite(folder / "skipped")
         scored = evaluate_target(str(folder / "learned"), None, "test", [])
         found["evaluated"] = scored and scored.row

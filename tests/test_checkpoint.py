@@ -1,12 +1,16 @@
 """Checkpoints: what goes in comes out, damage is found, and a kill at any moment costs no older checkpoint."""
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from atesd.errors import CheckpointError
+from atesd.models.ranks import Ranks
+from atesd.models.weights import Part
+from atesd.train import checkpoint
 from atesd.train.checkpoint import digest, load_newest, save_checkpoint
 
 RUN = "run-1"
@@ -321,27 +328,165 @@ def test_a_checkpoint_of_another_run_or_format_is_named(tmp_path: Path):
         load_newest(tmp_path, RUN)
 
 
+# Tensors that ranks divide
+
+
+class Threads(Ranks):
+    """Ranks that are threads of one process."""
+
+    def _exchange(self, message: bytes) -> list[bytes]:
+        MESSAGES[self.rank] = message
+        BARRIER.wait()
+        found = [MESSAGES[rank] for rank in range(self.size)]
+        BARRIER.wait()
+        return found
+
+
+MESSAGES: dict[int, bytes] = {}
+BARRIER = threading.Barrier(2)
+SHAPE = (5, 2)
+
+
+def divided_state(rank: int, value: float = 0.0) -> dict[str, Any]:
+    """A tensor of five rows, three on rank 0 and two on rank 1, one of a single row, and one that is whole."""
+    rows = torch.arange(10.0).view(SHAPE) + value
+    first = 3 * rank
+    parts = {"w": Part(rows[first : first + 3], first, SHAPE), "one": Part(torch.ones(1 - rank, 2), rank, (1, 2))}
+    return {**parts, "whole": torch.full((3,), value), "n": value}
+
+
+def save_divided(folder: Path, value: float = 0.0, states: Any = divided_state) -> list[BaseException | None]:
+    """Save as two ranks do; what each raised."""
+    raised: list[BaseException | None] = [None, None]
+
+    def save_as(rank: int) -> None:
+        try:
+            save_checkpoint(folder, 1, states(rank, value), 3, run_id=RUN, ranks=Threads(rank, 2))
+        except BaseException as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=save_as, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def wanted(rows: slice, path: str, count: int) -> slice:
+    return rows if path == "/w" else slice(0, count)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_rows_of_two_ranks_are_read_by_any_number(tmp_path: Path, size: int):
+    assert save_divided(tmp_path) == [None, None]
+    found = []
+    for rank in range(size):
+        piece = -(-5 // size)
+        rows = slice(rank * piece, min(5, (rank + 1) * piece))
+        loaded = load_newest(tmp_path, RUN, partial(wanted, rows))
+        assert loaded is not None
+        assert torch.equal(loaded.state["one"], torch.ones(1, 2))
+        found.append(loaded.state["w"])
+    assert torch.equal(torch.cat(found), torch.arange(10.0).view(SHAPE))
+
+
+def test_ranks_that_hold_the_same_rows_write_them_once(tmp_path: Path):
+    assert (
+        save_divided(tmp_path, states=lambda _, value: {"w": Part(torch.ones(2, 2) + value, 0, (2, 3))}) == [None] * 2
+    )
+    assert [path.name for path in (tmp_path / "update-000001").glob("rows-*")] == ["rows-00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["rows-00000.safetensors", "rows-00001.safetensors"])
+def test_rows_that_are_damaged_cut_short_or_missing_are_found(tmp_path: Path, name: str):
+    save_divided(tmp_path)
+    path = tmp_path / "update-000001" / name
+    whole = path.read_bytes()
+    for content in (whole[:-1] + b"?", whole[:-1], whole[:4], None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            load_newest(tmp_path, RUN)
+    path.write_bytes(whole)
+    assert load_newest(tmp_path, RUN) is not None
+
+
+def test_a_row_that_no_file_has_is_told(tmp_path: Path):
+    save_divided(tmp_path, states=lambda rank, _: {"w": Part(torch.ones(1, 2), 2 * rank, (4, 2))})
+    with pytest.raises(CheckpointError, match="/w: its rows from 1 on are in no file, of 4"):
+        load_newest(tmp_path, RUN)
+
+
+def test_a_row_that_is_not_finite_on_one_rank_is_told_on_all_and_nothing_is_written(tmp_path: Path):
+    broken = lambda rank, _: {"w": Part(torch.full((1, 2), math.nan if rank else 0.0), rank, (2, 2))}  # noqa: E731
+    told = save_divided(tmp_path, states=broken)
+    assert str(told[1]) == "state/w: 2 of 2 entries are not finite; a checkpoint holds only finite numbers"
+    assert str(told[0]) == f"rank 1 of 2 failed: {told[1]}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_refuses_one_rank_is_told_on_all_and_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_divided(tmp_path)
+    write = checkpoint.save_file
+
+    def refuse(tensors: dict[str, Tensor], path: Path) -> None:
+        if path.name == "rows-00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    told = save_divided(tmp_path, 1.0)
+    assert "update-000001: cannot be written: " in str(told[1])
+    assert str(told[0]) == f"rank 1 of 2 failed: {told[1]}"
+    assert [path.name for path in tmp_path.iterdir()] == ["update-000001"]
+    assert load(tmp_path)["n"] == 0.0
+
+
 # Kills
 
 NURSERY = """
-    import itertools, json, os, signal, sys, time
+    import itertools, json, os, signal, sys, threading, time
     from pathlib import Path
     import numpy as np
     import torch
+    from atesd.models.ranks import Ranks
+    from atesd.models.weights import Part
     from atesd.train.checkpoint import load_newest, save_checkpoint
 
     folder, mode, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     rng = np.random.default_rng(5)
     os.fsync = lambda descriptor: None  # of no account to a killed process, and slow
 
+    messages, barrier = {}, threading.Barrier(2)
+
+    class Threads(Ranks):
+        def _exchange(self, message):
+            messages[self.rank] = message
+            barrier.wait()
+            found = [messages[rank] for rank in range(2)]
+            barrier.wait()
+            return found
+
+    def save_rows(n, rank):
+        rows = Part(torch.full((1500,), float(n)), 1500 * rank, (3000,))
+        save_checkpoint(folder, n, {"w": rows, "n": n}, 2, run_id="run", ranks=Threads(rank, 2))
+
     def save(n):
-        state = {"w": torch.full((3000,), float(n)), "n": n}
-        save_checkpoint(folder, n, state, 2, run_id="run")
+        if mode == "divided":
+            other = threading.Thread(target=save_rows, args=(n, 1))
+            other.start()
+            save_rows(n, 0)
+            other.join()
+        else:
+            save_checkpoint(folder, n, {"w": torch.full((3000,), float(n)), "n": n}, 2, run_id="run")
 
     def newest():
         loaded = load_newest(folder, "run")
         assert loaded.state["n"] == loaded.updates_done and (loaded.state["w"] == loaded.updates_done).all()
-        assert all(len(list(path.iterdir())) == 3 for path in folder.glob("update-*"))
+        files = 5 if mode == "divided" else 3
+        assert all(len(list(path.iterdir())) == files for path in folder.glob("update-*"))
         return loaded.updates_done, loaded.skipped
 
     def die_before_operation(number):
@@ -352,10 +497,10 @@ NURSERY = """
         )
 
     def child(done, number, writer):
-        if mode == "operations":
+        if mode in ("operations", "divided"):
             die_before_operation(number)
         twice, onward = (done + 1, done + 2), itertools.count(done + 1)
-        for n in {"operations": twice, "onward": onward, "again": itertools.repeat(done)}[mode]:
+        for n in {"operations": twice, "divided": twice, "onward": onward, "again": itertools.repeat(done)}[mode]:
             save(n)
             os.write(writer, b"x")
         os._exit(0)
@@ -368,7 +513,7 @@ NURSERY = """
         if not process:
             child(done, number, writer)
         os.close(writer)
-        if mode != "operations":
+        if mode not in ("operations", "divided"):
             time.sleep(float(rng.uniform(0, 0.05)))
             os.kill(process, signal.SIGKILL)
         killed = os.waitpid(process, 0)[1] == signal.SIGKILL
@@ -405,6 +550,13 @@ def test_a_kill_before_any_single_file_operation_costs_no_finished_checkpoint(tm
     kills = nursery(tmp_path, "operations", 90)
     assert all(kill["kept"] and not kill["skipped"] for kill in kills)
     assert kills[30]["killed"]
+    assert not kills[-1]["killed"]
+
+
+def test_a_kill_while_two_ranks_write_their_rows_costs_no_finished_checkpoint(tmp_path: Path):
+    kills = nursery(tmp_path, "divided", 120)
+    assert all(kill["kept"] and not kill["skipped"] for kill in kills)
+    assert kills[40]["killed"]
     assert not kills[-1]["killed"]
 
 

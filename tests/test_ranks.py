@@ -23,11 +23,10 @@ from atesd.runs import RunFolder
 from atesd.session import train
 from atesd.train.checkpoint import load_newest
 from pack import three_problems
-from quick import cut_after, finished
-from rank_program import RUNS, STOPPED_IN, config_of
+from quick import cut_after, fingerprint, finished
+from rank_program import CUT, DIVIDED, RUNS, STOPPED_IN, config_of
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
-CUT = 3
 ROUNDING = 1e-5
 
 
@@ -102,6 +101,8 @@ def together(alone: dict[str, RunFolder], tmp_path_factory: pytest.TempPathFacto
     """Where two ranks have left all that `rank_program` does; `resumed` began as a run of one process."""
     folder = tmp_path_factory.mktemp("together")
     cut_after(alone["learned"], CUT, folder / "resumed")
+    for name in DIVIDED:
+        cut_after(alone[name], CUT, folder / f"{name} of one")
     outputs(start_ranks([str(PROGRAM), str(folder)], [folder / "cwd-0", folder / "cwd-1"]))
     return folder
 
@@ -149,6 +150,29 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(
 ) -> None:
     copy = cut_after(RunFolder.open(together / "learned"), CUT, tmp_path / "run")
     assert_same_run(finished(config_of("learned"), copy), alone["learned"])
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_divided_runs_go_on_exactly_on_as_many_ranks(name: str, together: Path) -> None:
+    whole, again = (RunFolder.open(together / folder) for folder in (name, f"{name} again"))
+    assert fingerprint(again) == fingerprint(whole)
+    newest = whole.checkpoints / "update-000006"
+    assert {f"rows-{rank:05d}.safetensors" for rank in range(2)} < {path.name for path in newest.iterdir()}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_divided_runs_go_on_from_a_checkpoint_of_one_process(
+    name: str, alone: dict[str, RunFolder], together: Path
+) -> None:
+    assert_same_run(RunFolder.open(together / f"{name} of one"), alone[name])
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_one_process_goes_on_from_a_checkpoint_of_divided_weights(
+    name: str, alone: dict[str, RunFolder], together: Path, tmp_path: Path
+) -> None:
+    copy = cut_after(RunFolder.open(together / name), CUT, tmp_path / "run")
+    assert_same_run(finished(config_of(name), copy), alone[name])
 
 
 def test_a_signal_to_rank_1_stops_both_with_a_checkpoint(
@@ -219,7 +243,7 @@ def test_a_rank_that_differs_is_named_on_all(facts: list[dict[str, Any]]) -> Non
 
 def test_a_rank_that_dies_is_missed_at_once(together: Path) -> None:
     told, seconds = json.loads((together / "end.json").read_text("utf-8"))
-    assert told.startswith("TrainingError: rank 0 of 2 has lost the others")
+    assert told.startswith("LostRankError: rank 0 of 2 has lost the others: rank 1 gave no sign any more")
     assert seconds < 30
 
 

@@ -21,6 +21,7 @@ from weights_contract import WeightsContract, loaded, others  # noqa: F401  (a f
 SOURCE = Path(atesd.__file__).parent
 OWNERS = {
     "models/weights.py",
+    "models/sharding.py",
     "engine/captured.py",  # buffers of a CUDA graph
     "control/policy.py",  # the controller's own policy
 }

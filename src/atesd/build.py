@@ -36,7 +36,7 @@ from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
 from atesd.models.score import Scorer
 from atesd.models.teacher import Teacher
-from atesd.models.weights import ReplicatedWeights, Weights
+from atesd.models.weights import Weights, is_divided, weights_of
 from atesd.records import Verdict
 from atesd.runs import recorded_ratios
 from atesd.train.components import Components
@@ -66,9 +66,10 @@ def build(
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     problems = problems or problem_sets(config.data)
-    loaded = replace(loaded or load_model(config.model, config.train.seed), ranks=ranks)
-    weights = ReplicatedWeights(loaded.model, ranks)
-    engine = configured_engine(loaded, config, weights.whole)
+    divided = is_divided(config.model, ranks)
+    loaded = replace(loaded or load_model(config.model, config.train.seed, divided=divided), ranks=ranks)
+    weights = weights_of(loaded, config.model)
+    engine = configured_engine(loaded, config, weights)
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)

@@ -45,5 +45,9 @@ class TrainingError(AtesdError):
     """Training cannot go on: non-finite numbers three times in a row, or no usable rollout."""
 
 
+class LostRankError(TrainingError):
+    """Another rank has failed, has ended, or no longer answers."""
+
+
 class NonFiniteError(TrainingError):
     """The model gave numbers that are not finite before its step began; a trainer may skip the update."""

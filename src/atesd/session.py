@@ -27,7 +27,7 @@ from atesd.models.ranks import Ranks, process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
 from atesd.runs import EndStatus, RunFolder, leave_token, new_manifest, sees_token
-from atesd.train.checkpoint import load_newest
+from atesd.train.checkpoint import load_newest, no_rows
 from atesd.train.components import Components
 from atesd.train.listeners import Listener, Listeners, RunInfo
 from atesd.train.loop import Trainer
@@ -211,7 +211,7 @@ def _nothing_is_left(run: RunFolder, config: Config) -> bool:
         scores, recorded, written = run.rows("evaluations"), run.manifest.get("rows"), run.rows_written()
         if not recorded or any(written[kind] != recorded[kind] for kind in ("metrics", "decisions", "samples")):
             return False
-        newest = load_newest(run.checkpoints, run.run_id)
+        newest = load_newest(run.checkpoints, run.run_id, no_rows)
         twice = any(row in scores[:place] for place, row in enumerate(scores))
         return newest is not None and newest.updates_done == config.train.num_updates and not (newest.skipped or twice)
     return False

@@ -69,6 +69,17 @@ class ModelConfig(Component):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")
     lora: LoraConfig | None = Field(None, description="None: train every weight")
+    sharding: Literal["none", "full", "hybrid"] = Field(
+        "none",
+        description="none: every rank has all weights; full: each its rows of every tensor; hybrid: so within a node",
+    )
+    compute_dtype: Annotated[
+        Literal["bfloat16"] | None,
+        ActsWhen(
+            lambda c: c.model.sharding != "none" and c.model.dtype == "float32" and c.model.lora is None,
+            "model.sharding: full or hybrid, model.dtype: float32 and no model.lora",
+        ),
+    ] = Field(None, description="type of the passes, while the weights stay in float32; None: model.dtype")
     chat_template: bool = Field(True, description="false: prompts are plain text")
     system_prompt: str | None = Field(None, description="system message of both contexts")
     student_template: dict[str, bool | int | str] = Field(
@@ -655,6 +666,16 @@ class Config(Component):
                 "model.dtype: bfloat16 without model.lora rounds away the displacement that aligned needs; set "
                 "alignment.parameters: features, model.lora, or model.dtype: float32"
             )
+        if self.looks_ahead and self.model.sharding != "none":
+            raise ValueError(
+                f"model.sharding: {self.model.sharding} does not go with exposure.kind: aligned or loss.gate: aligned, "
+                "whose ranks displace the weights at different times; set model.sharding: none"
+            )
+        if self.model.sharding != "none" and self.model.lora is not None and self.publishes_weights:
+            raise ValueError(
+                f"sampling.server.publish: weights merges the adapter in a copy of the model, and model.sharding: "
+                f"{self.model.sharding} leaves no rank all of it; set sampling.server.publish: adapter"
+            )
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
         if self.sampling.completion_tokens >= self.model.max_context_tokens:
@@ -678,6 +699,11 @@ class Config(Component):
     def looks_ahead(self) -> bool:
         """Whether exposure or gate follow the first-order look-ahead."""
         return self.distils and (isinstance(self.exposure, AlignedSettings) or self.loss.gate.kind == "aligned")
+
+    @property
+    def publishes_weights(self) -> bool:
+        """Whether servers are given all weights, also where an adapter is trained."""
+        return self.sampling.engine == "server" and self.sampling.server.publish == "weights"
 
     @property
     def granularity(self) -> Granularity:

@@ -15,13 +15,14 @@ from atesd.engine.server import ServerEngine
 from atesd.engine.transformers import TransformersEngine
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
+from atesd.models.weights import Weights
 from atesd.records import Rollout
 
 LocalKind = Literal["auto", "builtin", "transformers"]
 
 
-def configured_engine(loaded: LoadedModel, config: Config, whole: Whole = nullcontext) -> Engine:
-    """The engine of `sampling.engine`, its work shared between the ranks of the model.
+def configured_engine(loaded: LoadedModel, config: Config, weights: Weights | None = None) -> Engine:
+    """The engine of `sampling.engine`, its work shared between the ranks of the model; `weights` are the run's.
 
     Raises `ModelError` if `builtin` is asked for and cannot decode the model, `EngineError` if a server is not there.
     """
@@ -30,21 +31,24 @@ def configured_engine(loaded: LoadedModel, config: Config, whole: Whole = nullco
         return ServerEngine(
             loaded,
             sampling.server,
-            whole,
+            weights,
             micro_batch_size=train.micro_batch_size,
             micro_batch_tokens=train.micro_batch_tokens,
         )
+    whole = weights.whole if weights is not None and weights.in_step else None
     return engine_for(loaded, sampling.engine, sampling.batch_size, whole)
 
 
-def engine_for(loaded: LoadedModel, kind: LocalKind, batch_size: int, whole: Whole = nullcontext) -> Engine:
-    """An engine of this process, its work shared between the ranks of the model.
+def engine_for(loaded: LoadedModel, kind: LocalKind, batch_size: int, whole: Whole | None = None) -> Engine:
+    """An engine of this process, its work shared between the ranks of the model; `whole` where those divide it.
 
     `auto` is builtin where the architecture allows it. Raises `ModelError` if `builtin` is asked for and it does not.
     """
     builtin = engine_word(loaded, kind) == "builtin"
     engine: Engine = (BuiltinEngine if builtin else TransformersEngine)(loaded, batch_size)
-    return engine if loaded.ranks.size == 1 else ShardedEngine(engine, loaded.ranks, whole)
+    if loaded.ranks.size == 1 and whole is None:
+        return engine
+    return ShardedEngine(engine, loaded.ranks, whole or nullcontext)
 
 
 def engine_word(loaded: LoadedModel, kind: str) -> str:

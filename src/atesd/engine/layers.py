@@ -132,8 +132,9 @@ class Network:
 def unsupported(model: nn.Module) -> str | None:
     """Why this model cannot be decoded by the builtin engine, in a few words; None: it can."""
     causal: Any = _causal_lm(model)
-    name = type(causal).__name__
-    if name not in _FAMILIES or not type(causal).__module__.startswith("transformers.models."):
+    kind = _kind(causal)
+    name = kind.__name__
+    if name not in _FAMILIES or not kind.__module__.startswith("transformers.models."):
         return f"{name} is none of {', '.join(_FAMILIES)}"
     config = causal.config
     rotary = config.rope_parameters or {}
@@ -148,7 +149,7 @@ def unsupported(model: nn.Module) -> str | None:
         "weights of several types": len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes),
         "weights on several devices": len({p.device for p in causal.parameters()}) != 1,
         "an embedding with a largest norm": getattr(causal.model.embed_tokens, "max_norm", None) is not None,
-        "hooks on its modules": any(m._forward_pre_hooks or any(map(_acts, _hooks(m))) for m in model.modules()),
+        "hooks on its modules": any(any(map(_acts, _hooks(m))) for m in model.modules()),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     return found or next((why for module in _read_by_us(causal) if (why := _foreign(module)) is not None), None)
@@ -283,8 +284,8 @@ def _joined(linears: Sequence[_Linear]) -> _Linear:
 
 def _linear(module: nn.Module) -> _Linear:
     """The layer with its active adapters side by side, as PEFT adds them."""
-    if type(module) is nn.Linear:
-        return _Linear(module.weight, module.bias)
+    if _kind(module) is nn.Linear:
+        return _Linear(module.weight, module.bias)  # type: ignore[arg-type]
     adapted: Any = module
     base, names = adapted.base_layer, [name for name in adapted.active_adapters if name in adapted.lora_A]
     if adapted.disable_adapters or adapted.merged or not names:
@@ -295,14 +296,24 @@ def _linear(module: nn.Module) -> _Linear:
 
 
 def _hooks(module: nn.Module) -> Iterable[Callable[..., object]]:
-    return module._forward_hooks.values()
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
 
 
 def _acts(hook: Callable[..., object]) -> bool:
-    """Whether a forward hook may change what is computed; those that only ask for the embedding's gradient do not."""
+    """Whether a hook may change what is computed.
+
+    Those that only ask for the embedding's gradient do not, nor those that gather divided weights: they are whole here.
+    """
     marks = ("make_inputs_require_grads", "make_inputs_require_grad")  # of transformers and of PEFT
-    home = hook.__module__.partition(".")[0]
-    return not (home in ("transformers", "peft") and getattr(hook, "__name__", "") in marks)
+    home = hook.__module__
+    asks = home.partition(".")[0] in ("transformers", "peft") and getattr(hook, "__name__", "") in marks
+    return not (asks or home.startswith("torch.distributed.fsdp."))
+
+
+def _kind(module: object) -> type:
+    """The class of a module, whether its weights are divided over ranks or not."""
+    kind = type(module)  # FSDP2 makes a class above the module's own; to import it takes seconds
+    return kind.__mro__[2] if kind.__module__.startswith("torch.distributed.fsdp.") else kind
 
 
 def _read_by_us(causal: _CausalLM) -> list[object]:
@@ -319,7 +330,7 @@ def _read_by_us(causal: _CausalLM) -> list[object]:
 
 def _foreign(module: object) -> str | None:
     """What is unusual about a module; None: a plain linear layer, embedding or norm, or one with a plain adapter."""
-    kind = type(module)
+    kind = _kind(module)
     norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
     if kind in (nn.Linear, nn.Embedding) or norm:
         return None

@@ -14,11 +14,13 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast, final
+
+from torch import Tensor
 
 from atesd.config import ServerSettings
 from atesd.engine.wire import Wire, at_once
@@ -61,17 +63,18 @@ class Publisher:
         self._held = ExitStack()
         self._own: Path | None = None
 
-    def publish(self, update: int) -> str | None:
+    def publish(self, update: int, tensors: Mapping[str, Tensor] | None = None) -> str | None:
         """Bring the weights of this moment to every server; returns the adapter's name, None for all weights.
 
-        Raises `EngineError` that names the folder or the server that refuses, and leaves no half of it on the disk.
+        `tensors`: `Weights.saved`. Raises `EngineError` that names the folder or the server that refuses, and leaves
+        no half of it on the disk.
         """
         own = self._own = self._own or self._opened()
         self._count += 1
         folder = own / f"{update:06d}-{self._count}"
         try:
             with refusals_told(folder, "written", EngineError):
-                save_model(self._loaded if self.adapts else _whole(self._loaded), folder)
+                save_model(self._loaded if self.adapts else _whole(self._loaded), folder, tensors)
             if not self.adapts:
                 self._each(_reload(folder))
                 remove(folder)

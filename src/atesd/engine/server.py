@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any, TypedDict, final
 
 from atesd.config import ServerSettings
 from atesd.engine.completions import body_of, rollout_of
-from atesd.engine.interface import Request, SamplingParams, Whole, rollout_from_json
+from atesd.engine.interface import Request, SamplingParams, rollout_from_json
 from atesd.engine.publish import ModelCard, Publisher, cards_of, publishes_adapter
 from atesd.engine.wire import Wire, at_once
 from atesd.errors import EngineError
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import SINGLE_PROCESS, interleave
 from atesd.models.score import Pair, Scorer, logprobs_at
+from atesd.models.weights import ReplicatedWeights, Weights
 from atesd.records import Rollout
 
 _AT_ONCE = 256  # requests on their way to one server, which batches them itself
@@ -56,13 +57,14 @@ class ServerEngine:
         self,
         loaded: LoadedModel,
         options: ServerSettings,
-        whole: Whole = nullcontext,
+        weights: Weights | None = None,
         *,
         micro_batch_size: int = 8,
         micro_batch_tokens: int | None = None,
     ) -> None:
         """The micro-batch is that in which rollouts are scored. Raises `EngineError` for a server that is not there."""
-        self._loaded, self._options, self._whole = loaded, options, whole
+        self._loaded, self._options = loaded, options
+        self._weights = weights or ReplicatedWeights(loaded.model, loaded.ranks)
         self._micro_batch = micro_batch_size, micro_batch_tokens
         self._adapts = adapts = publishes_adapter(loaded, options)
         self._wires = [Wire(url, options, forgets=not adapts) for url in options.urls]
@@ -81,7 +83,7 @@ class ServerEngine:
     @cached_property
     def _scorer(self) -> Scorer:
         """Reads this rank's own model, whatever the others do."""
-        return Scorer(replace(self._loaded, ranks=SINGLE_PROCESS))
+        return Scorer(replace(self._loaded, ranks=SINGLE_PROCESS), self._weights)
 
     def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Engine`. Raises `EngineError` for a server that fails, answers nonsense, or drifts beyond the limit."""
@@ -91,7 +93,7 @@ class ServerEngine:
         if not self._published:
             self.publish(0)
         ranks = self._loaded.ranks
-        with self._awake(), self._whole():
+        with self._awake(), self._weights.whole():
             shares = ranks.gather(lambda: self._share(ranks.shard(requests), params))
         self._drift = self._farthest([share["gaps"] for share in shares])
         self._proven = True
@@ -100,7 +102,8 @@ class ServerEngine:
     def publish(self, update: int) -> None:
         """See `Engine`. Raises `EngineError` that names the folder or the server that refuses."""
         with self._awake():
-            self._adapter = self._loaded.ranks.broadcast(lambda: self._publisher.publish(update)) or ""
+            tensors = self._weights.saved()
+            self._adapter = self._loaded.ranks.broadcast(lambda: self._publisher.publish(update, tensors)) or ""
         self._published, self._proven = True, not self._adapts
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from atesd.maths.credit import reweighted_gain
 from atesd.maths.divergence import Objective
 from atesd.maths.fused import divergence_profile
 from atesd.models.prompts import PromptEncoder
-from atesd.models.score import Pair, Scorer, completion_logprobs, completion_tokens
+from atesd.models.score import Pair, Scored, Scorer, completion_logprobs, completion_tokens
 from atesd.models.teacher import Teacher
 from atesd.records import Problem
 from atesd.train.views import TeacherPrompts
@@ -157,21 +157,24 @@ class ProbeSet:
         students = [(r.prompt_ids, c) for r, c in zip(requests, self._completions, strict=True)]
         teachers = list(zip(contexts, self._completions, strict=True))
         pairs = list(zip(students, teachers, strict=True))
-        means = self._scorer.map_sharded(pairs, self._divergences)
+        means = self._scorer.map_sharded(pairs, self._divergences, exchanges=True)
         return fmean(means)
 
+    @torch.no_grad()
     def _divergences(self, pairs: Sequence[tuple[Pair, Pair]]) -> list[float]:
+        """One exchange of weights, however many pairs: the ranks that divide them exchange together."""
         size = self._micro_batch_size
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        return [mean for batch in batches for mean in self._batch_divergences(*map(list, zip(*batch, strict=True)))]
-
-    @torch.no_grad()
-    def _batch_divergences(self, students: list[Pair], teachers: list[Pair]) -> list[float]:
         with self._teacher.weights():
-            teacher_hidden, teacher_head = self._scorer.hidden(teachers), self._scorer.head()
-        student_hidden, student_head = self._scorer.hidden(students), self._scorer.head()
+            head = self._scorer.head()
+            teachers = [Scored(self._scorer.hidden([pair for _, pair in batch]), head) for batch in batches]
+        students = [[pair for pair, _ in batch] for batch in batches]
+        return [mean for sides in zip(students, teachers, strict=True) for mean in self._batch_divergences(*sides)]
+
+    def _batch_divergences(self, students: list[Pair], teacher: Scored) -> list[float]:
+        student = self._scorer.scored(students)
         tokens = completion_tokens(students, self._scorer.device)
-        sides = student_hidden, student_head, [teacher_hidden], teacher_head
+        sides = student.hidden, student.head, [teacher.hidden], teacher.head
         (meters,) = divergence_profile(self._objective, *sides, tokens)
         rows = torch.split(meters["kl"], [len(completion) for _, completion in students])
         return [float(row.double().mean()) for row in rows]

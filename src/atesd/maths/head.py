@@ -54,6 +54,14 @@ class Head:
             return False
         return self.scale == other.scale and _same(self.weight, other.weight) and _same(self.bias, other.bias)
 
+    def detached(self) -> Head:
+        """The same tensors as they are now, without gradient."""
+        return replace(
+            self,
+            weight=None if self.weight is None else self.weight.detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+        )
+
     @property
     def trained(self) -> list[Tensor]:
         """The tensors of the head that are being trained."""

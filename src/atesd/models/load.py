@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,6 +51,7 @@ from atesd.models.model_folder import (
     require_adapter,
     require_shapes,
     require_sound,
+    weight_files,
     weight_shapes,
 )
 from atesd.models.prompts import end_of_turn
@@ -59,6 +61,22 @@ from atesd.refusals import replacing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """The types of `model.dtype`."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Parameters whose values are still in their files: the model has their shapes, and no memory for them."""
+
+    places: Mapping[int, tuple[torch.nn.Parameter, Path, str]]
+
+    def read(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        """The values of a parameter, from its file; None of one that has them."""
+        if id(parameter) not in self.places:
+            return None
+        _, path, name = self.places[id(parameter)]
+        with safe_open(path, "pt") as file:
+            values: Tensor = file.get_tensor(name)
+        return values.to(parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,28 +94,35 @@ class LoadedModel:
     end_ids: frozenset[int]
     pad_id: int
     ranks: Ranks = SINGLE_PROCESS
+    deferred: Deferred | None = None
 
 
-def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
+def load_model(config: ModelConfig, seed: int = 0, *, divided: bool = False) -> LoadedModel:
     """Load model and tokenizer as `config` says; a new adapter's initial weights are a function of `seed`.
 
+    `divided`: ranks are about to divide the weights. They stay on the CPU, or, of a folder whose files name them as the
+    model does, in the files (`Deferred`), for `weights_of` to read a layer at a time.
     A folder, `world:NAME` and `smollm2` never touch the network. Raises `ModelError` that names the setting or the fix.
     """
     source, local = _resolve(config.path)
     device = _device(config.device)
     tokenizer = _tokenizer(config, source, local)
-    model = _weights(config, source, local)
+    model, deferred = (_skeleton(config, Path(source)) if divided and local else None) or (
+        _weights(config, source, local),
+        None,
+    )
     require_vocabulary(config.path, tokenizer, model)
     require_fixed_rotary(config, model.config)
     if config.lora is not None:
         model = _with_adapter(model, config.lora, seed)
-    torch.nn.Module.to(model, device).train(False)
-    require_forward(config.path, model, int(tokenizer.eos_token_id))
+    torch.nn.Module.to(model, "cpu" if divided else device).train(False)
+    if deferred is None:
+        require_forward(config.path, model, int(tokenizer.eos_token_id))
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
     ends = end_ids(config.path, model, tokenizer) | {end_of_turn(tokenizer, config)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return LoadedModel(model, tokenizer, device, ends, pad_id)
+    return LoadedModel(model, tokenizer, device, ends, pad_id, deferred=deferred)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -106,14 +131,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return _tokenizer(config, source, local)
 
 
-def save_model(loaded: LoadedModel, folder: Path) -> None:
+def save_model(loaded: LoadedModel, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write safetensors and tokenizer so that `AutoModelForCausalLM` reads them; of an adapter, PEFT's folder.
 
+    `tensors` are those to write where the model's own are divided over ranks (`Weights.saved`).
     An adapter's folder names its base model; `load_model` reads both. Whatever had the folder's name is replaced once
     all is written: nothing is written through a link, and no half-written model bears the name.
     """
     # PEFT would ask the hub whether the base's vocabulary has changed; adapters here never touch the embedding's size.
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(loaded.model, "peft_config") else {}
+    if tensors is not None:
+        options["state_dict"] = dict(tensors)
     with replacing(folder) as part:
         part.mkdir(parents=True)
         try:
@@ -249,6 +277,55 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
     if lacking:
         raise ModelError(f"{config.path}: its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)")
     return cast(PreTrainedModel, model)
+
+
+def _skeleton(config: ModelConfig, folder: Path) -> tuple[PreTrainedModel, Deferred] | None:
+    """The model of a folder without its weights; None where these are not, by name, those in its files.
+
+    Every parameter is one number repeated: of its shape, type and device, and changed by nobody before it is read.
+    """
+    described = None if (folder / ADAPTER).is_file() else _described(config, str(folder), True)
+    if described is None or getattr(described, "quantization_config", None) is not None:
+        return None
+    _require_weights(config, described, folder)
+    _require_generation(folder)
+    with explained(config.path, CONFIG), quiet(), _parameters_on_meta():
+        model: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_config(
+            described, trust_remote_code=False, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        )
+    files, named = weight_files(folder), dict(model.named_parameters())
+    stored = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if not named.keys() <= files.keys() or model.state_dict().keys() != stored or model._keep_in_fp32_modules:
+        return None
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    repeated = {
+        id(p): torch.nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), p.requires_grad)
+        for p in named.values()
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = repeated[id(parameter)]
+    placed = {name: repeated[id(p)] for name, p in named.items()}
+    return model, Deferred({id(p): (p, files[name], name) for name, p in placed.items()})
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, a module keeps of its new parameters their shapes; buffers are as ever."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is, is tied to another
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _described(config: ModelConfig, source: str, local: bool) -> PreTrainedConfig:

@@ -17,6 +17,7 @@ from atesd.errors import ModelError
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX, ADAPTER_WEIGHTS = "model.safetensors.index.json", "adapter_model.safetensors"
 _FIX = "mend the file, or fetch the model again"
 _MOST = 2**24  # rows, columns or layers: larger ones would fill the memory before anything else is noticed
@@ -182,6 +183,14 @@ def read_object(path: Path) -> dict[str, object]:
 def weight_shapes(folder: Path, pattern: str = "*.safetensors") -> Shapes:
     """The shape of every weight, from the headers alone. Raises `ModelError` for a damaged or truncated file."""
     return {name: shape for path in sorted(folder.glob(pattern)) for name, shape in _header(path)}
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each weight, of those that transformers reads; none where it is not said plainly."""
+    if (folder / WEIGHTS_INDEX).is_file():
+        places = read_object(folder / WEIGHTS_INDEX).get("weight_map") or {}
+        return {str(name): folder / str(file) for name, file in places.items()}
+    return {name: folder / WEIGHTS for name, _ in _header(folder / WEIGHTS)} if (folder / WEIGHTS).is_file() else {}
 
 
 def require_adapter(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Several processes that train one model: who works on what, and how all come to know the same. torchrun starts them.
 
-Every rank holds the whole model and runs the same program on the same numbers. Only work that takes long is sharded
+Every rank runs the same program on the same numbers. Only work that takes long is sharded
 (completions to sample, rows to score, answers to check); its results are gathered on all ranks, so that whatever
 follows from them is the same everywhere. What travels is JSON and gradients, never pickle.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, TypeVar, cast, final
@@ -18,8 +20,10 @@ from typing import Generic, TypeVar, cast, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
-from atesd.errors import AtesdError, ConfigError, ModelError, TrainingError
+from atesd.errors import AtesdError, ConfigError, LostRankError, ModelError, TrainingError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,6 +33,9 @@ TIMEOUT = timedelta(hours=3)
 
 Long, because shards differ: one rank's batch of completions of 38,912 tokens may run half an hour past another's.
 """
+
+GRACE = 5.0
+"""Seconds in which the others may say that they too miss a rank: whoever says nothing is the one that is missed."""
 
 _FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 2**24  # gradient entries summed in one message
@@ -63,17 +70,18 @@ class Ranks:
         """The items that this rank works on: every `size`-th, so that long and short ones mix."""
         return items if self.size == 1 else items[self.rank :: self.size]
 
-    def gather(self, work: Callable[[], R]) -> list[R]:
-        """The result of every rank's own work, by rank, on all ranks."""
-        with self.gathering(Gathered[R]()) as gathered:
+    def gather(self, work: Callable[[], R], *, in_step: bool = False) -> list[R]:
+        """The result of every rank's own work, by rank, on all ranks; `in_step`: see `gathering`."""
+        with self.gathering(Gathered[R](), in_step=in_step) as gathered:
             gathered.own = work()
         return gathered.all
 
     @contextmanager
-    def gathering(self, gathered: Gathered[R]) -> Iterator[Gathered[R]]:
+    def gathering(self, gathered: Gathered[R], *, in_step: bool = False) -> Iterator[Gathered[R]]:
         """Inside, set `own` of `gathered`; afterwards `all` has it of every rank.
 
-        What is raised inside reaches the others too.
+        What is raised inside reaches the others too. With `in_step` the work itself speaks to the other ranks, whose
+        answer a message would be taken for: then they learn of a failure once this process has ended.
         """
         if self.size == 1:
             yield gathered
@@ -84,8 +92,12 @@ class Ranks:
             yield gathered
             message = json.dumps({"done": gathered.own})
         except Exception as error:  # whatever it is, the others must not wait for a result
-            failure, name = error, type(error).__name__
-            message = json.dumps({"failed": str(error) if isinstance(error, AtesdError) else f"{name}: {error}"})
+            if in_step and _of_connection(error):
+                raise self.lost(error) from None
+            if in_step:
+                self.leave_reason(error)
+                raise
+            failure, message = error, json.dumps({"failed": _in_words(error)})
         found = [json.loads(content) for content in self._exchange(message.encode())]
         if failure is not None:
             raise failure
@@ -94,9 +106,11 @@ class Ranks:
                 raise TrainingError(f"rank {rank} of {self.size} failed: {told['failed']}")
         gathered.all = [told["done"] for told in found]
 
-    def map_sharded(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    def map_sharded(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]], *, in_step: bool = False
+    ) -> list[R]:
         """One result per item, in the order of the items, each worked out on one rank and known to all."""
-        return interleave(self.gather(lambda: work(self.shard(items))))
+        return interleave(self.gather(lambda: work(self.shard(items)), in_step=in_step))
 
     def broadcast(self, work: Callable[[], R]) -> R:
         """What rank 0 alone does, and finds, for all: files, locks, whatever must happen once. The others wait."""
@@ -151,10 +165,40 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise TrainingError(
+            raise self.lost(error) from None
+
+    def leave_reason(self, error: Exception) -> None:
+        """Leave for the other ranks why this one ends; they find it when they miss this one."""
+        if self.size > 1 and not isinstance(error, LostRankError) and _store_answers():
+            with suppress(RuntimeError):
+                _store().set(f"atesd/failed/{self.rank}", _in_words(error))
+
+    def lost(self, error: Exception) -> LostRankError:
+        """What to say where another rank no longer answers: its own reason, or else which ranks are gone or hang."""
+        cause = _first_line(error).split(". ")[0]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if not _store_answers():
+            return LostRankError(
                 f"rank {self.rank} of {self.size} has lost the others; the first message of another rank says why "
-                f"({_first_line(error).split('. ')[0]})"
-            ) from None
+                f"({cause})"
+            )
+        store, left = _store(), GRACE
+        store.set(f"atesd/missed/{self.rank}", cause)
+        while True:
+            for rank in others:
+                if store.check([f"atesd/failed/{rank}"]):
+                    reason = store.get(f"atesd/failed/{rank}").decode()
+                    return LostRankError(f"rank {rank} of {self.size} failed: {reason}")
+            silent = [str(rank) for rank in others if not store.check([f"atesd/missed/{rank}"])]
+            if not silent or left <= 0:
+                break
+            time.sleep(0.1)
+            left -= 0.1
+        who = f"rank {', '.join(silent)} gave no sign any more" if silent else "each still answers"
+        return LostRankError(
+            f"rank {self.rank} of {self.size} has lost the others: {who} ({cause}). It was killed, hangs, or its "
+            "machine cannot be reached: look at its output; the same command resumes from the last checkpoint"
+        )
 
 
 SINGLE_PROCESS = Ranks()
@@ -174,8 +218,14 @@ def process_group(device: str) -> Iterator[Ranks]:
         yield Ranks()
         return
     _join(device)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield ranks
+    except Exception as error:
+        if _of_connection(error) and not isinstance(error, LostRankError):
+            raise ranks.lost(error) from None
+        ranks.leave_reason(error)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -219,6 +269,31 @@ def _wide_gradient(parameter: nn.Parameter) -> Tensor:
     """In float32 at least; zeros where this rank has none."""
     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _of_connection(error: Exception) -> bool:
+    """Whether this rank found another gone or silent, and did not fail itself."""
+    return isinstance(error, LostRankError | dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _store() -> Store:
+    """Where ranks meet: torchrun's own, which outlives them, or rank 0's."""
+    return distributed_c10d._get_default_store()
+
+
+def _store_answers() -> bool:
+    """Whether whoever holds the store is alive; asked of a dead one, it writes pages to stderr."""
+    try:
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5):
+            return True
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, AtesdError) else f"{type(error).__name__}: {error}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -102,10 +103,25 @@ class Scorer:
         """The processes that hold this model."""
         return self._loaded.ranks
 
-    def map_sharded(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
-        """`Ranks.map_sharded` for work without gradient that runs this model, on each rank as often as it likes."""
+    @property
+    def in_step(self) -> bool:
+        """Whether a pass is one of all ranks, so that each must make as many."""
+        return self._weights.in_step
+
+    def whole(self) -> AbstractContextManager[None]:
+        """`Weights.whole`: inside, each rank makes as many passes as it likes."""
+        return self._weights.whole()
+
+    def map_sharded(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]], *, exchanges: bool = False
+    ) -> list[R]:
+        """`Ranks.map_sharded` for work without gradient that runs this model, on each rank as often as it likes.
+
+        `exchanges`: the work exchanges its weights, on all ranks equally often.
+        """
+        in_step = exchanges and self._weights.in_step
         with self._weights.whole():
-            return self._loaded.ranks.map_sharded(items, work)
+            return self._loaded.ranks.map_sharded(items, work, in_step=in_step)
 
     @property
     def backbone(self) -> Backbone:
@@ -180,14 +196,15 @@ class Scorer:
             return None
         ids = torch.arange(8, device=self._loaded.device)[None] % self._causal_lm.config.get_text_config().vocab_size
         own = self._loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+        head = self._weights.head(Head(None), keep=True)
         if not torch.isfinite(own).all():
             raise ModelError("the model gives non-finite logits on a plain input; its weights or dtype are unusable")
         hidden = getattr(self._backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
         if hidden is None or hidden.shape[-1] != layer.in_features or own.shape[-1] != layer.out_features:
             return None
-        allowed = (1e-4 if layer.weight.dtype == torch.float32 else 1e-2) * own.norm()
+        allowed = (1e-2 if hidden.dtype == torch.bfloat16 else 1e-4) * own.norm()
         for reading in readings(self._causal_lm.config.get_text_config()):
-            apart = replace(reading, weight=layer.weight, bias=layer.bias).logits(hidden[0])
+            apart = replace(reading, weight=head.weight, bias=head.bias).logits(hidden[0])
             if (own - apart).norm() <= allowed:
                 return reading
         return None

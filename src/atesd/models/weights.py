@@ -16,8 +16,10 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from atesd.config import ModelConfig
 from atesd.errors import CheckpointError
 from atesd.maths.head import Head
+from atesd.models.load import LoadedModel
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
 
 
@@ -50,6 +52,11 @@ class Weights(Protocol):
         """Whether the trained parameters are an adapter beside a model that stays as it is."""
         ...
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a pass of the model is one of all ranks now, so that each must make as many."""
+        ...
+
     def exchanged(self, values: MutableMapping[str, Tensor]) -> AbstractContextManager[None]:
         """Inside, the named parameters have these values and `values` holds theirs; afterwards both are as before.
 
@@ -77,6 +84,13 @@ class Weights(Protocol):
         """
         ...
 
+    def saved(self) -> dict[str, Tensor] | None:
+        """The tensors of the trained model, or of its adapter, on rank 0 and its CPU; None where the model has them.
+
+        Gathered one at a time; nothing on the other ranks. Called by all of them.
+        """
+        ...
+
     def add_up_gradients(self) -> None:
         """Let each rank's trained parameters have the sum of the gradients of all ranks. Called by all of them."""
         ...
@@ -87,6 +101,18 @@ class Weights(Protocol):
 
     def parts(self) -> dict[str, Part]:
         """What this rank holds of every trained tensor, by name: over all ranks each row of each tensor once."""
+        ...
+
+    def part(self, tensor: Tensor) -> Part:
+        """What this rank holds of a tensor that belongs to a trained one, such as its moments."""
+        ...
+
+    def beside(self, name: str, held: Tensor) -> Tensor:
+        """A tensor that belongs to the trained one of a name, of what this rank holds of it: the inverse of `part`."""
+        ...
+
+    def rows(self, count: int) -> slice:
+        """Which rows this rank holds of a trained tensor, or of a moment of one, that has `count` of them."""
         ...
 
     def load(self, values: Mapping[str, Tensor]) -> None:
@@ -112,6 +138,11 @@ class ReplicatedWeights:
     def has_adapter(self) -> bool:
         """See `Weights`."""
         return hasattr(self._model, "peft_config")
+
+    @property
+    def in_step(self) -> bool:
+        """See `Weights`: never."""
+        return False
 
     @contextmanager
     def exchanged(self, values: MutableMapping[str, Tensor]) -> Iterator[None]:
@@ -151,9 +182,11 @@ class ReplicatedWeights:
         causal_lm = self._model.get_base_model() if self.has_adapter else self._model
         layer = causal_lm.get_output_embeddings()
         head = replace(reading, weight=layer.weight, bias=layer.bias)
-        if not keep:
-            return head
-        return replace(head, weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach())
+        return head.detached() if keep else head
+
+    def saved(self) -> dict[str, Tensor] | None:
+        """See `Weights`."""
+        return None
 
     def add_up_gradients(self) -> None:
         """See `Weights`."""
@@ -161,24 +194,27 @@ class ReplicatedWeights:
 
     def agreement(self) -> str:
         """See `Weights`. One tensor at a time goes to the CPU."""
-        found = hashlib.sha256()
-        for name, parameter in self._trained.items():
-            found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        return digest_of(self._trained)
 
     def parts(self) -> dict[str, Part]:
         """See `Weights`."""
-        return {name: Part(p.detach(), 0, tuple(p.shape)) for name, p in self._trained.items()}
+        return {name: self.part(p) for name, p in self._trained.items()}
+
+    def part(self, tensor: Tensor) -> Part:
+        """See `Weights`."""
+        return Part(tensor.detach(), 0, tuple(tensor.shape))
+
+    def beside(self, name: str, held: Tensor) -> Tensor:  # noqa: ARG002
+        """See `Weights`."""
+        return held
+
+    def rows(self, count: int) -> slice:
+        """See `Weights`."""
+        return slice(0, count)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """See `Weights`."""
-        if values.keys() != self._trained.keys():
-            stray = min(values.keys() ^ self._trained.keys())
-            raise CheckpointError(
-                f"{len(self._trained)} tensors are trained, the checkpoint has {len(values)}, and {stray} is only on "
-                "one side; resume with the model settings of the run"
-            )
+        require_trained(self._trained, values)
         overwrite(self._trained, values)
 
     @contextmanager
@@ -190,6 +226,42 @@ class ReplicatedWeights:
         finally:
             for name, tensor in kept.items():
                 self._trained[name].data = tensor
+
+
+def is_divided(config: ModelConfig, ranks: Ranks) -> bool:
+    """Whether no rank has all weights; a single one divides them only to keep them in float32 beside its passes."""
+    return config.sharding != "none" and (ranks.size > 1 or config.compute_dtype is not None)
+
+
+def weights_of(loaded: LoadedModel, config: ModelConfig) -> Weights:
+    """Who owns the values of a model: every rank all of them, or, as `model.sharding` says, each its rows.
+
+    Raises `ConfigError` or `ModelError` where model or ranks cannot be divided like that.
+    """
+    if not is_divided(config, loaded.ranks):
+        return ReplicatedWeights(loaded.model, loaded.ranks)
+    from atesd.models.sharding import sharded_weights  # half a second of imports
+
+    return sharded_weights(loaded, config)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bits, one tensor at a time on the CPU."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def require_trained(trained: Mapping[str, object], values: Mapping[str, object]) -> None:
+    """Raise `CheckpointError` unless the values bear exactly the trained names."""
+    if values.keys() != trained.keys():
+        stray = min(values.keys() ^ trained.keys())
+        raise CheckpointError(
+            f"{len(trained)} tensors are trained, the checkpoint has {len(values)}, and {stray} is only on "
+            "one side; resume with the model settings of the run"
+        )
 
 
 @torch.no_grad()

@@ -1,10 +1,14 @@
 """Checkpoints: safetensors and JSON under SHA-256, written whole or not at all. No pickle.
 
     checkpoints/update-000025/  tensors.safetensors  state.json  manifest.json
+                                rows-00000.safetensors  rows-00001.safetensors  ..
 
 A state is a nested dict of what components' `state_dict()` give: tensors and JSON values, with tuples and integer keys
 (as torch's optimisers have) kept. It is written to a temporary folder, forced to the disk, and renamed. The caller
 holds the run's lock.
+
+Of a tensor that is divided over ranks each rank writes its own rows (the second format); any number of ranks reads
+them. A state without any is written in the first format, which is read for ever.
 """
 
 from __future__ import annotations
@@ -14,24 +18,28 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from atesd.errors import CheckpointError
+from atesd.models.ranks import SINGLE_PROCESS, Ranks
+from atesd.models.weights import Part
 from atesd.refusals import is_folder, reason, remove
 from atesd.rows import RowKind
 from atesd.runs import sync_directory, write_atomic
 from atesd.shapes import RowsWritten
 
-FORMAT = "atesd-checkpoint-1"
+FORMATS = ("atesd-checkpoint-1", "atesd-checkpoint-2")
+"""Without divided tensors, and with them."""
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _TEMPORARY, _TRASH, _REPLACED, _BEYOND = ".temporary-", ".trash-", ".replaced-", "beyond-"
@@ -40,6 +48,24 @@ _DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
     | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 )
+
+
+Rows = Callable[[str, int], slice]
+"""Which rows to read of a tensor: of this path in the state, that has so many."""
+
+_Held = Tensor | Part
+_Divided = dict[str, tuple[int, list[int]]]
+"""What a file has of divided tensors: the first row that it has of each, and the whole shape."""
+
+
+def all_rows(_path: str, count: int) -> slice:
+    """Every tensor whole."""
+    return slice(0, count)
+
+
+def no_rows(_path: str, _count: int) -> slice:
+    """For whoever only asks whether a checkpoint is sound."""
+    return slice(0, 0)
 
 
 @dataclass(frozen=True)
@@ -62,8 +88,12 @@ def save_checkpoint(
     *,
     run_id: str,
     rows: Mapping[RowKind, RowsWritten] | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Path:
     """Write `update-NNNNNN` into `folder` and delete all but the `keep` newest. Returns its path.
+
+    Where the state holds a `Part` of a divided tensor all `ranks` call it, each with its own rows. All else is written
+    by rank 0.
 
     A crash at any moment leaves the older checkpoints whole. Checkpoints beyond `updates_done`, left by a resume that
     had to go back further, are set aside as `beyond-update-NNNNNN`, so that no later resume takes them up. `rows` is
@@ -71,32 +101,30 @@ def save_checkpoint(
     Raises `CheckpointError` that names the path inside the state of a non-finite number or of a value that neither
     safetensors nor JSON can hold, or says what the disk refused.
     """
-    tensors: dict[str, Tensor] = {}
-    encoded = _encode(state, "", tensors)
-    _require_finite(state, "")
+    held: dict[str, _Held] = {}
     target = folder / _name(updates_done)
     temporary = folder / f"{_TEMPORARY}{target.name}"
+    identity = {"updates_done": updates_done, "run_id": run_id, "rows": rows}
+    encoded = _encode(state, "", held)
+    ranks.gather(partial(_require_finite, state, ""))
+    tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    parts = {name: part for name, part in held.items() if isinstance(part, Part)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clean(folder)
-        temporary.mkdir()
-        _write(temporary, encoded, tensors, {"updates_done": updates_done, "run_id": run_id, "rows": rows})
-        _put_in_place(temporary, target)
-        _retire(folder, updates_done, keep)
-    except (OSError, SafetensorError) as error:
-        _clean(folder)
-        cause = reason(error) if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"{target}: cannot be written: {cause}; older checkpoints are untouched. Free some space or mend the "
-            "folder, and give the same command again: it resumes"
-        ) from error
+        ranks.broadcast(partial(_begin, folder, temporary, target))
+        rows_of = ranks.gather(partial(_write_rows, temporary, parts, ranks.rank, _writes(parts, ranks), target))
+        divided: dict[str, _Divided] = {name: rows for written in rows_of for name, rows in written.items()}
+        ranks.broadcast(partial(_finish, temporary, target, encoded, tensors, identity, divided, keep))
+    except BaseException:
+        if ranks.first and folder.is_dir():
+            _clean(folder)
+        raise
     return target
 
 
-def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
+def load_newest(folder: Path, run_id: str, rows: Rows = all_rows) -> LoadedCheckpoint | None:
     """The newest checkpoint of this run that passes every check, its tensors on the CPU; None if there is none at all.
 
-    Raises `CheckpointError` that lists what is wrong with each if none passes.
+    Of the tensors those `rows` are read. Raises `CheckpointError` that lists what is wrong with each if none passes.
     """
     try:
         if not os.path.lexists(folder):
@@ -108,7 +136,7 @@ def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
     skipped: list[str] = []
     for path in reversed(candidates):
         try:
-            return replace(load_checkpoint(path, run_id), skipped=tuple(skipped))
+            return replace(load_checkpoint(path, run_id, rows), skipped=tuple(skipped))
         except CheckpointError as error:
             skipped.append(f"{path.name}: {error}")
     if skipped:
@@ -120,12 +148,16 @@ def load_newest(folder: Path, run_id: str) -> LoadedCheckpoint | None:
     return None
 
 
-def load_checkpoint(path: Path, run_id: str) -> LoadedCheckpoint:
-    """One checkpoint, its tensors on the CPU. Raises `CheckpointError` unless it passes every check."""
+def load_checkpoint(path: Path, run_id: str, rows: Rows = all_rows, *, hashed: bool = True) -> LoadedCheckpoint:
+    """One checkpoint, those `rows` of its tensors on the CPU. Raises `CheckpointError` unless it passes every check.
+
+    Without `hashed` the files' SHA-256 are taken on trust: another rank has just compared them.
+    """
     try:
-        manifest = _verify(path, run_id)
-        rows = cast("Mapping[str, RowsWritten] | None", manifest.get("rows"))
-        return LoadedCheckpoint(path, cast(int, manifest["updates_done"]), _read(path), (), rows)
+        manifest = _verify(path, run_id, hashed)
+        written = cast("Mapping[str, RowsWritten] | None", manifest.get("rows"))
+        state = _read(path, cast("dict[str, _Divided]", manifest.get("divided", {})), rows)
+        return LoadedCheckpoint(path, cast(int, manifest["updates_done"]), state, (), written)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {reason(error)}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -134,11 +166,11 @@ def load_checkpoint(path: Path, run_id: str) -> LoadedCheckpoint:
 
 def digest(state: object) -> str:
     """SHA-256 over every tensor (type, shape, bytes) and JSON value of a state, whatever the order of its keys."""
-    tensors: dict[str, Tensor] = {}
-    encoded = _encode(state, "", tensors)
+    held: dict[str, _Held] = {}
+    encoded = _encode(state, "", held)
     total = hashlib.sha256(json.dumps(encoded, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
+    for name in sorted(held):
+        tensor = _tensor_of(held[name]).detach().cpu()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():  # a copy, because a single entry may carry a stride that `view` refuses
             total.update(tensor.reshape(-1).clone().view(torch.uint8).numpy().data)
@@ -152,14 +184,20 @@ def _name(updates_done: int) -> str:
 # State to JSON and named tensors, and back
 
 
-def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> object:
-    """The JSON form of a value; its tensors go to `tensors` under their paths.
+def _tensor_of(held: _Held) -> Tensor:
+    return held.tensor if isinstance(held, Part) else held
+
+
+def _encode(value: object, path: str, tensors: dict[str, _Held]) -> object:
+    """The JSON form of a value; its tensors, and parts of divided ones, go to `tensors` under their paths.
 
     Tuples become {"#tuple": [...]}, tensors {"#tensor": path}; a mapping whose keys are not all plain text becomes
     {"#keys": {...}} with an "i" or "s" before each key for its type.
     """
-    if isinstance(value, Tensor):
-        tensors[path] = _require_storable(value, path)
+    if isinstance(value, (Tensor, Part)):
+        tensor = _require_storable(_tensor_of(value), path)
+        divided = isinstance(value, Part) and tuple(tensor.shape) != value.shape
+        tensors[path] = value if divided else tensor
         return {"#tensor": path}
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith("#") for key in value)
@@ -224,6 +262,8 @@ def _require_finite(value: object, path: str) -> None:
             _require_finite(item, f"{path}/{index}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise CheckpointError(f"state{path} is {value}; a checkpoint holds only finite numbers")
+    elif isinstance(value, Part):
+        _require_finite(value.tensor, path)
     elif isinstance(value, Tensor) and value.is_floating_point():
         bad = int((~torch.isfinite(value.detach())).sum())
         if bad:
@@ -234,14 +274,79 @@ def _require_finite(value: object, path: str) -> None:
 # Files
 
 
-def _write(folder: Path, encoded: object, tensors: Mapping[str, Tensor], identity: Mapping[str, object]) -> None:
+@contextmanager
+def _refusals(target: Path) -> Iterator[None]:
+    """What the disk or safetensors refuse inside, as a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"{target}: cannot be written: {cause}; older checkpoints are untouched. Free some space or mend the "
+            "folder, and give the same command again: it resumes"
+        ) from error
+
+
+def _begin(folder: Path, temporary: Path, target: Path) -> None:
+    """An empty temporary folder."""
+    with _refusals(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder)
+        temporary.mkdir()
+
+
+def _writes(parts: Mapping[str, Part], ranks: Ranks) -> bool:
+    """Whether this rank writes its rows: the first of those that hold the same ones."""
+    own = {name: part.first_row for name, part in parts.items() if len(part.tensor)}
+    mark = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return ranks.gather(partial(str, mark)).index(mark) == ranks.rank and bool(own)
+
+
+def _write_rows(folder: Path, parts: Mapping[str, Part], rank: int, writes: bool, target: Path) -> dict[str, _Divided]:
+    """Write this rank's rows; the file, and what it has of which tensors."""
+    own = {name: part for name, part in parts.items() if len(part.tensor)}
+    if not writes:
+        return {}
+    file = folder / f"rows-{rank:05d}.safetensors"
+    storages: set[int] = set()
+    with _refusals(target):
+        save_file({name: _alone(part.tensor, storages) for name, part in own.items()}, file)
+        _sync_file(file)
+    return {file.name: {name: (part.first_row, list(part.shape)) for name, part in own.items()}}
+
+
+def _finish(
+    temporary: Path,
+    target: Path,
+    encoded: object,
+    tensors: Mapping[str, Tensor],
+    identity: Mapping[str, object],
+    divided: Mapping[str, _Divided],
+    keep: int,
+) -> None:
+    """Write what is whole and the manifest of all, and give the folder its name."""
+    with _refusals(target):
+        _write(temporary, encoded, tensors, identity, divided)
+        _put_in_place(temporary, target)
+        _retire(target.parent, cast(int, identity["updates_done"]), keep)
+
+
+def _write(
+    folder: Path,
+    encoded: object,
+    tensors: Mapping[str, Tensor],
+    identity: Mapping[str, object],
+    divided: Mapping[str, _Divided],
+) -> None:
     stored, aliases = _stored(tensors)
     save_file(stored, folder / _TENSORS)
     _sync_file(folder / _TENSORS)
     state = json.dumps({"state": encoded, "aliases": aliases}, allow_nan=False, separators=(",", ":"))
     write_atomic(folder / _STATE, state.encode())
-    files = {name: _fingerprint(folder / name) for name in (_STATE, _TENSORS)}
-    write_atomic(folder / _MANIFEST, _manifest_bytes({"format": FORMAT, **identity, "files": files}))
+    files = {name: _fingerprint(folder / name) for name in (_STATE, _TENSORS, *divided)}
+    second = {"divided": divided} if divided else {}
+    manifest = {"format": FORMATS[bool(divided)], **identity, **second, "files": files}
+    write_atomic(folder / _MANIFEST, _manifest_bytes(manifest))
 
 
 def _fingerprint(path: Path) -> dict[str, object]:
@@ -260,24 +365,87 @@ def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             aliases[name] = first[place]
             continue
         first[place] = name
-        own = tensor.detach().cpu().contiguous()
-        storage = own.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != own.numel() * own.element_size():
-            own = own.clone()
-        storages.add(own.untyped_storage().data_ptr())
-        stored[name] = own
+        stored[name] = _alone(tensor, storages)
     return stored, aliases
 
 
-def _read(path: Path) -> dict[str, object]:
-    """The state in a verified checkpoint."""
+def _alone(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor on the CPU, contiguous, in memory that it shares with none of those before."""
+    own = tensor.detach().cpu().contiguous()
+    storage = own.untyped_storage()
+    if storage.data_ptr() in storages or storage.nbytes() != own.numel() * own.element_size():
+        own = own.clone()
+    storages.add(own.untyped_storage().data_ptr())
+    return own
+
+
+def _read(path: Path, divided: Mapping[str, _Divided], rows: Rows) -> dict[str, object]:
+    """The state in a verified checkpoint, its tensors cut to the rows that are wanted."""
     content = json.loads((path / _STATE).read_bytes())
-    tensors = load_file(path / _TENSORS)
-    tensors.update({name: tensors[source] for name, source in content["aliases"].items()})
-    return cast("dict[str, object]", _decode(content["state"], tensors))
+    with ExitStack() as files:
+        opened = files.enter_context(safe_open(path / _TENSORS, "pt"))
+        tensors = {name: _cut(opened, name, rows) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+        pieces: dict[str, list[_Piece]] = {}
+        for file, parts in divided.items():
+            opened = files.enter_context(safe_open(path / file, "pt"))
+            for name, (first_row, shape) in parts.items():
+                pieces.setdefault(name, []).append(_Piece(opened, first_row, tuple(shape)))
+        tensors |= {name: _joined(name, some, rows) for name, some in pieces.items()}
+    aliases = {name: tensors[source] for name, source in content["aliases"].items()}
+    return cast("dict[str, object]", _decode(content["state"], tensors | aliases))
 
 
-def _verify(path: Path, run_id: str) -> dict[str, object]:
+class _File(Protocol):
+    """What is used of an opened safetensors file."""
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+    def get_slice(self, name: str) -> _Slice: ...
+
+
+class _Slice(Protocol):
+    """What is used of a tensor in one, which is read as it is indexed."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows of a divided tensor in one file."""
+
+    file: _File
+    first_row: int
+    shape: tuple[int, ...]
+
+
+def _cut(file: _File, name: str, rows: Rows) -> Tensor:
+    """The wanted rows of a tensor that lies whole in a file."""
+    shape = file.get_slice(name).get_shape()
+    wanted = rows(name, shape[0]) if shape else slice(0, 1)
+    if not shape or wanted == slice(0, shape[0]):
+        return file.get_tensor(name)
+    return file.get_slice(name)[wanted]
+
+
+def _joined(name: str, pieces: Sequence[_Piece], rows: Rows) -> Tensor:
+    """The wanted rows of a divided tensor. Raises `CheckpointError` where a row is in no file."""
+    shape = pieces[0].shape
+    wanted = rows(name, shape[0])
+    reached, found = wanted.start, []
+    for piece in sorted(pieces, key=lambda piece: piece.first_row):
+        held = piece.file.get_slice(name)
+        first, last = max(reached, piece.first_row), min(wanted.stop, piece.first_row + held.get_shape()[0])
+        if first == reached and first < last:
+            found.append(held[first - piece.first_row : last - piece.first_row])
+            reached = last
+    if reached < wanted.stop:
+        raise CheckpointError(f"{name}: its rows from {reached:,} on are in no file, of {shape[0]:,}")
+    return torch.cat(found) if found else pieces[0].file.get_slice(name)[0:0]
+
+
+def _verify(path: Path, run_id: str, hashed: bool) -> dict[str, object]:
     """The manifest of a checkpoint whose every byte is as it was written. Raises `CheckpointError` otherwise."""
     if not path.is_dir():
         raise CheckpointError("is no folder" + (", but a link to none" if path.is_symlink() else ""))
@@ -293,7 +461,7 @@ def _verify(path: Path, run_id: str) -> dict[str, object]:
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
-        if _sha256(path / name) != expected["sha256"]:
+        if hashed and _sha256(path / name) != expected["sha256"]:
             raise CheckpointError(f"{name} does not match its SHA-256; its content was damaged")
     return manifest
 
@@ -309,8 +477,8 @@ def _read_manifest(path: Path) -> dict[str, object]:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{_MANIFEST} cannot be read: {error}") from None
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    if found != FORMAT:
-        raise CheckpointError(f"format {found!r}, expected {FORMAT!r}")
+    if found not in FORMATS:
+        raise CheckpointError(f"format {found!r}, expected {' or '.join(map(repr, FORMATS))}")
     if raw != _manifest_bytes(content):
         raise CheckpointError(f"{_MANIFEST} does not match its SHA-256; its content was damaged")
     return content

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import final
+
+from torch import Tensor
 
 from atesd.card import write_model_card
 from atesd.errors import TrainingError
@@ -80,7 +82,8 @@ class Record:
 
     def finish(self) -> None:
         """Write what is still open, the trained model and its card."""
-        self._ranks.broadcast(self._finish)
+        tensors = self._components.weights.saved()
+        self._ranks.broadcast(partial(self._finish, tensors))
 
     def _evaluated(self, updates_done: int) -> list[str]:
         """The splits that were evaluated after so many updates."""
@@ -117,7 +120,7 @@ class Record:
             record["problems"] = [problem.id for problem in self._components.sampler.batch(taken.update)[0]]
         return str(self._run.dump_skipped(taken.update, record))
 
-    def _finish(self) -> None:
+    def _finish(self, tensors: Mapping[str, Tensor] | None) -> None:
         exposure, config = self._components.exposure, self._components.config
         for reason, count in exposure.dropped.items():
             self._listener.message(f"{count} exposure decisions were dropped without a reward: {reason}")
@@ -125,5 +128,5 @@ class Record:
             for decision in exposure.pending():
                 self._append("decisions", decision_row(decision, config.train.num_updates, "pending"))
         with refusals_told(self._run.final, "written"):
-            save_model(self._components.loaded, self._run.final)
+            save_model(self._components.loaded, self._run.final, tensors)
             write_model_card(self._run.final, config, self._run)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, final
 
 import torch
@@ -173,8 +174,8 @@ class Method(Protocol):
         """Where the seconds of each phase are booked."""
         ...
 
-    def targets(self, examples: Sequence[Example]) -> Targets:
-        """What the teacher makes of a micro-batch."""
+    def targets(self, examples: Sequence[Example], free: bool) -> Targets:
+        """What the teacher makes of a micro-batch; `free`: the number of passes may differ between the ranks."""
         ...
 
     def loss(
@@ -206,9 +207,10 @@ class Distillation:
     selector: Selector = field(default_factory=EveryToken)
     chunk_tokens: int | None = None
 
-    def targets(self, examples: Sequence[Example]) -> Targets:
+    def targets(self, examples: Sequence[Example], free: bool) -> Targets:
         """The teacher's pass. Contexts that a completion, its candidates and its answer share are computed once."""
-        with self.watch.phase("teacher"), self.teacher.weights():
+        whole = self.scorer.whole() if free else nullcontext()
+        with self.watch.phase("teacher"), self.teacher.weights(), whole:
             head = self.scorer.head()
             contexts = len(examples[0].teacher_pairs)
             answers = [[(e.teacher_context, e.answer)] if e.answer else [] for e in examples]
@@ -236,7 +238,7 @@ class Distillation:
         """The divergence of the selected tokens, plus the advantage times -log q where examples have one."""
         weights = weights.float()
         with self.watch.phase("control"), torch.no_grad():
-            own = Scored(student.hidden.detach(), self.scorer.head(), student.tail)
+            own = Scored(student.hidden.detach(), student.head.detached(), student.tail)
             chosen = self.selector.select(examples, own, targets.teachers, tokens)
         kept, meters = weights, chosen.meters
         if chosen.factors is not None:
@@ -267,7 +269,7 @@ class Likelihood:
     temperature: float = 1.0
     chunk_tokens: int | None = None
 
-    def targets(self, examples: Sequence[Example]) -> Targets:
+    def targets(self, examples: Sequence[Example], free: bool) -> Targets:  # noqa: ARG002
         """There is no teacher."""
         return Targets([], [[] for _ in examples])
 
@@ -295,12 +297,34 @@ _Part = tuple[float, dict[str, list[list[float]]]]
 """One rank's part of the loss, and each meter per row and token."""
 
 
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    """Examples that go through the model together, their places on this rank, and the weights of their tokens.
+
+    Without places it is idle: nothing comes of it, and its rank only takes part in the passes of the others.
+    """
+
+    places: Sequence[int]
+    examples: Sequence[Example]
+    weights: Sequence[float]
+
+
 def accumulate(method: Method, examples: Sequence[Example], plan: BatchPlan) -> StepMeters:
     """Accumulate the gradient of a method's loss on an update's examples; the meters are those of all ranks."""
     weights = plan.weights(examples)
     ranks = method.scorer.ranks
-    with ranks.gathering(Gathered[_Part]()) as gathered:
-        gathered.own = _backpropagate(method, ranks.shard(examples), ranks.shard(weights), plan)
+    own, own_weights = ranks.shard(examples), ranks.shard(weights)
+    batches = [
+        _MicroBatch(places, [own[place] for place in places], [own_weights[place] for place in places])
+        for places in plan.micro_batches(own)
+    ]
+    in_step = method.scorer.in_step
+    if in_step:
+        most = max(len(plan.micro_batches(examples[rank :: ranks.size])) for rank in range(ranks.size))
+        batches += [_MicroBatch((), [_least(examples[0])], [0.0])] * (most - len(batches))
+    free = any(example.answer or example.candidates for example in examples)
+    with ranks.gathering(Gathered[_Part](), in_step=in_step) as gathered:
+        gathered.own = _backpropagate(method, batches, len(own), free)
     losses, shards = zip(*gathered.all, strict=True)
     tokens = {name: interleave([shard.get(name, []) for shard in shards]) for name in shards[0]}
     answers = tokens.pop(_ANSWER, [])
@@ -315,31 +339,46 @@ def per_token(values: Sequence[float], examples: Sequence[Example], device: torc
     return torch.tensor(repeated, dtype=torch.float64, device=device)
 
 
-def _backpropagate(method: Method, examples: Sequence[Example], weights: Sequence[float], plan: BatchPlan) -> _Part:
-    """Accumulate the gradient of these examples. Returns their part of the loss, and each meter per row and token.
+def _least(example: Example) -> Example:
+    """The shortest example of the same kind: one token each of contexts and completion."""
+    return replace(
+        example,
+        context=example.context[:1],
+        completion=example.completion[:1],
+        teacher_context=example.teacher_context[:1],
+        candidates=tuple(replace(candidate, context=candidate.context[:1]) for candidate in example.candidates),
+        answer=(),
+    )
 
-    Among the meters are the log-probabilities of the answers, whose tokens are not those of the completions.
+
+def _backpropagate(method: Method, batches: Sequence[_MicroBatch], count: int, free: bool) -> _Part:
+    """Accumulate the gradient of the `count` examples in the batches.
+
+    Returns their part of the loss, and each meter per row and token. Among the meters are the log-probabilities of the
+    answers, whose tokens are not those of the completions.
     """
     scorer, watch = method.scorer, method.watch
     total = torch.zeros((), dtype=torch.float64, device=scorer.device)
     by_place: dict[str, dict[int, list[float]]] = {}
-    for places in plan.micro_batches(examples):
-        batch = [examples[place] for place in places]
-        tokens = completion_tokens([example.student_pair for example in batch], scorer.device)
-        targets = method.targets(batch)
+    for batch in batches:
+        pairs = [example.student_pair for example in batch.examples]
+        tokens = completion_tokens(pairs, scorer.device)
+        targets = method.targets(batch.examples, free)
         with watch.phase("student"):
-            student = scorer.scored([example.student_pair for example in batch])
+            student = scorer.scored(pairs)
         with watch.phase("loss_backward"):
-            weight = per_token([weights[place] for place in places], batch, scorer.device)
-            loss, meters = method.loss(batch, student, tokens, weight, targets)
+            weight = per_token(batch.weights, batch.examples, scorer.device)
+            loss, meters = method.loss(batch.examples, student, tokens, weight, targets)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+        if not batch.places:
+            continue
+        total += loss.detach()
         for name, values in meters.items():
-            split = torch.split(values.float(), [len(example.completion) for example in batch])
-            by_place.setdefault(name, {}).update(zip(places, [row.tolist() for row in split], strict=True))
-        by_place.setdefault(_ANSWER, {}).update(zip(places, targets.answers, strict=True))
-    return float(total), {name: [rows[i] for i in range(len(examples))] for name, rows in by_place.items()}
+            split = torch.split(values.float(), [len(example.completion) for example in batch.examples])
+            by_place.setdefault(name, {}).update(zip(batch.places, [row.tolist() for row in split], strict=True))
+        by_place.setdefault(_ANSWER, {}).update(zip(batch.places, targets.answers, strict=True))
+    return float(total), {name: [rows[i] for i in range(count)] for name, rows in by_place.items()}
 
 
 def _weighted_sum(rows: list[list[float]], weights: Sequence[float]) -> float:
