@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import cast
 
 from atesd.build import build, close
 from atesd.cli.options import say
@@ -27,10 +26,9 @@ from atesd.rows import BenchmarkRow, EvaluationRow
 from atesd.runs import RunFolder
 from atesd.table import Table
 from atesd.text import MISSING, number, percent, percent_interval
-from atesd.train.checkpoint import load_checkpoint
 from atesd.train.components import Components
 from atesd.train.fitting import problems_that_fit
-from atesd.train.snapshots import RunState
+from atesd.train.snapshots import load_student
 
 PINNED = {"pinned": "as pinned", "expected": "as expected", "no": "not pinned yet"}
 
@@ -134,8 +132,7 @@ def _evaluate(subject: _Subject, contents: Sequence[Content], ranks: Ranks) -> l
     components = build(configs[0], contents[0].problems, ranks=ranks)
     try:
         if subject.checkpoint is not None and subject.run is not None:
-            state = load_checkpoint(subject.checkpoint, subject.run.run_id).state
-            components.weights.load(cast("RunState", state)["student"])
+            load_student(subject.checkpoint, subject.run.run_id, components.weights)
             components.engine.publish(subject.update)
         fitting = [
             problems_that_fit(content.problems, config, components.encoder, components.renderer)

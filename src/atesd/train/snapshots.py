@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypedDict, cast, final
 
 from torch import Tensor
@@ -118,9 +119,19 @@ class Snapshots:
         return self._run.rows_written()
 
     def _rows(self, path: str, count: int) -> slice:
-        """What this rank reads of a tensor in a checkpoint: its rows of what belongs to a trained parameter."""
-        trained = path.startswith(("/student/", "/teacher/", "/optimiser/"))
-        return self._components.weights.rows(count) if trained else slice(0, count)
+        return _rows_of(self._components.weights, path, count)
+
+
+def load_student(path: Path, run_id: str, weights: Weights) -> None:
+    """Give the model the student's weights of a checkpoint. Raises `CheckpointError` as `load_checkpoint` does."""
+    state = load_checkpoint(path, run_id, partial(_rows_of, weights)).state
+    weights.load(cast("Mapping[str, Tensor]", cast("RunState", state)["student"]))
+
+
+def _rows_of(weights: Weights, path: str, count: int) -> slice:
+    """What this rank reads of a tensor in a checkpoint: its rows of what belongs to a trained parameter."""
+    trained = path.startswith(("/student/", "/teacher/", "/optimiser/"))
+    return weights.rows(count) if trained else slice(0, count)
 
 
 def _parted(value: object, weights: Weights) -> object:
