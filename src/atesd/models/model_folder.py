@@ -188,8 +188,8 @@ def weight_shapes(folder: Path, pattern: str = "*.safetensors") -> Shapes:
 def weight_files(folder: Path) -> dict[str, Path]:
     """The file that holds each weight, of those that transformers reads; none where it is not said plainly."""
     if (folder / WEIGHTS_INDEX).is_file():
-        places = read_object(folder / WEIGHTS_INDEX).get("weight_map") or {}
-        return {str(name): folder / str(file) for name, file in places.items()}
+        places = read_object(folder / WEIGHTS_INDEX).get("weight_map")
+        return {name: folder / str(file) for name, file in places.items()} if isinstance(places, dict) else {}
     return {name: folder / WEIGHTS for name, _ in _header(folder / WEIGHTS)} if (folder / WEIGHTS).is_file() else {}
 
 

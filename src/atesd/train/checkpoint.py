@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -434,7 +435,7 @@ def _joined(name: str, pieces: Sequence[_Piece], rows: Rows) -> Tensor:
     shape = pieces[0].shape
     wanted = rows(name, shape[0])
     reached, found = wanted.start, []
-    for piece in sorted(pieces, key=lambda piece: piece.first_row):
+    for piece in sorted(pieces, key=attrgetter("first_row")):
         held = piece.file.get_slice(name)
         first, last = max(reached, piece.first_row), min(wanted.stop, piece.first_row + held.get_shape()[0])
         if first == reached and first < last:
