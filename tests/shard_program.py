@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -234,18 +234,35 @@ def facts(ranks: Ranks, folder: Path) -> dict[str, Any]:
         found[name] = {
             "rollouts": rollouts_of(loaded, weights),
             "builtin": unsupported(loaded.model) is None,
-            "bytes": ranks.gather(partial(held_bytes, weights)),
         }
-        saved = weights.saved()
+        saved = weights.saved()  # of the weights before the update of `held_bytes`
+        own_bytes = held_bytes(loaded, weights)
+        found[name]["bytes"] = ranks.gather(partial(list, own_bytes))
         if ranks.first:
             save_file(seen, folder / f"{name} states.safetensors")
             save_model(loaded, folder / f"{name} saved", saved)
     return found
 
 
-def held_bytes(weights: Weights) -> int:
-    """What this rank holds of the trained tensors."""
-    return sum(part.tensor.numel() * part.tensor.element_size() for part in weights.parts().values())
+def held_bytes(loaded: LoadedModel, weights: Weights) -> list[int]:
+    """After an update with an EMA teacher: bytes of this rank's weights, moments and teacher."""
+    scorer = Scorer(loaded, weights)
+    method, teacher = method_of(Case("tied", "ema"), scorer, weights)
+    optimiser = Optimiser(weights.trained, TRAIN)
+    accumulate(method, examples_of(0, 3), BatchPlan("sequence", 2))
+    gradients = [weights.part(p.grad).tensor for p in weights.trained.values() if p.grad is not None]
+    grown = bytes_of(gradients)
+    weights.add_up_gradients()
+    optimiser.step(0, 0.0)
+    state: Any = optimiser.state_dict()
+    moments = [weights.part(of[key]).tensor for of in state["state"].values() for key in ("exp_avg", "exp_avg_sq")]
+    values: Any = teacher.state_dict()["values"]
+    student = [part.tensor for part in weights.parts().values()]
+    return [bytes_of(student), grown, bytes_of(moments), bytes_of(values.values())]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def of_nodes(ranks: Ranks, folder: Path) -> dict[str, Any]:

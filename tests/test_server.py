@@ -531,11 +531,19 @@ def test_a_run_whose_server_dies_goes_on_with_another_of_old_weights_and_ends_th
     assert whole_without_drift(run) == {**plain, "has_drift": [True] * 4}
 
 
-def test_two_ranks_share_a_server_and_are_the_run_of_one_process(tmp_path):
-    server = served(load_model(quick(*RUN).model, 0))
-    config = through(
-        server, "train.num_updates=2", "train.batch_size=5", f"sampling.server.folder={tmp_path / 'shared'}"
-    )
+WAYS = {
+    "an adapter": ((), "/v1/load_lora_adapter"),
+    "an adapter of a divided model": (("model.sharding=full",), "/v1/load_lora_adapter"),
+    "divided weights": (("model.sharding=full", "model.lora=null"), "/collective_rpc"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_share_a_server_and_are_the_run_of_one_process(way, tmp_path):
+    settings, publishes = WAYS[way]
+    server = served(load_model(quick(*RUN, *settings).model, 0))
+    folder = f"sampling.server.folder={tmp_path / 'shared'}"
+    config = through(server, "train.num_updates=2", "train.batch_size=5", folder, *settings)
     alone = finished(config, tmp_path / "alone")
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(dump_config(config))
@@ -544,7 +552,7 @@ def test_two_ranks_share_a_server_and_are_the_run_of_one_process(tmp_path):
     together = RunFolder.open(out)
     assert_same_run(together, alone)
     assert all(row["rollout_drift"] < 1e-4 for row in together.rows("metrics"))
-    published = [path for path, _ in server.requests[before:] if path == "/v1/load_lora_adapter"]
+    published = [path for path, _ in server.requests[before:] if path == publishes]
     assert len(published) == 3  # what it began with, and once after each update, by one rank
     assert list(server.models) == ["base"]
 

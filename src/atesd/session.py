@@ -226,7 +226,8 @@ def _notes(components: Components) -> Iterator[str]:
     if config.model.dtype == "bfloat16" and config.model.lora is None:
         yield (
             "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "
-            "1/256) is lost, most of an update at usual learning rates; set model.lora, or model.dtype: float32"
+            "1/256) is lost, most of an update at usual learning rates; set model.lora, or model.dtype: float32, with "
+            "model.sharding: full and model.compute_dtype: bfloat16 where the passes are to stay in bfloat16"
         )
     if not components.scorer.has_separable_head:
         yield (

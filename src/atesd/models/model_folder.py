@@ -189,7 +189,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """The file that holds each weight, of those that transformers reads; none where it is not said plainly."""
     if (folder / WEIGHTS_INDEX).is_file():
         places = read_object(folder / WEIGHTS_INDEX).get("weight_map")
-        return {str(n): folder / str(file) for n, file in places.items()} if isinstance(places, Mapping) else {}
+        return {name: folder / str(file) for name, file in places.items()} if isinstance(places, dict) else {}
     return {name: folder / WEIGHTS for name, _ in _header(folder / WEIGHTS)} if (folder / WEIGHTS).is_file() else {}
 
 
