@@ -293,13 +293,16 @@ class RunFolder:
             )
         return list(changes.values())
 
-    def check_data(self, fingerprint: str) -> None:
-        """Raise `RunError` if the problems are not those that the run began with."""
+    def check_data(self, fingerprint: str, files: Mapping[str, str] | None = None) -> None:
+        """Raise `RunError` if the problems are not those that the run began with; `files`: their SHA-256 by name."""
         recorded = self.manifest["data_fingerprint"]
         if fingerprint != recorded:
+            before = self.manifest.get("data_files") or {}
+            other = [name for name, sha256 in (files or {}).items() if before.get(name, sha256) != sha256]
             raise RunError(
                 f"{self.path}: the problems have changed: fingerprint {fingerprint}, recorded {recorded}; "
-                "restore the data, or start a new run with another --out"
+                + (f"changed is {', '.join(other)}; " if other else "")
+                + "restore the data, or start a new run with another --out"
             )
 
     def begin_session(

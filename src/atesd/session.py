@@ -110,7 +110,7 @@ def _run_id(components: Components, out: Path, known: bool, command: Sequence[st
     """The id of the run in `out`, begun there unless it is known."""
     if known:
         run = RunFolder.open(out)
-        run.check_data(components.problems.fingerprint)
+        run.check_data(components.problems.fingerprint, components.problems.files)
         return run.run_id
     manifest = new_manifest(
         components.config,
@@ -119,7 +119,12 @@ def _run_id(components: Components, out: Path, known: bool, command: Sequence[st
         threads=torch.get_num_threads(),
         ranks=components.loaded.ranks.size,
     )
-    rows = {"skipped_rows": list(components.problems.skipped), "data_notes": list(components.problems.notes)}
+    problems = components.problems
+    rows = {
+        "data_files": dict(problems.files),
+        "skipped_rows": list(problems.skipped),
+        "data_notes": list(problems.notes),
+    }
     return RunFolder.create(out, components.config, {**manifest, **rows}).run_id
 
 

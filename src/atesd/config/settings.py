@@ -37,6 +37,10 @@ _TEXT = ActsWhen(
     lambda c: c.data.source != "world", "a data.source other than world, whose language has words of its own"
 )
 _READS = ActsWhen(lambda c: c.data.source not in ("world", *GENERATED), "a data.source that is a file or data set")
+_LOOKS_AT_ROWS = ActsWhen(
+    lambda c: c.data.test_source is not None or _READS.holds(c),
+    "a data.source that is a file or data set, or with data.test_source",
+)
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
 
@@ -122,12 +126,27 @@ class SharesConfig(Component):
         return self
 
 
+def _one_or_several(value: Any) -> Any:
+    """A source, or several as a tuple; a list of one is that one."""
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not several or not all(isinstance(source, str) and source.strip() for source in several):
+        raise ValueError(f"source: {value!r} is not allowed; expected a file or data set, or a list of them")
+    if len(several) == 1:
+        return several[0]
+    if made := [source for source in several if source in PROCEDURAL]:
+        raise ValueError(f"source: {made[0]} makes its own problems and stands alone; leave the others out")
+    if twice := [source for source in several if several.count(source) > 1]:
+        raise ValueError(f"source: {twice[0]} stands twice in the list; keep one")
+    return tuple(several)
+
+
 class DataConfig(Component):
     """Where problems come from and how their references are cut."""
 
-    source: str = Field(
+    source: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
         "world",
-        description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads",
+        description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads; "
+        "or a list of such files and data sets, read as one",
     )
     preset: Annotated[
         Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "gsm8k", "math", "openr1"] | None, _READS
@@ -153,6 +172,12 @@ class DataConfig(Component):
         "refuse",
         description="shrink: a split with fewer problems than its size takes all it has, which is said; the default "
         "of a file or data set where no size is given",
+    )
+    system_message: Annotated[Literal["refuse", "keep", "drop"], _LOOKS_AT_ROWS] = Field(
+        "refuse", description="of a row's chat; keep: in front of the problem, in the user's message; drop: said"
+    )
+    earlier_turns: Annotated[Literal["refuse", "drop"], _LOOKS_AT_ROWS] = Field(
+        "refuse", description="of a row's chat, before its last problem; drop: not read, which is said"
     )
     segmenter: Annotated[Literal["auto", "paragraph", "line", "sentence", "step", "token"], _TEXT] = Field(
         "auto", description="auto (ours): blank lines, else lines, else sentences"
@@ -197,9 +222,19 @@ class DataConfig(Component):
         return self.leap_share > 0 or bool(self.leap_probability)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source, in order."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def source_name(self) -> str:
+        """All sources in one line."""
+        return ", ".join(self.sources)
+
+    @property
     def has_splits(self) -> bool:
         """Whether something is read that has named splits: a `datasets` id or folder."""
-        read = [self.test_source, *([] if self.source in ("world", *GENERATED) else [self.source])]
+        read = [self.test_source, *([] if self.source in PROCEDURAL else self.sources)]
         return any(name is not None and not name.endswith(_FILES) for name in read)
 
     @model_validator(mode="before")

@@ -19,7 +19,7 @@ from atesd.config import ColumnsConfig
 from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_answer, without_mark
 from atesd.data.equivalence import plainly_equal
 from atesd.data.golds import unreadable
-from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, row_place, shown
+from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, cell, only_part, row_place, shown
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _FARTHEST = 2**53  # from here on a floating-point number may stand for a neighbour of the one that was written
@@ -45,7 +45,7 @@ class Entry:
 class Reading:
     """What a source gave: usable entries, bad rows, a line on each row that is left out on purpose, and notes.
 
-    `place` is what messages call a row by its number.
+    `place` is what messages call a row by its number; `part` says from which of several sources it is.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Reading:
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     place: Callable[[int], str] = row_place
+    part: Callable[[int], int] = only_part
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
 
 def _value(values: Mapping[str, Any], column: str) -> Any:
     """The value in a column; of a list with one element that element, and None of an empty list."""
-    value = values.get(column)
+    value = cell(values, column)
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
             raise _BadValueError(f"column '{column}' holds a list of {len(value)}, not one value: {shown(value)}")
