@@ -67,12 +67,12 @@ def test_a_preset_holds_for_every_file(tmp_path):
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ([], "source: [] is not allowed; expected a file or data set, or a list of them"),
-        (["a.jsonl", 3], "source: ['a.jsonl', 3] is not allowed"),
-        (["a.jsonl", ""], "source: ['a.jsonl', ''] is not allowed"),
-        (["a.jsonl", "world"], "source: world makes its own problems and stands alone"),
-        (["a.jsonl", "b.jsonl", "a.jsonl"], "source: a.jsonl stands twice in the list; keep one"),
-        (None, "source: None is not allowed"),
+        ([], "data.source: [] is not allowed; expected a file or data set, or a list of them"),
+        (["a.jsonl", 3], "data.source: ['a.jsonl', 3] is not allowed"),
+        (["a.jsonl", ""], "data.source: ['a.jsonl', ''] is not allowed"),
+        (["a.jsonl", "world"], "data.source: world makes its own problems and stands alone"),
+        (["a.jsonl", "b.jsonl", "a.jsonl"], "data.source: a.jsonl stands twice in the list; keep one"),
+        (None, "data.source: None is not allowed"),
     ],
 )
 def test_a_list_that_is_none_of_sources_is_refused(source, reason):

@@ -25,7 +25,7 @@ from atesd.models.prompts import control_line, spelling_control_tokens
 from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
-from atesd.runs import EndStatus, RunFolder, new_manifest
+from atesd.runs import EndStatus, RunFolder, new_manifest, recorded_factories
 from atesd.train.checkpoint import load_newest
 from atesd.train.components import Components
 from atesd.train.listeners import Listener, Listeners, RunInfo
@@ -101,9 +101,9 @@ def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bo
     return known
 
 
-def _identity(components: Components) -> tuple[str, str]:
+def _identity(components: Components) -> tuple[str, str, object]:
     """What all ranks must have read alike."""
-    return dump_config(components.config), components.problems.fingerprint
+    return dump_config(components.config), components.problems.fingerprint, recorded_factories(components.config)
 
 
 def _run_id(components: Components, out: Path, known: bool, command: Sequence[str]) -> str:

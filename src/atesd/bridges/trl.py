@@ -25,6 +25,7 @@ from atesd.bridges.settings import Settings, bridge_config, updates_per_batch
 from atesd.bridges.trl_sdpo import Rollouts
 from atesd.config import Config
 from atesd.control.interface import Measurement
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import ConfigError
 from atesd.records import Problem
 
@@ -171,7 +172,7 @@ class Demonstrations:
         return self._plain.build(prompts, visible, completion_ids, completion_mask)
 
     def _problems(self, prompts: list[Any], contexts: list[Any]) -> list[Problem]:
-        segmenter = self._exposed.config.data.segmenter
+        segmenter = segmenter_of(self._exposed.config.data)
         return [problem_in(prompt, context, segmenter) for prompt, context in zip(prompts, contexts, strict=True)]
 
 

@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, Strict, create_model, model_validator
 
-from atesd.component import ActsWhen, Component, Fraction, chosen, tagged
+from atesd.component import ActsWhen, Component, Fraction, OwnSettings, chosen, tagged, word_or_named
 from atesd.control.aligned import AlignedSettings
 from atesd.control.credit import CreditConfig
 from atesd.control.kinds import exposure_kinds
 from atesd.control.learned import LearnedSettings, PolicyConfig
 from atesd.control.settings import BoundedSettings, ExposureSettings, Granularity, GranularSettings
+from atesd.importing import is_named
 from atesd.maths.divergences import DIVERGENCES, Divergence
 
 GENERATED = ("gsm_symbolic", "arithmetic")
@@ -41,6 +42,7 @@ _LOOKS_AT_ROWS = ActsWhen(
     lambda c: c.data.test_source is not None or _READS.holds(c),
     "a data.source that is a file or data set, or with data.test_source",
 )
+_OWN_CHECKER = ActsWhen(lambda c: is_named(c.data.checker), "data.checker: module:function")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
 
@@ -130,13 +132,13 @@ def _one_or_several(value: Any) -> Any:
     """A source, or several as a tuple; a list of one is that one."""
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     if not several or not all(isinstance(source, str) and source.strip() for source in several):
-        raise ValueError(f"source: {value!r} is not allowed; expected a file or data set, or a list of them")
+        raise ValueError(f"{value!r} is not allowed; expected a file or data set, or a list of them")
     if len(several) == 1:
         return several[0]
     if made := [source for source in several if source in PROCEDURAL]:
-        raise ValueError(f"source: {made[0]} makes its own problems and stands alone; leave the others out")
+        raise ValueError(f"{made[0]} makes its own problems and stands alone; leave the others out")
     if twice := [source for source in several if several.count(source) > 1]:
-        raise ValueError(f"source: {twice[0]} stands twice in the list; keep one")
+        raise ValueError(f"{twice[0]} stands twice in the list; keep one")
     return tuple(several)
 
 
@@ -179,15 +181,26 @@ class DataConfig(Component):
     earlier_turns: Annotated[Literal["refuse", "drop"], _LOOKS_AT_ROWS] = Field(
         "refuse", description="of a row's chat, before its last problem; drop: not read, which is said"
     )
-    segmenter: Annotated[Literal["auto", "paragraph", "line", "sentence", "step", "token"], _TEXT] = Field(
-        "auto", description="auto (ours): blank lines, else lines, else sentences"
+    segmenter: Annotated[str, word_or_named("auto", "paragraph", "line", "sentence", "step", "token"), _TEXT] = Field(
+        "auto", description="auto (ours): blank lines, else lines, else sentences; or yours, module:function (docs)"
     )
-    checker: Literal["auto", "exact", "math", "none"] = Field(
-        "auto", description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified"
+    segmenter_settings: Annotated[
+        OwnSettings, _TEXT, ActsWhen(lambda c: is_named(c.data.segmenter), "data.segmenter: module:function")
+    ] = Field(default_factory=dict, description="whatever the maker of your segmenter reads; kept with the run")
+    checker: Annotated[str, word_or_named("auto", "exact", "math", "none")] = Field(
+        "auto",
+        description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified; or yours, "
+        "module:function (docs)",
     )
-    checker_workers: Annotated[int, ActsWhen(lambda c: c.checker == "math", "data.checker: math")] = Field(
-        2, ge=1, le=64, description="processes of the checker math"
+    checker_settings: Annotated[OwnSettings, _OWN_CHECKER] = Field(
+        default_factory=dict, description="whatever the maker of your checker reads; kept with the run"
     )
+    checker_seconds: Annotated[float, _OWN_CHECKER] = Field(
+        10.0, gt=0, description="processor time of one answer in your checker; beyond it the verdict is timeout; ours"
+    )
+    checker_workers: Annotated[
+        int, ActsWhen(lambda c: c.checker not in ("exact", "none"), "data.checker: math or module:function")
+    ] = Field(2, ge=1, le=64, description="processes of the checker")
     leap_share: Annotated[
         Fraction, _WORLD, ActsWhen(lambda c: c.data.leap_probability is None, "data.leap_probability: null")
     ] = Field(0.0, description="share q of problems whose reference leaps")
@@ -745,8 +758,19 @@ class Config(Component):
         return self.evaluation.completion_tokens or self.sampling.completion_tokens
 
     @property
-    def checker(self) -> Literal["exact", "math", "none"]:
-        """The answer checker in force."""
+    def factories(self) -> dict[str, str]:
+        """What of this run functions of the user's decide: the name of each by the setting that names it."""
+        named = {
+            "exposure.factory": getattr(self.exposure, "factory", "") if self.distils else "",
+            "credit.reward": self.credit.reward if self.decides else "",
+            "data.segmenter": self.data.segmenter if self.data.source != "world" else "",
+            "data.checker": self.data.checker,
+        }
+        return {setting: name for setting, name in named.items() if is_named(name)}
+
+    @property
+    def checker(self) -> str:
+        """The answer checker in force: exact, math, none, or the user's."""
         if self.data.checker == "auto":
             return "exact" if self.data.source == "world" else "math"
         return self.data.checker

@@ -20,6 +20,7 @@ from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_ans
 from atesd.data.equivalence import plainly_equal
 from atesd.data.golds import unreadable
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, cell, only_part, row_place, shown
+from atesd.importing import is_named
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _FARTHEST = 2**53  # from here on a floating-point number may stand for a neighbour of the one that was written
@@ -82,17 +83,19 @@ def checked(
 ) -> Reading:
     """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only.
 
+    A checker of the user's is not asked here: any text is an answer, and no solution is compared with it.
     `solutions` False: the answers alone count, whatever the solutions come to.
     """
     entries: list[Entry] = []
     bad: list[BadRow] = []
     seen: dict[str, int] = {}
+    own = is_named(checker)
     for row in rows:
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         try:
-            entry = _entry(row, columns)
+            entry = _entry(row, columns, own)
         except _BadValueError as error:
             bad.append(BadRow(row.number, str(error)))
             continue
@@ -102,7 +105,7 @@ def checked(
         else:
             same = "the same problem as" if columns.id is None else f"its id '{shown(entry.id)}' is that of"
             bad.append(BadRow(row.number, f"{same} {place(first)}"))
-    contradicted = _contradicted(entries, checker) if solutions else {}
+    contradicted = _contradicted(entries, checker) if solutions and not own else {}
     bad += [
         BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
@@ -111,7 +114,8 @@ def checked(
     return Reading(name, usable, tuple(bad), place=place)
 
 
-def _entry(row: Row, columns: ColumnsConfig) -> Entry:
+def _entry(row: Row, columns: ColumnsConfig, own: bool) -> Entry:
+    """`own`: the user's checker decides what an answer is."""
     values = row.values
     text = _text(values, columns.problem)
     if not text.strip():
@@ -127,7 +131,7 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
         raise _BadValueError(f"{NO_ANSWER}: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise _BadValueError(f"the answer '{shown(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
-    if (fault := unreadable(answer)) is not None:
+    if not own and (fault := unreadable(answer)) is not None:
         raise _BadValueError(f"the answer '{shown(' '.join(answer.split()))}' {fault}")
     return Entry(
         row.number,

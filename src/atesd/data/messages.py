@@ -140,6 +140,14 @@ def _solution(turns: Sequence[Turn], column: str) -> str:  # noqa: ARG001
     return turns[0][1]
 
 
+def turns_of(value: Any) -> list[Turn]:
+    """(role, text) of each message of a chat; empty for what is none."""
+    try:
+        return _turns(value) if _is_chat(value) else []
+    except _NoChatError:
+        return []
+
+
 def _is_chat(value: Any) -> bool:
     """Whether a value is meant as a chat, or as a message."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value

@@ -23,9 +23,10 @@ from atesd.data.entries import Entry, Reading, checked, text_hash
 from atesd.data.gsm import COLUMNS as GSM_COLUMNS
 from atesd.data.gsm import gsm_rows
 from atesd.data.messages import MESSAGE_COLUMNS, Chats
+from atesd.data.own_segmenter import segmenter_of
 from atesd.data.presets import PRESETS
 from atesd.data.rows import BadRow, Row, Table, read_columns, require_columns
-from atesd.data.segments import split_reference
+from atesd.data.segments import Segmenter, split_reference
 from atesd.data.sizes import require_enough, said, shortages, sizes_of
 from atesd.data.splits import ProblemSets, Shares, fingerprint, shares_of, split_of
 from atesd.data.tables import open_table
@@ -49,7 +50,7 @@ def load_problems(config: DataConfig) -> ProblemSets:
     require_consistent(config)
     test = None if config.test_source is None else _read_test(config.test_source, config)
     generated = config.source in GENERATED
-    main = _generate(config) if generated else _with_references(_read_main(config), config)
+    main = _generate(config) if generated else _with_references(read_table(table_of(config), config), config)
     main = _without_overlap(main, test)
     if not generated:
         _refuse_bad_rows(main, config)
@@ -57,8 +58,10 @@ def load_problems(config: DataConfig) -> ProblemSets:
     chosen = _chosen(candidates, sizes_of(config), shares_of(config.shares), test)
     short = shortages({split: len(some) for split, some in chosen.items()}, config)
     require_enough(short, config, main.name, len(main.entries))
+    cut, of_test = segmenter_of(config), {id(entry) for entry in test.entries} if test else set()
     train, validation, probe, held_out = (
-        tuple(_problem(entry, config.segmenter) for entry in chosen[split]) for split in _SPLITS
+        tuple(_problem(entry, cut, test if test and id(entry) in of_test else main) for entry in chosen[split])
+        for split in _SPLITS
     )
     skipped = main.skipped + (test.skipped if test else ())
     seal = fingerprint(train, validation, probe, held_out)
@@ -79,7 +82,7 @@ def load_benchmark(config: DataConfig) -> ProblemSets:
             f"; of {len(reading.faults)} rows none can be used, the first is {reading.faults[0]}" if reading.bad else ""
         )
         raise DataError(f"{reading.name}: no usable problem in it{faults}")
-    problems = tuple(_problem(entry, config.segmenter) for entry in reading.entries)
+    problems = tuple(_problem(entry, segmenter_of(config), reading) for entry in reading.entries)
     seal = fingerprint((), (), (), problems)
     return ProblemSets((), (), (), problems, reading.skipped, seal, reading.notes, _hashes(config))
 
@@ -104,9 +107,8 @@ def require_consistent(config: DataConfig) -> None:
         )
 
 
-def _read_main(config: DataConfig) -> Reading:
-    """Read `data.source` by its preset or its column map; several sources as one table, each with all columns."""
-    table = _table(config)
+def read_table(table: Table, config: DataConfig) -> Reading:
+    """The rows of a table by `data.preset` or the column map."""
     if config.preset is None:
         return _read_mapped(table, config.columns, config)
     preset = PRESETS[config.preset]
@@ -125,8 +127,8 @@ def _read_main(config: DataConfig) -> Reading:
     return replace(reading, left_out=(line,) if filtered else (), part=table.part)
 
 
-def _table(config: DataConfig) -> Table:
-    """The table of `data.source`. Of several, each must have the columns that are read."""
+def table_of(config: DataConfig) -> Table:
+    """The table of `data.source`; several sources as one, each of which must have the columns that are read."""
     tables = [open_table(source, config.split_name) for source in config.sources]
     if len(tables) == 1:
         return tables[0]
@@ -271,8 +273,11 @@ def _chosen(
     return {split: list(islice(members[split], sizes[split])) for split in _SPLITS}
 
 
-def _problem(entry: Entry, segmenter: str) -> Problem:
-    segments, closing = split_reference(entry.solution, entry.answer, segmenter)
+def _problem(entry: Entry, segmenter: Segmenter, reading: Reading) -> Problem:
+    try:
+        segments, closing = split_reference(entry.solution, entry.answer, segmenter)
+    except DataError as error:  # of a segmenter of the user's
+        raise DataError(f"{reading.name}: {reading.place(entry.row)}: {error}") from error
     return Problem(entry.id, entry.text, segments, closing, entry.answer, entry.difficulty)
 
 
