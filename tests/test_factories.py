@@ -1,6 +1,7 @@
 """Functions of the user's: found, asked in every entry, recorded, and named with what they did wrong."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from atesd.build import build, close
 from atesd.cli.plan import plan_lines
+from atesd.cli.scores import evaluate_target
 from atesd.config import Config, DataConfig, load_config
 from atesd.control.ledger import DecisionLedger
 from atesd.data.own_checker import OwnChecker, configured_checker
@@ -293,7 +295,7 @@ def test_the_examples_beside_a_recipe_train_resume_and_say_when_they_change(tmp_
 def test_the_dry_run_says_whose_functions_decide_and_what_the_checker_makes_of_the_references(tmp_path):
     components = build(load_config(str(recipe(tmp_path))))
     try:
-        said = list(plan_lines(components))
+        said = list(takewhile(lambda line: not line.startswith("exposure decisions"), plan_lines(components)))
     finally:
         close(components)
     assert any(line.startswith("data.segmenter: ") and "own_segmenter.py:make, SHA-256 " in line for line in said)
@@ -313,6 +315,14 @@ def test_a_name_on_the_command_line_is_found_beside_the_recipe_too(tmp_path):
     config = load_config(str(path), ["data.checker=test:make"])
     assert config.data.checker == f"{path.parent}/test.py:make"  # and not Python's own package of that name
     assert type(configured_checker(config)) is OwnChecker
+
+
+def test_a_file_that_a_run_is_evaluated_on_is_judged_by_the_run_s_own_checker(tmp_path):
+    run = finished(quick("data.checker=own_functions:one", "train.num_updates=1"), tmp_path / "run")
+    tests = jsonl(tmp_path / "t.jsonl", [{"problem": f"p{i}", "answer": i} for i in range(3)])
+    scored = evaluate_target(str(run.path), tests, "test", ["data.columns.solution=null"])
+    assert scored is not None
+    assert scored.row["average"]["value"] == 1.0
 
 
 def test_what_lies_nowhere_beside_keeps_its_name(tmp_path):

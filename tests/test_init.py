@@ -143,10 +143,11 @@ def test_system_messages_that_differ_are_kept_and_earlier_turns_are_dropped_and_
 
 def test_nulls_and_empty_lists_are_bad_rows_that_the_recipe_skips_and_counts(tmp_path, model):
     some = rows("messages")
-    some[3]["messages"], some[4]["messages"], some[5]["messages"][1]["content"] = None, [], None
+    some[0]["messages"], some[4]["messages"], some[5]["messages"][1]["content"] = [], None, None
     config = written(tmp_path, jsonl(tmp_path / "p.jsonl", some), model)
     assert config.data.on_bad_row == "skip"
-    assert "3 rows, such as row 4: column 'messages' holds no list of messages" in (tmp_path / "out.yaml").read_text()
+    said_of_them = "3 rows, such as row 1: column 'messages' holds no message of the user"
+    assert said_of_them in (tmp_path / "out.yaml").read_text("utf-8")
 
 
 def test_two_forms_in_one_file_give_the_rows_of_the_commoner_one(tmp_path):
@@ -209,8 +210,8 @@ def test_the_verb_names_the_recipe_after_the_file_and_says_what_to_do_next(tmp_p
     result = CliRunner().invoke(app, ["init", "sums.jsonl", "--model", model])
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
-        "found: problems in 'Question'; solutions in 'Rationale'; answer in 'final_answer'; difficulty in 'difficulty'; "
-        "not used: tag",
+        "found: problems in 'Question'; solutions in 'Rationale'; answer in 'final_answer'; "
+        "difficulty in 'difficulty'; not used: tag",
         "rows: 120 usable, 0 not",
         result.output.splitlines()[2],
         "written: sums.yaml",

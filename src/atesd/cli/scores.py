@@ -10,9 +10,10 @@ from pathlib import Path
 from atesd.build import build, close
 from atesd.cli.options import say
 from atesd.cli.unfinished import unfinished
-from atesd.config import Config, dump_config, load_config, with_groups, with_overrides
+from atesd.config import Config, acting_settings, dump_config, load_config, with_groups, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
+from atesd.importing import is_named
 from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
@@ -127,8 +128,13 @@ def is_benchmark(data: str) -> bool:
 
 
 def _on_benchmark(config: Config, source: str) -> Config:
-    """The same model on every row of a file or data set; its columns by `--set data.columns...`."""
-    return with_groups(config, {"data": {"source": source, "test_source": source}}, "--data")
+    """The same model on every row of a file or data set; its columns by `--set data.columns...`.
+
+    A run whose checker is the user's own is judged by it here too.
+    """
+    own = acting_settings(config)["data"] if is_named(config.checker) else {}
+    kept = {name: value for name, value in own.items() if name.startswith("checker")}
+    return with_groups(config, {"data": {"source": source, "test_source": source, **kept}}, "--data")
 
 
 def _holds_out(config: Config, split: Split) -> bool:

@@ -20,6 +20,7 @@ from atesd.data.tables import open_table
 from atesd.errors import DataError
 
 _LOOKED_AT = 1000  # rows of each source
+_CHATS_LOOKED_AT = 50  # to tell who speaks in a column
 _MOST_COLUMNS = 40  # that are named in a message
 _NAMES: Mapping[str, str] = {
     "problem": "problem question prompt query instruction input text",
@@ -60,11 +61,16 @@ def survey(sources: Sequence[str]) -> Survey:
     columns = _columns(rows)
     base = {"source": list(sources) if len(sources) > 1 else sources[0]}
     tried = [{**base, **settings, **_chat_settings(columns, settings)} for settings in _candidates(columns)]
-    read = [(sum(bool(entry.solution) for entry in _read(rows, settings).entries), settings) for settings in tried]
-    best = max((count for count, _ in read), default=0)
+    best, chosen = 0, tried[:1]
+    for settings in tried:
+        count = sum(bool(entry.solution) for entry in _read(rows, settings).entries)
+        if count > best:
+            best, chosen = count, [settings]
+        if best == len(rows):
+            break
     if not best:
-        raise DataError(f"{', '.join(sources)}: {_hopeless(columns, rows, tried)}")
-    return _whole(next(settings for count, settings in read if count == best), columns)
+        raise DataError(f"{', '.join(sources)}: {_hopeless(columns, rows, chosen)}")
+    return _whole(chosen[0], columns)
 
 
 def best_segmenter(reading: Reading) -> tuple[str, list[int]]:
@@ -117,6 +123,11 @@ def _roles(value: Any) -> list[str]:
     return [role for role, _ in turns_of(value)]
 
 
+def _speakers(values: Sequence[Any]) -> set[str]:
+    """Who speaks in the first chats of a column."""
+    return {role for value in values[:_CHATS_LOOKED_AT] for role in _roles(value)}
+
+
 def _chat_settings(columns: Columns, settings: Mapping[str, Any]) -> dict[str, str]:
     """What becomes of system messages and earlier turns, where some chats have them; a shared one is the model's."""
     chats = [roles for value in _chats(columns, settings) if (roles := _roles(value))]
@@ -140,9 +151,8 @@ def _candidates(columns: Columns) -> Iterator[dict[str, Any]]:
     likely = ((what, name) for what in ("difficulty", "id") for name in _named(columns, what)[:1])
     more = {what: name for what, name in likely if _holds(what, columns, name)}
     answers = [name for name in _named(columns, "answer") if _holds("answer", columns, name)]
-    for chats in (name for name, values in columns.items() if "assistant" in _roles(values[0])):
-        whole = "user" in _roles(columns[chats][0])
-        yield from (_mapped(messages=chats, answer=answer, **more) for answer in [*answers[:2], None] if whole)
+    for chats in (name for name, values in columns.items() if {"user", "assistant"} <= _speakers(values)):
+        yield from (_mapped(messages=chats, answer=answer, **more) for answer in [*answers[:2], None])
     for problem in _named(columns, "problem")[:2]:
         others = [name for name in _named(columns, "solution") if name != problem and _holds("solution", columns, name)]
         for solution in [*others[:2], None]:
