@@ -150,6 +150,17 @@ def test_nulls_and_empty_lists_are_bad_rows_that_the_recipe_skips_and_counts(tmp
     assert said_of_them in (tmp_path / "out.yaml").read_text("utf-8")
 
 
+def test_copies_of_a_problem_are_left_out_and_counted_however_many_they_are(tmp_path, model):
+    config = written(tmp_path, jsonl(tmp_path / "p.jsonl", [FORMS["plain"](i // 4) for i in range(160)]), model)
+    assert config.data.on_bad_row == "skip"
+    assert "40 usable rows, 120 bad ones." in (tmp_path / "out.yaml").read_text("utf-8")
+
+
+def test_an_answer_that_is_a_list_of_one_is_found(tmp_path):
+    some = [{"problem": f"p{i}", "solution": "a\nb", "answer": [str(i)]} for i in range(40)]
+    assert survey([jsonl(tmp_path / "p.jsonl", some)]).settings["columns"] == {"answer": "answer"}
+
+
 def test_two_forms_in_one_file_give_the_rows_of_the_commoner_one(tmp_path):
     found = survey([jsonl(tmp_path / "p.jsonl", [*rows("plain")[:80], *rows("messages")[80:]])])
     assert (len(found.reading.entries), len(found.reading.bad)) == (80, 40)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from atesd.config import Config, config_from_mapping, parse_yaml, yaml_value
 from atesd.control.budget import Learner
 from atesd.data.entries import Entry
+from atesd.data.rows import SAME_PROBLEM
 from atesd.data.segments import split_reference
 from atesd.data.sources import load_problems
 from atesd.data.splits import SHARES, Shares, split_of
@@ -84,9 +85,13 @@ def write_recipe(sources: Sequence[str], model: str, out: Path | None) -> list[s
         raise ConfigError(f"{path} exists, and nothing was overwritten; name another file with --out")
     found = survey(sources)
     usable, bad = len(found.reading.entries), len(found.reading.bad)
-    if bad > MOST_BAD * (usable + bad):
-        listed = "\n  ".join(found.reading.faults[:5])
-        raise DataError(f"{found.reading.name}: {bad} of {usable + bad} rows cannot be used, the first:\n  {listed}")
+    damaged = [row for row in found.reading.bad if not row.reason.startswith(SAME_PROBLEM)]
+    if len(damaged) > MOST_BAD * (usable + len(damaged)):
+        listed = "\n  ".join(f"{found.reading.place(row.number)}: {row.reason}" for row in damaged[:5])
+        raise DataError(
+            f"{found.reading.name}: {len(damaged)} of {usable + bad} rows cannot be used, the first:\n  {listed}\nMend "
+            "them, or write a recipe of your own with data.on_bad_row: skip"
+        )
     if usable < LEAST_ROWS:
         raise DataError(f"{found.reading.name}: {usable} usable rows; a run needs at least {LEAST_ROWS}, better 2,000")
     text = recipe_text(found, target_of(model), path)

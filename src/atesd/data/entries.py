@@ -19,7 +19,18 @@ from atesd.config import ColumnsConfig
 from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_answer, without_mark
 from atesd.data.equivalence import plainly_equal
 from atesd.data.golds import unreadable
-from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, cell, only_part, row_place, shown
+from atesd.data.rows import (
+    NO_ANSWER,
+    OTHER_ANSWER,
+    SAME_PROBLEM,
+    BadRow,
+    Row,
+    Unreadable,
+    cell,
+    only_part,
+    row_place,
+    shown,
+)
 from atesd.importing import is_named
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -103,7 +114,7 @@ def checked(
         if first == row.number:
             entries.append(entry)
         else:
-            same = "the same problem as" if columns.id is None else f"its id '{shown(entry.id)}' is that of"
+            same = SAME_PROBLEM if columns.id is None else f"its id '{shown(entry.id)}' is that of"
             bad.append(BadRow(row.number, f"{same} {place(first)}"))
     contradicted = _contradicted(entries, checker) if solutions and not own else {}
     bad += [

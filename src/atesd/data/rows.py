@@ -14,7 +14,8 @@ from atesd.errors import DataError
 
 NO_ANSWER = "no answer can be found"
 OTHER_ANSWER = ("its solution boxes", "its reasoning ends with", "its reasoning never states")
-"""How the reasons of bad rows begin: no gold answer; a reference that comes to another one."""
+SAME_PROBLEM = "the same problem as"
+"""How the reasons of bad rows begin: no gold answer; a reference that comes to another one; a copy."""
 _MOST_NAMES = 40  # columns that an error message lists
 _LONGEST_NAME = 60
 _LONGEST_CAUSE = 300

@@ -183,7 +183,8 @@ def _holds(what: str, columns: Columns, name: str) -> bool:
         plain = all(isinstance(value, (str, int)) and not isinstance(value, bool) for value in values)
         return plain and len(set(values)) == len(values) == max(map(len, columns.values()))
     if what == "answer":
-        return all(isinstance(value, (str, int, float)) and not isinstance(value, bool) for value in values)
+        alone = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
+        return all(isinstance(value, (str, int, float)) and not isinstance(value, bool) for value in alone)
     if what == "solution":
         return any(isinstance(value, str) or _roles(value) for value in values)
     words = [str(value).lower().removeprefix("level").strip() for value in values]
