@@ -31,14 +31,19 @@ def named_function(name: str, setting: str) -> Callable[..., Any]:
         raise ConfigError(f"{setting}: {name!r} is not allowed; expected {ALLOWED}")
     try:
         loaded = _file(Path(module)) if module.endswith(_SUFFIX) else importlib.import_module(module)
-        found = reduce(getattr, function.split("."), loaded)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
+    except (ImportError, FileNotFoundError) as error:
         raise ConfigError(
             f"{setting}: {name} cannot be imported ({error}); install it, name its folder in PYTHONPATH, or name the "
             "file: FILE.py:function"
         ) from error
     except (Exception, SystemExit) as error:  # of whatever kind: the module is the user's
         raise ConfigError(f"{setting}: {name} cannot be imported: {cause(error)}") from error
+    try:
+        found = reduce(getattr, function.split("."), loaded)
+    except AttributeError:
+        raise ConfigError(
+            f"{setting}: {name} cannot be imported: there is no '{function}' in {getattr(loaded, '__file__', module)}"
+        ) from None
     if not callable(found):
         raise ConfigError(f"{setting}: {name} is no function but {type(found).__name__} {found!r:.60}")
     return found
