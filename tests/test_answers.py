@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atesd.config import config_from_mapping
 from atesd.data import answers
-from atesd.data.answers import ExactChecker, MathChecker, last_boxed, make_checker, marked_answer, without_mark
+from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_answer, without_mark
+from atesd.data.own_checker import configured_checker
 from atesd.data.spelling import normalise
 from atesd.errors import DataError
 
@@ -161,13 +163,13 @@ def test_a_comparison_that_hangs_is_a_timeout_and_costs_the_others_nothing(check
 def test_a_process_that_is_held_up_loses_no_processor_time():
     with contextlib.closing(MathChecker(workers=1, seconds=1.0)) as checker:
         checker.check(boxed(EQUAL))
-        process = checker._workers[0].process
+        process = checker._pool._workers[0].process
         process.send_signal(signal.SIGSTOP)
         release = threading.Timer(1.5, process.send_signal, [signal.SIGCONT])  # longer than the limit
         release.start()
         assert checker.check(boxed(ALSO_EQUAL)) == ["correct"]
         release.join()
-        assert checker._workers[0].process is process
+        assert checker._pool._workers[0].process is process
 
 
 def test_a_comparison_that_eats_its_memory_is_a_timeout_and_not_wrong():
@@ -248,7 +250,7 @@ def test_what_the_parent_holds_is_not_counted_as_memory_of_a_comparison():
 def test_equal_strings_need_no_process():
     checker = MathChecker()
     assert checker.check(boxed((r"\dfrac{1}{2}", r"$\frac{1}{2}$"))) == ["correct"]
-    assert checker._workers == []
+    assert checker._pool._workers == []
 
 
 def test_verdicts_come_in_the_order_of_the_pairs(checker):
@@ -258,7 +260,7 @@ def test_verdicts_come_in_the_order_of_the_pairs(checker):
 
 def test_a_process_that_dies_is_replaced(checker):
     checker.check(boxed(EQUAL))
-    idle = next(worker for worker in checker._workers if worker.idle)
+    idle = next(worker for worker in checker._pool._workers if worker.idle)
     idle.process.kill()
     idle.process.wait()
     assert checker.check(boxed(EQUAL, ALSO_EQUAL)) == ["correct", "correct"]
@@ -266,11 +268,11 @@ def test_a_process_that_dies_is_replaced(checker):
 
 def test_processes_ignore_ctrl_c(checker):
     checker.check(boxed(EQUAL))
-    processes = [worker.process for worker in checker._workers]
+    processes = [worker.process for worker in checker._pool._workers]
     for process in processes:
         process.send_signal(signal.SIGINT)
     assert checker.check(boxed(ALSO_EQUAL)) == ["correct"]
-    assert processes[0] in [worker.process for worker in checker._workers]
+    assert processes[0] in [worker.process for worker in checker._pool._workers]
 
 
 def test_an_interrupted_check_leaves_no_process_and_no_late_verdict(checker, monkeypatch):
@@ -278,7 +280,7 @@ def test_an_interrupted_check_leaves_no_process_and_no_late_verdict(checker, mon
         patch.setattr("atesd.data.answers.wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             checker.check(boxed(EQUAL, UNEQUAL))
-    assert checker._workers == []
+    assert checker._pool._workers == []
     assert checker.check(boxed(UNEQUAL, EQUAL)) == ["wrong", "correct"]
 
 
@@ -286,7 +288,7 @@ def test_an_interrupted_check_leaves_no_process_and_no_late_verdict(checker, mon
 def test_closing_or_forgetting_a_checker_ends_its_processes(closed):
     checker = MathChecker(workers=1)
     checker.check(boxed(EQUAL))
-    process = checker._workers[0].process
+    process = checker._pool._workers[0].process
     if closed:
         checker.close()
     del checker
@@ -306,6 +308,6 @@ def test_the_worker_needs_nothing_of_the_package():
 
 
 def test_each_kind_has_its_checker():
-    assert isinstance(make_checker("exact"), ExactChecker)
-    assert isinstance(make_checker("math"), MathChecker)
-    assert make_checker("none") is None
+    kinds = {kind: configured_checker(config_from_mapping({"data": {"checker": kind}})) for kind in ("exact", "math")}
+    assert {kind: type(made) for kind, made in kinds.items()} == {"exact": ExactChecker, "math": MathChecker}
+    assert configured_checker(config_from_mapping({"data": {"checker": "none"}})) is None

@@ -22,7 +22,8 @@ from atesd.config import (
     RankedGateSettings,
 )
 from atesd.control.factory import make_exposure
-from atesd.data.answers import Checker, make_checker
+from atesd.data.answers import Checker, Pair
+from atesd.data.own_checker import configured_checker, require_runs
 from atesd.data.sources import load_problems, require_consistent
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer, TextRenderer
@@ -66,6 +67,8 @@ def build(
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     problems = problems or problem_sets(config.data)
+    checker = configured_checker(config)
+    require_runs(checker, problems.train or problems.test)
     divided = is_divided(config.model, ranks)
     loaded = replace(loaded or load_model(config.model, config.train.seed, divided=divided), ranks=ranks)
     weights = weights_of(loaded, config.model)
@@ -75,7 +78,6 @@ def build(
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
     keeps_tail = config.looks_ahead and config.alignment.parameters == "last_layer"
     scorer, teacher = Scorer(loaded, weights, keeps_tail=keeps_tail), Teacher(weights, config.teacher)
-    checker = make_checker(config.checker, config.data.checker_workers)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
     optimiser = Optimiser(weights.trained, config.train)
@@ -161,8 +163,8 @@ class SharedChecker:
         self._checker = checker
         self._ranks = ranks
 
-    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """The verdict on each (completion, gold), in order."""
+    def check(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """The verdict on each pair, in order."""
         return self._ranks.map_sharded(pairs, self._checker.check)
 
     def close(self) -> None:

@@ -102,11 +102,11 @@ def _header(config: Config, adapter: bool) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["atesd", "self-distillation", "on-policy-distillation"],
     }
-    base, data = hub_id(config.model.path), hub_id(config.data.source)
+    base, data = hub_id(config.model.path), [name for source in config.data.sources if (name := hub_id(source))]
     if base:
         header = {"base_model": base, **header}
     if data:
-        header["datasets"] = [data]
+        header["datasets"] = data
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
 
 
@@ -132,7 +132,7 @@ def _opening(config: Config, metrics: Sequence[Row]) -> str:
 def _data(config: Config, manifest: Row) -> str:
     data = config.data
     rows = [
-        ("source", plain(data.source) + (f" (preset {data.preset})" if data.preset else "")),
+        ("source", plain(data.source_name) + (f" (preset {data.preset})" if data.preset else "")),
         ("fingerprint of the problems", plain(str(manifest["data_fingerprint"]))),
         ("training problems", "all there are" if data.train_size is None else f"at most {data.train_size:,}"),
         ("held-out test problems", plain(data.test_source) if data.test_source else f"at most {data.test_size:,}"),

@@ -7,13 +7,18 @@ This module imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+
+from atesd.importing import ALLOWED, is_named
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+OwnSettings = dict[str, bool | int | float | str]
+"""What a function of the user's reads; kept with the run."""
 
 
 class Component(BaseModel):
@@ -34,6 +39,20 @@ class ActsWhen:
 
     holds: Callable[[Any], bool]
     where: str
+
+
+def word_or_named(*words: str) -> AfterValidator:
+    """Of a text: one of `words`, or module:function of the user's own."""
+
+    def check(value: str) -> str:
+        if value in words or is_named(value):
+            return value
+        close = difflib.get_close_matches(value, words, n=1, cutoff=0.5)
+        near = f"; did you mean {close[0]}?" if close else ""
+        listed = ", ".join(f"'{word}'" for word in words)
+        raise ValueError(f"{value[:100]!r} is not allowed; expected {listed}, or {ALLOWED}{near}")
+
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from atesd.config import Config, ReplaySettings, acting_settings, dump_config, load_config
 from atesd.errors import RunError
+from atesd.importing import sha256_of
 from atesd.refusals import reason, refusals_told
 from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow, revealed
 from atesd.shapes import RowsWritten, require_manifest, require_row
@@ -295,13 +296,16 @@ class RunFolder:
             )
         return list(changes.values())
 
-    def check_data(self, fingerprint: str) -> None:
-        """Raise `RunError` if the problems are not those that the run began with."""
+    def check_data(self, fingerprint: str, files: Mapping[str, str] | None = None) -> None:
+        """Raise `RunError` if the problems are not those that the run began with; `files`: their SHA-256 by name."""
         recorded = self.manifest["data_fingerprint"]
         if fingerprint != recorded:
+            before = self.manifest.get("data_files") or {}
+            other = [name for name, sha256 in (files or {}).items() if before.get(name, sha256) != sha256]
             raise RunError(
                 f"{self.path}: the problems have changed: fingerprint {fingerprint}, recorded {recorded}; "
-                "restore the data, or start a new run with another --out"
+                + (f"changed is {', '.join(other)}; " if other else "")
+                + "restore the data, or start a new run with another --out"
             )
 
     def begin_session(
@@ -309,13 +313,15 @@ class RunFolder:
     ) -> list[str]:
         """Record a resume, put a permitted config change in force, and return what to tell the user.
 
-        A changed package, processor, thread count or number of ranks, and a longer run where a schedule depends on the
-        length, are told because the run is then no longer equal, bit for bit, to the uninterrupted one.
+        A changed package, processor, thread count, number of ranks or function of the user's, and a longer run where a
+        schedule depends on the length, are told because the run is then no longer equal, bit for bit, to the
+        uninterrupted one.
         """
         notes = [*self.check_config(config), *_length_notes(self.config, config)]
-        manifest, session = self.manifest, _session(command, updates_done, threads, ranks)
+        manifest, session = self.manifest, _session(config, command, updates_done, threads, ranks)
         before = manifest["sessions"][-1]
         notes += [f"{change}; no longer bit-exact" for change in _environment_changes(before, session)]
+        notes += factory_changes(before.get("factories"), config)
         if before["status"] == "running":
             before["status"] = "killed"
         manifest["sessions"].append({**session, "notes": notes})
@@ -420,8 +426,8 @@ def new_manifest(
     config: Config, *, data_fingerprint: str, command: Sequence[str], threads: int | None = None, ranks: int = 1
 ) -> dict[str, Any]:
     """The manifest of a run about to begin, with its first session: versions, commit, machine, seed, data, command."""
-    session = _session(command, 0, threads, ranks)
-    copied = ("started", "command", "commit", "versions", "host", "cpu", "cores", "threads", "ranks")
+    session = _session(config, command, 0, threads, ranks)
+    copied = ("started", "command", "commit", "versions", "host", "cpu", "cores", "threads", "ranks", "factories")
     return {
         "format": FORMAT,
         "run_id": uuid.uuid4().hex,
@@ -646,7 +652,25 @@ def _length_notes(old: Config, new: Config) -> list[str]:
     return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
 
 
-def _session(command: Sequence[str], updates_done: int, threads: int | None, ranks: int) -> dict[str, Any]:
+def recorded_factories(config: Config) -> dict[str, dict[str, str | None]]:
+    """Name, and SHA-256 of the source file, of each function of the user's that decides in a run, by its setting."""
+    return {setting: {"name": name, "sha256": sha256_of(name)} for setting, name in config.factories.items()}
+
+
+def factory_changes(before: Mapping[str, Mapping[str, str | None]] | None, config: Config) -> list[str]:
+    """What to say of functions of the user's whose file is not the one that was recorded."""
+    now, known = recorded_factories(config), before or {}
+    return [
+        f"{setting}: the file of {named['name']} has changed: SHA-256 {str(named['sha256'])[:12]}, before "
+        f"{str(known[setting]['sha256'])[:12]}; what follows is by the new one, and no longer bit-exact"
+        for setting, named in now.items()
+        if setting in known and known[setting]["sha256"] != named["sha256"]
+    ]
+
+
+def _session(
+    config: Config, command: Sequence[str], updates_done: int, threads: int | None, ranks: int
+) -> dict[str, Any]:
     return {
         "started": _now(),
         "ended": None,
@@ -661,6 +685,7 @@ def _session(command: Sequence[str], updates_done: int, threads: int | None, ran
         "cores": os.cpu_count(),
         "threads": threads,
         "ranks": ranks,
+        "factories": recorded_factories(config),
     }
 
 

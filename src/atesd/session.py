@@ -26,7 +26,7 @@ from atesd.models.prompts import control_line, spelling_control_tokens
 from atesd.models.ranks import Ranks, process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
-from atesd.runs import EndStatus, RunFolder, leave_token, new_manifest, sees_token
+from atesd.runs import EndStatus, RunFolder, leave_token, new_manifest, recorded_factories, sees_token
 from atesd.train.checkpoint import load_newest, no_rows
 from atesd.train.components import Components
 from atesd.train.listeners import Listener, Listeners, RunInfo
@@ -127,16 +127,16 @@ def _is_known(config: Config, out: Path, resume: Literal["auto", "never"]) -> bo
     return known
 
 
-def _identity(components: Components) -> tuple[str, str]:
+def _identity(components: Components) -> tuple[str, str, object]:
     """What all ranks must have read alike."""
-    return dump_config(components.config), components.problems.fingerprint
+    return dump_config(components.config), components.problems.fingerprint, recorded_factories(components.config)
 
 
 def _run_id(components: Components, out: Path, known: bool, command: Sequence[str]) -> str:
     """The id of the run in `out`, begun there unless it is known."""
     if known:
         run = RunFolder.open(out)
-        run.check_data(components.problems.fingerprint)
+        run.check_data(components.problems.fingerprint, components.problems.files)
         return run.run_id
     manifest = new_manifest(
         components.config,
@@ -145,7 +145,12 @@ def _run_id(components: Components, out: Path, known: bool, command: Sequence[st
         threads=torch.get_num_threads(),
         ranks=components.loaded.ranks.size,
     )
-    rows = {"skipped_rows": list(components.problems.skipped), "data_notes": list(components.problems.notes)}
+    problems = components.problems
+    rows = {
+        "data_files": dict(problems.files),
+        "skipped_rows": list(problems.skipped),
+        "data_notes": list(problems.notes),
+    }
     return RunFolder.create(out, components.config, {**manifest, **rows}).run_id
 
 

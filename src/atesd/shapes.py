@@ -35,6 +35,7 @@ class Session(TypedDict):
     ended: NotRequired[str | None]
     ranks: NotRequired[int]
     notes: NotRequired[Sequence[str]]
+    factories: NotRequired[Mapping[str, Mapping[str, str | None]]]
 
 
 class Manifest(TypedDict):
@@ -55,6 +56,7 @@ class Manifest(TypedDict):
     cores: NotRequired[int | None]
     rows: NotRequired[Mapping[str, RowsWritten] | None]
     trainer: NotRequired[str]
+    data_files: NotRequired[Mapping[str, str]]
 
 
 _SHAPES: Mapping[RowKind, type] = {

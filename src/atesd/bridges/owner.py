@@ -9,6 +9,7 @@ from typing import Any, final
 from atesd.bridges.core import Feedback, Handle, config_from_text
 from atesd.bridges.log import Log
 from atesd.bridges.problems import problem_in, require_problems
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import TrainingError
 
 
@@ -33,7 +34,7 @@ class Owner:
         """What the teacher sees of a row's reference at an update."""
         config = self._handle.config
         require_problems([(prompt, dict(context))], config, f"'{prompt:.40}', row")
-        return self._handle.show(update, problem_in(prompt, dict(context), config.data.segmenter)).text
+        return self._handle.show(update, problem_in(prompt, dict(context), segmenter_of(config.data))).text
 
     def failed(self, message: str) -> None:
         """Remember an error of a worker, which its trainer may only log."""

@@ -8,10 +8,12 @@ from functools import lru_cache
 from typing import Any, cast, final
 
 from atesd.config import Config
-from atesd.data.answers import Checker, last_boxed, make_checker
+from atesd.data.answers import Checker, last_boxed
 from atesd.data.entries import text_hash
 from atesd.data.equivalence import plainly_equal
-from atesd.data.segments import cut, split_reference
+from atesd.data.own_checker import configured_checker, pairs_of
+from atesd.data.own_segmenter import segmenter_of
+from atesd.data.segments import Segmenter, cut, split_reference
 from atesd.data.splits import fingerprint
 from atesd.errors import DataError
 from atesd.records import Problem
@@ -21,7 +23,7 @@ _KEYS = ("reference", "answer", "difficulty")
 
 @lru_cache(maxsize=4096)
 def problem_of(
-    text: str, reference: str, answer: str | None = None, difficulty: int = 0, segmenter: str = "auto"
+    text: str, reference: str, answer: str | None = None, difficulty: int = 0, segmenter: Segmenter = "auto"
 ) -> Problem:
     """A problem with its reference cut into segments; its id is a hash of the text.
 
@@ -46,7 +48,7 @@ def message_text(prompt: Any) -> str:
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if part.get("text"))
 
 
-def problem_in(prompt: Any, context: Any, segmenter: str, where: str = "a row") -> Problem:
+def problem_in(prompt: Any, context: Any, segmenter: Segmenter, where: str = "a row") -> Problem:
     """The problem of a prompt whose reference is text, or a mapping of reference, answer and difficulty.
 
     Raises `DataError` that names the row by `where` for anything else.
@@ -87,7 +89,7 @@ def require_problems(rows: Iterable[tuple[Any, Any]], config: Config, where: str
     """
     problems = []
     for number, (prompt, context) in enumerate(rows):
-        problems.append(problem_in(prompt, context, config.data.segmenter, f"{where} {number}"))
+        problems.append(problem_in(prompt, context, segmenter_of(config.data), f"{where} {number}"))
         if not problems[-1].answer and config.views.answer != "withhold":
             raise DataError(
                 f"{where} {number}: the reference has no \\boxed{{}} and no answer is stated, but the teacher sees it "
@@ -117,11 +119,10 @@ class Judge:
 
     def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[str, int, float]]:
         """(problem id, difficulty, 1.0 or 0.0) of each completion; empty where `data.checker` is none."""
-        self._checker = self._checker or make_checker(self._config.checker, self._config.data.checker_workers)
+        self._checker = self._checker or configured_checker(self._config)
         if self._checker is None:
             return []
-        pairs = [(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
-        found = zip(problems, self._checker.check(pairs), strict=True)
+        found = zip(problems, self._checker.check(pairs_of(problems, texts)), strict=True)
         return [(problem.id, problem.difficulty, float(verdict == "correct")) for problem, verdict in found]
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from atesd.bridges.problems import message_text, problem_in, require_problems
 from atesd.bridges.settings import Settings, bridge_config, require_whole_batches, taken, updates_per_batch
 from atesd.config import Config
 from atesd.control.interface import Measurement
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import ConfigError
 
 TEMPLATE = "{prompt}\n\n{reference}"
@@ -72,7 +73,7 @@ class Exposed(TrainerCallback):
         prompt = next(message["content"] for message in reversed(sample.messages) if message["role"] == "user")
         pair = (message_text(prompt), sample.teacher_prompt)
         require_problems([pair], self.config, f"'{pair[0]:.40}', row")
-        problem, reference = problem_in(*pair, self.config.data.segmenter), None
+        problem, reference = problem_in(*pair, segmenter_of(self.config.data)), None
         if self.handle is not None and self._trainer.model.training:
             reference = self.handle.show(self._trainer.state.global_step, problem, self._batch_updates).text
         return self._template.format(prompt=pair[0], reference=problem.reference if reference is None else reference)

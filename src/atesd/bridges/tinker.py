@@ -23,6 +23,7 @@ from atesd.bridges.problems import problem_in, require_problems
 from atesd.bridges.settings import Settings, bridge_config, require_probes
 from atesd.config import Config
 from atesd.control.interface import Measurement
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import ConfigError
 
 _LOSSES: Mapping[str, float] = {"sdft/reverse_kl_mean": 1.0, "sdft/mean_advantage": -1.0}
@@ -80,7 +81,7 @@ class Exposed:
         builders, questions, answers = self._dataset.get_batch(index)
         pairs = list(zip(questions, answers, strict=True))
         require_problems(pairs, self.config)
-        problems = [problem_in(*pair, self.config.data.segmenter) for pair in pairs]
+        problems = [problem_in(*pair, segmenter_of(self.config.data)) for pair in pairs]
         return builders, questions, [self.handle.show(index, problem).text for problem in problems]
 
     @contextmanager

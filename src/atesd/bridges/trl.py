@@ -25,6 +25,7 @@ from atesd.bridges.settings import Settings, bridge_config, require_whole_batche
 from atesd.bridges.trl_sdpo import Rollouts
 from atesd.config import Config
 from atesd.control.interface import Measurement
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import ConfigError, DataError
 from atesd.records import Problem
 
@@ -191,10 +192,9 @@ class Demonstrations:
         return built
 
     def _problems(self, prompts: list[Any], contexts: list[Any]) -> list[Problem]:
-        segmenter = self._exposed.config.data.segmenter
+        segmenter = segmenter_of(self._exposed.config.data)
         return [problem_in(prompt, context, segmenter) for prompt, context in zip(prompts, contexts, strict=True)]
 
 
 def _is_forward_kl(args: Any) -> bool:
-    full = args.distillation_mode == "full_logits" and args.distillation_alpha == 0.0
-    return full and args.distillation_is_clip is None
+    return (args.distillation_mode, args.distillation_alpha, args.distillation_is_clip) == ("full_logits", 0.0, None)

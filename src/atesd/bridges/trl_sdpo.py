@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from atesd.bridges.problems import columns, fingerprint_of, message_text, problem_of
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Rollouts:
         )
 
     def _visible(self, prompt_text: str, text: str) -> str:
-        return self._exposed.visible(problem_of(prompt_text, text, segmenter=self._exposed.config.data.segmenter))
+        return self._exposed.visible(problem_of(prompt_text, text, segmenter=segmenter_of(self._exposed.config.data)))
 
 
 def _within(template: str, name: str, text: str, change: Callable[[str], str]) -> str:

@@ -298,6 +298,23 @@ def preview(
     say(preview_text(config, problem, wanted))
 
 
+@app.command(epilog=EXIT_CODES)
+def init(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE_OR_DATASET...", help=".jsonl, .json, .parquet, a folder, or a hub id.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="What to train. Default: Qwen/Qwen3-1.7B.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe, a new file. Default: NAME.yaml after the file.")] = None,
+) -> None:
+    """Look at a file or data set and write a commented recipe for it. Overwrites nothing."""
+    from atesd.cli.init import DEFAULT_MODEL, write_recipe
+
+    for line in write_recipe(sources, model or DEFAULT_MODEL, out):
+        say(line)
+
+
 @app.command()
 def recipes() -> None:
     """List the packaged recipes."""

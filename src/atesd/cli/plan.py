@@ -9,6 +9,8 @@ from typing import get_args
 
 from atesd.config import Component, Config, describe_settings, method_name, yaml_value
 from atesd.control.budget import Learner, affordable, decisions
+from atesd.data.own_checker import checker_line
+from atesd.importing import sha256_of
 from atesd.models.prompts import control_line
 from atesd.records import Split
 from atesd.text import visible
@@ -36,6 +38,7 @@ def plan_lines(components: Components) -> Iterator[str]:
     yield from acting_lines(config)
     yield from map(visible, components.encoder.notes())
     yield visible(control_line(problems["train"], components.encoder))
+    yield from own_lines(components)
     yield from _contexts(components)
     yield segment_line([len(problem.segments) for problem in problems["train"]])
     yield f"updates: {train.num_updates}, with {train.num_updates * train.batch_size:,} rollouts ({train.method})"
@@ -50,6 +53,14 @@ def plan_lines(components: Components) -> Iterator[str]:
         yield f"policy updates: {updates}; {budget_line(config)}"
     if config.rule_note:
         yield config.rule_note
+
+
+def own_lines(components: Components) -> Iterator[str]:
+    """The functions of the user's that decide, and what the checker among them makes of the references."""
+    for setting, name in components.config.factories.items():
+        yield f"{setting}: {visible(name)}, SHA-256 {str(sha256_of(name))[:12]}"
+    if "data.checker" in components.config.factories and components.checker is not None:
+        yield checker_line(components.checker, components.problems.train)
 
 
 def budget_line(config: Config) -> str:

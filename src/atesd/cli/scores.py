@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from atesd.build import build, close
+from atesd.cli.options import say
 from atesd.cli.unfinished import unfinished
-from atesd.config import Config, dump_config, load_config, with_groups, with_overrides
+from atesd.config import Config, acting_settings, dump_config, load_config, with_groups, with_overrides
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
+from atesd.importing import is_named
 from atesd.models.ranks import process_group
 from atesd.records import Split
 from atesd.rows import EvaluationRow
-from atesd.runs import RunFolder
+from atesd.runs import RunFolder, factory_changes, recorded_factories
 from atesd.session import config_of_trained
 from atesd.table import Table, render_text
 from atesd.text import number, percent, percent_interval
@@ -56,6 +59,9 @@ def evaluate_target(
         components = build(config, benchmark, ranks=ranks)
         wanted: Split = "test" if benchmark else split
         key = [dump_config(config), components.problems.fingerprint, wanted, str(update), str(ranks.size)]
+        key += [json.dumps(recorded_factories(config))] if config.factories else []
+        for note in factory_changes(run.manifest["sessions"][-1].get("factories"), config) if run else ():
+            say(note, err=True)
         try:
             with unfinished(run.path if run else None, key, ranks) as grades:
                 row = components.evaluation.evaluate(wanted, update, grades)
@@ -142,8 +148,13 @@ def is_benchmark(data: str) -> bool:
 
 
 def _on_benchmark(config: Config, source: str) -> Config:
-    """The same model on every row of a file or data set; its columns by `--set data.columns...`."""
-    return with_groups(config, {"data": {"source": source, "test_source": source}}, "--data")
+    """The same model on every row of a file or data set; its columns by `--set data.columns...`.
+
+    A run whose checker is the user's own is judged by it here too.
+    """
+    own = acting_settings(config)["data"] if is_named(config.checker) else {}
+    kept = {name: value for name, value in own.items() if name.startswith("checker")}
+    return with_groups(config, {"data": {"source": source, "test_source": source, **kept}}, "--data")
 
 
 def _holds_out(config: Config, split: Split) -> bool:

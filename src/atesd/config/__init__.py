@@ -16,6 +16,7 @@ from atesd.config.load import (
     with_overrides,
 )
 from atesd.config.settings import (
+    GENERATED,
     PROCEDURAL,
     AlignedGateSettings,
     AlignmentConfig,
@@ -56,6 +57,7 @@ from atesd.control.staircase import StaircaseSettings
 
 __all__ = [
     "CREDIT_PRESETS",
+    "GENERATED",
     "PROCEDURAL",
     "ActsWhen",
     "AlignedGateSettings",

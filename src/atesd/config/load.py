@@ -19,6 +19,7 @@ from atesd.config.settings import Config
 from atesd.config.yaml import dump_yaml, parse_yaml
 from atesd.control.credit import CREDIT_PRESETS
 from atesd.errors import ConfigError, IdleSettingError
+from atesd.importing import beside
 from atesd.text import shown
 
 _MOST_LINES = 40  # of faults that one error says
@@ -26,6 +27,8 @@ _HELD_AT_ONCE = frozenset(
     ("batch_size", "micro_batch_size", "group_size", "samples", "rank", "arms", "hidden", "checker_workers", "threads")
 )
 """Settings that count what is held in memory at one time."""
+_FUNCTIONS = (("exposure", "factory"), ("credit", "reward"), ("data", "segmenter"), ("data", "checker"))
+"""Settings that may name a function of the user's."""
 _TAGS = ("kind", "weights")
 """Keys that tell which kind a group is of."""
 
@@ -55,6 +58,8 @@ def recipe_text(recipe: str) -> str:
 def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
     """Load a packaged recipe or a YAML file, apply `a.b=value` overrides, and check everything.
 
+    A function of the user's (`mine:make`) whose file lies beside the YAML file is named by that file from then on.
+
     An override that chooses a kind (`exposure.kind`, `loss.gate` ...) takes the place of the settings that belong to
     the kind in the file, and one of `credit.preset` of all that presets fill in. What the file writes out and no longer
     acts because of an override falls away with it. Anything else that does not act is refused.
@@ -66,7 +71,8 @@ def load_config(recipe: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{recipe}: expected settings grouped by component, found {type(values).__name__}")
     if is_recorded_flat(values):
         values = acting_settings(_settled(from_flat(values), recipe))
-    return _overridden(values, list(overrides), recipe)
+    folder = None if recipe in recipe_names() else Path(recipe).parent
+    return _overridden(values, list(overrides), recipe, folder)
 
 
 def shared_overrides(recipe: str, shared: Sequence[str], own: Sequence[str]) -> list[str]:
@@ -165,7 +171,8 @@ def _settled(values: Mapping[str, Any], name: str) -> Config:
         values = acting_settings(config)
 
 
-def _overridden(values: dict[str, Any], overrides: list[str], name: str) -> Config:
+def _overridden(values: dict[str, Any], overrides: list[str], name: str, folder: Path | None = None) -> Config:
+    _find_files(values, folder)
     if not overrides:
         return config_from_mapping(values, name)
     _refuse_idle_alone(values, name)
@@ -173,8 +180,17 @@ def _overridden(values: dict[str, Any], overrides: list[str], name: str) -> Conf
     for override in sorted(overrides, key=_order):
         _apply_override(values, override)
         _apply_override(changed, override)
+    _find_files(values, folder)
     _refuse_idle(changed, _checked(values, name), name)
     return _settled(values, name)
+
+
+def _find_files(values: Mapping[str, Any], folder: Path | None) -> None:
+    """Name each function of the user's by its file, where that lies in the recipe's folder."""
+    for group, setting in _FUNCTIONS:
+        inside = values.get(group)
+        if folder is not None and isinstance(inside, dict) and isinstance(inside.get(setting), str):
+            inside[setting] = beside(inside[setting], folder)
 
 
 def _refuse_idle_alone(values: Mapping[str, Any], name: str) -> None:

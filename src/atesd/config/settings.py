@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, Strict, create_model, model_validator
 
-from atesd.component import ActsWhen, Component, Fraction, chosen, tagged
+from atesd.component import ActsWhen, Component, Fraction, OwnSettings, chosen, tagged, word_or_named
 from atesd.control.aligned import AlignedSettings
 from atesd.control.credit import CreditConfig
 from atesd.control.kinds import exposure_kinds
 from atesd.control.learned import LearnedSettings, PolicyConfig
 from atesd.control.settings import BoundedSettings, ExposureSettings, Granularity, GranularSettings, Run
+from atesd.importing import is_named
 from atesd.maths.divergences import DIVERGENCES, Divergence
 
 GENERATED = ("gsm_symbolic", "arithmetic")
@@ -37,6 +38,11 @@ _TEXT = ActsWhen(
     lambda c: c.data.source != "world", "a data.source other than world, whose language has words of its own"
 )
 _READS = ActsWhen(lambda c: c.data.source not in ("world", *GENERATED), "a data.source that is a file or data set")
+_LOOKS_AT_ROWS = ActsWhen(
+    lambda c: c.data.test_source is not None or _READS.holds(c),
+    "a data.source that is a file or data set, or with data.test_source",
+)
+_OWN_CHECKER = ActsWhen(lambda c: is_named(c.data.checker), "data.checker: module:function")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
 _DISPLACED = ActsWhen(lambda c: c.alignment.parameters != "features", "alignment.parameters: all or last_layer")
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
@@ -134,12 +140,27 @@ class SharesConfig(Component):
         return self
 
 
+def _one_or_several(value: Any) -> Any:
+    """A source, or several as a tuple; a list of one is that one."""
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not several or not all(isinstance(source, str) and source.strip() for source in several):
+        raise ValueError(f"{value!r} is not allowed; expected a file or data set, or a list of them")
+    if len(several) == 1:
+        return several[0]
+    if made := [source for source in several if source in PROCEDURAL]:
+        raise ValueError(f"{made[0]} makes its own problems and stands alone; leave the others out")
+    if twice := [source for source in several if several.count(source) > 1]:
+        raise ValueError(f"{twice[0]} stands twice in the list; keep one")
+    return tuple(several)
+
+
 class DataConfig(Component):
     """Where problems come from and how their references are cut."""
 
-    source: str = Field(
+    source: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
         "world",
-        description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads",
+        description="world, arithmetic, gsm_symbolic, FILE.jsonl, FILE.json, FILE.parquet, or what `datasets` loads; "
+        "or a list of such files and data sets, read as one",
     )
     preset: Annotated[
         Literal["openthoughts-opsd", "openthoughts-114k", "deepmath", "gsm8k", "math", "openr1"] | None, _READS
@@ -166,15 +187,32 @@ class DataConfig(Component):
         description="shrink: a split with fewer problems than its size takes all it has, which is said; the default "
         "of a file or data set where no size is given",
     )
-    segmenter: Annotated[Literal["auto", "paragraph", "line", "sentence", "step", "token"], _TEXT] = Field(
-        "auto", description="auto (ours): blank lines, else lines, else sentences"
+    system_message: Annotated[Literal["refuse", "keep", "drop"], _LOOKS_AT_ROWS] = Field(
+        "refuse", description="of a row's chat; keep: in front of the problem, in the user's message; drop: said"
     )
-    checker: Literal["auto", "exact", "math", "none"] = Field(
-        "auto", description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified"
+    earlier_turns: Annotated[Literal["refuse", "drop"], _LOOKS_AT_ROWS] = Field(
+        "refuse", description="of a row's chat, before its last problem; drop: not read, which is said"
     )
-    checker_workers: Annotated[int, ActsWhen(lambda c: c.checker == "math", "data.checker: math")] = Field(
-        2, ge=1, le=64, description="processes of the checker math"
+    segmenter: Annotated[str, word_or_named("auto", "paragraph", "line", "sentence", "step", "token"), _TEXT] = Field(
+        "auto", description="auto (ours): blank lines, else lines, else sentences; or yours, module:function (docs)"
     )
+    segmenter_settings: Annotated[
+        OwnSettings, _TEXT, ActsWhen(lambda c: is_named(c.data.segmenter), "data.segmenter: module:function")
+    ] = Field(default_factory=dict, description="whatever the maker of your segmenter reads; kept with the run")
+    checker: Annotated[str, word_or_named("auto", "exact", "math", "none")] = Field(
+        "auto",
+        description="auto: exact for the world, math-verify elsewhere; none: nothing can be verified; or yours, "
+        "module:function (docs)",
+    )
+    checker_settings: Annotated[OwnSettings, _OWN_CHECKER] = Field(
+        default_factory=dict, description="whatever the maker of your checker reads; kept with the run"
+    )
+    checker_seconds: Annotated[float, _OWN_CHECKER] = Field(
+        10.0, gt=0, description="processor time of one answer in your checker; beyond it the verdict is timeout; ours"
+    )
+    checker_workers: Annotated[
+        int, ActsWhen(lambda c: c.checker not in ("exact", "none"), "data.checker: math or module:function")
+    ] = Field(2, ge=1, le=64, description="processes of the checker")
     leap_share: Annotated[
         Fraction, _WORLD, ActsWhen(lambda c: c.data.leap_probability is None, "data.leap_probability: null")
     ] = Field(0.0, description="share q of problems whose reference leaps")
@@ -209,9 +247,19 @@ class DataConfig(Component):
         return self.leap_share > 0 or bool(self.leap_probability)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source, in order."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def source_name(self) -> str:
+        """All sources in one line."""
+        return ", ".join(self.sources)
+
+    @property
     def has_splits(self) -> bool:
         """Whether something is read that has named splits: a `datasets` id or folder."""
-        read = [self.test_source, *([] if self.source in ("world", *GENERATED) else [self.source])]
+        read = [self.test_source, *([] if self.source in PROCEDURAL else self.sources)]
         return any(name is not None and not name.endswith(_FILES) for name in read)
 
     @model_validator(mode="before")
@@ -749,8 +797,19 @@ class Config(Component):
         return self.evaluation.completion_tokens or self.sampling.completion_tokens
 
     @property
-    def checker(self) -> Literal["exact", "math", "none"]:
-        """The answer checker in force."""
+    def factories(self) -> dict[str, str]:
+        """What of this run functions of the user's decide: the name of each by the setting that names it."""
+        named = {
+            "exposure.factory": getattr(self.exposure, "factory", "") if self.distils else "",
+            "credit.reward": self.credit.reward if self.decides else "",
+            "data.segmenter": self.data.segmenter if self.data.source != "world" else "",
+            "data.checker": self.data.checker,
+        }
+        return {setting: name for setting, name in named.items() if is_named(name)}
+
+    @property
+    def checker(self) -> str:
+        """The answer checker in force: exact, math, none, or the user's."""
         if self.data.checker == "auto":
             return "exact" if self.data.source == "world" else "math"
         return self.data.checker

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from atesd.component import ActsWhen, Component, Fraction
+from atesd.component import ActsWhen, Component, Fraction, OwnSettings, word_or_named
 
 ProgressSignal = Literal["train_kl", "probe_nll", "probe_success", "probe_gain", "probe_kl", "train_success"]
 
@@ -26,6 +26,7 @@ _MIXED = ActsWhen(
     lambda c: c.credit.grounding_weight > 0 or (c.exposure.learns_from_rewards and c.exposure.kind != "learned"),
     "credit.grounding_weight above 0, or exposure.kind: bandit, control_share or custom",
 )
+_FORMULA = ActsWhen(lambda c: c.credit.reward == "formula", "credit.reward: formula")
 _GROUNDED = ActsWhen(lambda c: c.credit.grounding_weight > 0, "credit.grounding_weight above 0")
 
 
@@ -73,7 +74,14 @@ class CreditConfig(Component):
         "answer", description="paper: answer; withheld: hidden segments"
     )
     grounding_weight: Annotated[float, _DECIDES] = Field(0.0, ge=0, description="paper lambda_gt; set by preset")
-    mixing: Annotated[Literal["raw", "standardised"], _DECIDES, _MIXED] = Field(
+    reward: Annotated[str, word_or_named("formula"), _DECIDES] = Field(
+        "formula",
+        description="of a window: progress and grounding_weight times grounding; or yours, module:function (docs)",
+    )
+    reward_settings: Annotated[
+        OwnSettings, _DECIDES, ActsWhen(lambda c: c.credit.reward != "formula", "credit.reward: module:function")
+    ] = Field(default_factory=dict, description="whatever the maker of your reward reads; kept with the run")
+    mixing: Annotated[Literal["raw", "standardised"], _DECIDES, _FORMULA, _MIXED] = Field(
         "raw", description="raw: the formula; standardised: z-scores"
     )
     shuffle_rewards: Annotated[bool, _DECIDES, _LEARNS] = Field(
@@ -142,6 +150,7 @@ class CreditConfig(Component):
 
     @property
     def label(self) -> str:
-        """The preset of the reward, with the progress signal where it is not the preset's own."""
+        """The preset of the reward, with the progress signal where it is another, and a reward of the user's."""
         own = self.progress_signal == CREDIT_PRESETS[self.preset]["progress_signal"]
-        return f"{self.preset} credit" if own else f"{self.preset} credit, {self.progress_signal}"
+        said = f"{self.preset} credit" if own else f"{self.preset} credit, {self.progress_signal}"
+        return said if self.reward == "formula" else f"{said}, rewarded by {self.reward}"

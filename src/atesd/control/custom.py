@@ -6,10 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from atesd.component import OwnSettings
 from atesd.control.credit import CreditConfig
 from atesd.control.interface import Exposure
 from atesd.control.settings import ControllerSettings, GranularSettings, Run
-from atesd.importing import named_function, require_offers
+from atesd.importing import made_by, require_offers
 
 
 class CustomSettings(GranularSettings, ControllerSettings):
@@ -20,7 +21,7 @@ class CustomSettings(GranularSettings, ControllerSettings):
         "update", description="what has a ratio of its own"
     )
     factory: str = Field(description="module:function that makes your exposure of (config, num_updates, seed)")
-    factory_settings: dict[str, bool | int | float | str] = Field(
+    factory_settings: OwnSettings = Field(
         default_factory=dict, description="whatever your factory reads; kept with the run"
     )
 
@@ -33,7 +34,13 @@ class CustomSettings(GranularSettings, ControllerSettings):
     def make(self, run: Run) -> Exposure:
         """What the factory makes. Raises `ConfigError` if it cannot be imported or makes no exposure."""
         name = self.factory
-        made: Exposure = named_function(name, "exposure.factory")(run.config, run.num_updates, run.seed)
+        made: Exposure = made_by(
+            name,
+            "exposure.factory",
+            "it is called with (config, num_updates, seed)",
+            (run.config, run.num_updates, run.seed),
+            {},
+        )
         require_offers(
             made,
             Exposure,

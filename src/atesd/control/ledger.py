@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict, cast, final
+from typing import Any, SupportsFloat, TypedDict, cast, final
 
 from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
 from atesd.control.state import DifficultyAdjustment
+from atesd.errors import ConfigError
+from atesd.importing import cause, function_made_by
 from atesd.maths import credit, keyed
 from atesd.records import Decision, FinishedDecision, UpdateStats
 
@@ -46,7 +48,7 @@ class DecisionLedger:
     """
 
     def __init__(self, config: CreditConfig) -> None:
-        self._config = config
+        self._config, self._reward = config, own_reward(config)
         self._held: Decision | None = None
         self._open: list[Decision] = []
         self._rows: dict[int, _Row] = {}
@@ -98,8 +100,12 @@ class DecisionLedger:
         return finished
 
     def pending(self) -> list[FinishedDecision]:
-        """The open decisions as far as they got: sums over the measurements so far, 0 where there is nothing to sum."""
-        return [self._finish(decision) for decision in self._open]
+        """The open decisions as far as they got: sums over the measurements so far, 0 where there is nothing to sum.
+
+        A reward of the user's is asked once, when the window has closed; until then it is 0.
+        """
+        some = [self._finish(decision) for decision in self._open]
+        return [replace(one, reward=0.0) for one in some] if self._reward else some
 
     def state_dict(self) -> dict[str, object]:
         """JSON values only."""
@@ -159,9 +165,12 @@ class DecisionLedger:
     def _rewarded_or_dropped(self, decision: Decision) -> FinishedDecision | None:
         finished = self._finish(decision)
         progress, grounding = self._components(decision)
+        measured = progress is not None and (grounding is not None or not self._config.grounding_weight > 0)
+        if measured and self._reward is not None:
+            finished = replace(finished, reward=self._reward(finished))
         if progress is None:
             self._count_dropped("progress signal not measured")
-        elif grounding is None and self._config.grounding_weight > 0:
+        elif not measured:
             self._count_dropped("grounding not measured")
         elif not math.isfinite(finished.reward):
             self._count_dropped("non-finite reward")
@@ -219,14 +228,32 @@ class DecisionLedger:
         self._rows = {update: row for update, row in self._rows.items() if update >= oldest}
 
 
+def own_reward(config: CreditConfig) -> Callable[[FinishedDecision], float] | None:
+    """What `credit.reward` makes of a closed window; None for the formula. Raises `ConfigError` where it makes none."""
+    if config.reward == "formula":
+        return None
+    name = f"credit.reward: {config.reward}"
+    function = function_made_by(config.reward, "credit.reward", config.reward_settings, "finished")
+
+    def reward(finished: FinishedDecision) -> float:
+        where = f"for the decision before update {finished.decision.update}"
+        try:
+            value = function(finished)
+        except Exception as error:  # of whatever kind: the function is the user's
+            raise ConfigError(f"{name} failed {where}: {cause(error)}") from error
+        if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+            raise ConfigError(f"{name} gave {type(value).__name__} {value!r:.60} {where}; expected a number")
+        return float(value)
+
+    return reward
+
+
 def rewarded(buffer: Sequence[FinishedDecision], config: CreditConfig, seed: int) -> list[FinishedDecision]:
     """The decisions of a buffer with the rewards that are used: mixed over it, permuted under `shuffle_rewards`."""
-    rewards = credit.rewards(
-        [finished.progress for finished in buffer],
-        [finished.grounding for finished in buffer],
-        config.grounding_weight,
-        config.mixing,
-    )
+    rewards = [finished.reward for finished in buffer]
+    if config.reward == "formula":
+        progress, grounding = [one.progress for one in buffer], [one.grounding for one in buffer]
+        rewards = credit.rewards(progress, grounding, config.grounding_weight, config.mixing)
     if config.shuffle_rewards:
         order = keyed.generator(seed, "shuffle_rewards", buffer[0].decision.update).permutation(len(rewards))
         rewards = [rewards[i] for i in order]

@@ -36,18 +36,18 @@ def main(seconds: float, memory_mb: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group: the parent decides
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    replies = _take_stdout()
+    replies = take_stdout()
     try:
         compare = _load()
         _limit_memory(memory_mb)
         if compare("x^2-1", "(x-1)(x+1)") != "correct":
             raise MemoryError(f"math-verify does not run in {memory_mb} MB")
     except Exception as error:
-        _reply(replies, f"{type(error).__name__}: {error}", leaves=True)
+        reply_with(replies, f"{type(error).__name__}: {error}", leaves=True)
         return
     usual = before = _memory_mb("VmHWM:")
     start = _memory_mb("VmSize:")
-    _reply(replies, READY)
+    reply_with(replies, READY)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
@@ -60,7 +60,7 @@ def main(seconds: float, memory_mb: int) -> None:
         if verdict != "correct" and after - before > SUSPECT_SHARE * (memory_mb - usual):
             return
         before = after
-        _reply(replies, verdict, leaves=_memory_mb("VmSize:") - start > WORN_SHARE * (memory_mb - start))
+        reply_with(replies, verdict, leaves=_memory_mb("VmSize:") - start > WORN_SHARE * (memory_mb - start))
 
 
 def _best(compare: Callable[[str, str], str], pairs: list[list[str]]) -> str:
@@ -248,14 +248,14 @@ def _memory_mb(field: str) -> float:
     return int(line.split()[1]) / 2**10
 
 
-def _take_stdout() -> BinaryIO:
+def take_stdout() -> BinaryIO:
     """A private copy of standard output; what a library prints goes to standard error instead."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return replies
 
 
-def _reply(replies: BinaryIO, word: str, leaves: bool = False) -> None:
+def reply_with(replies: BinaryIO, word: str, leaves: bool = False) -> None:
     replies.write(json.dumps([word, leaves]).encode() + b"\n")
     replies.flush()
 

@@ -1,9 +1,9 @@
 """Whether a completion's final answer is right.
 
-A pair is (completion, gold): the text that a model wrote, and the answer it should box. Verdicts are counted apart
-and never folded: correct, wrong, unparseable (no boxed answer, one that math-verify cannot read, or one longer than
-`equivalence.LONGEST`), timeout (the comparison ran out of its processor time or memory). What is equal is decided in
-docs/answers.md.
+A pair is (completion, gold), the text that a model wrote and the answer it should box, with the problem's id where it
+is known. Verdicts are counted apart and never folded: correct, wrong, unparseable (no boxed answer, one that
+math-verify cannot read, or one longer than `equivalence.LONGEST`), timeout (the comparison ran out of its processor
+time or memory). What is equal is decided in docs/answers.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import IO, Literal, Protocol, cast
+from typing import IO, Protocol, cast
 
 from atesd.data.answer_worker import READY
 from atesd.data.equivalence import Judgement, Pairs, judge
@@ -92,11 +92,15 @@ def _closing_brace(text: str, opening: int) -> int | None:
     return None
 
 
+Pair = tuple[str, str] | tuple[str, str, str]
+"""(completion, gold), or (completion, gold, the problem's id), by which a fault is named."""
+
+
 class Checker(Protocol):
     """Judges completions against gold answers."""
 
-    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """The verdict on each (completion, gold), in order."""
+    def check(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """The verdict on each pair, in order."""
         ...
 
     def close(self) -> None:
@@ -107,9 +111,9 @@ class Checker(Protocol):
 class ExactChecker:
     """Compares the last boxed answer with the gold as normalised strings."""
 
-    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def check(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Correct, wrong, or unparseable where nothing is boxed."""
-        answers = [(last_boxed(completion), gold) for completion, gold in pairs]
+        answers = [(last_boxed(pair[0]), pair[1]) for pair in pairs]
         return [
             "unparseable" if answer is None else "correct" if normalise(answer) == normalise(gold) else "wrong"
             for answer, gold in answers
@@ -130,32 +134,53 @@ class MathChecker:
     """
 
     def __init__(self, workers: int = 2, seconds: float = 2.0, memory_mb: int = 1024) -> None:
-        self._count = workers
-        self._seconds = seconds
-        self._memory_mb = memory_mb
-        self._workers: list[_Worker] = []
-        self._false_starts = 0
-        weakref.finalize(self, _end_all, self._workers)  # also when the interpreter exits
+        advice = "check that math-verify is installed, or set data.checker: exact"
+        self._pool = Workers(_WORKER, (str(seconds), str(memory_mb)), workers, seconds, "math", advice)
 
-    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """The verdict on each (completion, gold), in order."""
-        quick = [_judged(last_boxed(completion), gold) for completion, gold in pairs]
-        jobs = {i: judged for i, judged in enumerate(quick) if not isinstance(judged, str)}
-        try:
-            compared = self._compare(jobs, alone=False)
-            failed = {i: jobs[i] for i, reply in compared.items() if reply == _FAILED}
-            compared |= self._compare(failed, alone=True)
-        except BaseException:
-            self.close()  # a verdict still on its way must not be taken for that of a later pair
-            raise
-        compared = {i: "timeout" if reply == _FAILED else reply for i, reply in compared.items()}
+    def check(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """The verdict on each pair, in order."""
+        quick = [_judged(last_boxed(pair[0]), pair[1]) for pair in pairs]
+        compared = self._pool.replies({i: judged for i, judged in enumerate(quick) if not isinstance(judged, str)})
         return [cast(Verdict, judged if isinstance(judged, str) else compared[i]) for i, judged in enumerate(quick)]
 
     def close(self) -> None:
         """End the processes. The next check starts new ones."""
+        self._pool.close()
+
+
+class Workers:
+    """Processes of a checker, each of which runs `program` and answers one job at a time; `words` are its arguments.
+
+    `seconds` is the processor time of one job, which the program limits itself; `name` and `advice` are for the message
+    where none can start.
+    """
+
+    def __init__(self, program: Path, words: Sequence[str], count: int, seconds: float, name: str, advice: str) -> None:
+        self._command, self._seconds = [sys.executable, "-P", str(program), *words], seconds
+        self._count, self._name, self._advice = count, name, advice
+        self._workers: list[_Worker] = []
+        self._false_starts = 0
+        weakref.finalize(self, _end_all, self._workers)  # also when the interpreter exits
+
+    def replies(self, jobs: Mapping[int, object]) -> dict[int, str]:
+        """A reply for each job, which is JSON values; `timeout` for one that fails twice.
+
+        Raises `DataError` if the processes cannot start.
+        """
+        try:
+            found = self._compare(jobs, alone=False)
+            failed = {i: jobs[i] for i, reply in found.items() if reply == _FAILED}
+            found |= self._compare(failed, alone=True)
+        except BaseException:
+            self.close()  # a verdict still on its way must not be taken for that of a later pair
+            raise
+        return {i: "timeout" if reply == _FAILED else reply for i, reply in found.items()}
+
+    def close(self) -> None:
+        """End the processes. The next jobs start new ones."""
         _end_all(self._workers)
 
-    def _compare(self, jobs: dict[int, Pairs], alone: bool) -> dict[int, str]:
+    def _compare(self, jobs: Mapping[int, object], alone: bool) -> dict[int, str]:
         """A reply for each job. `alone`: each in a process that did nothing before."""
         replies: dict[int, str] = {}
         waiting = deque(jobs)
@@ -173,10 +198,12 @@ class MathChecker:
     def _heard(self, worker: _Worker) -> str:
         """What a worker says; one that died or is done for leaves. Those that cannot start are counted."""
         reply = worker.hear()
+        if worker.refused is not None:
+            raise self._not_started(worker.refused)
         if worker.started:
             self._false_starts = 0
         elif self._false_starts + 1 >= _STARTS:
-            raise _not_started("it died without a word")
+            raise self._not_started("it died without a word")
         else:
             self._false_starts += 1
         if worker.spent:
@@ -189,7 +216,7 @@ class MathChecker:
         for worker in [worker for worker in idle if not worker.alive or (alone and worker.used)]:
             self._dismiss(worker)
         while len(self._workers) < min(self._count, open_jobs):
-            self._workers.append(_Worker(self._seconds, self._memory_mb))
+            self._workers.append(_Worker(self._command, self._seconds))
 
     def _dismiss(self, worker: _Worker) -> None:
         worker.end()
@@ -206,15 +233,21 @@ class MathChecker:
                 worker.process.kill()
         return speaking
 
+    def _not_started(self, reason: str) -> DataError:
+        return DataError(f"data.checker: {self._name} cannot run, its process did not start ({reason}); {self._advice}")
+
 
 class _Worker:
-    """One process of `MathChecker`: starting, then idle (`job` is None), or busy; `deadline` in monotonic seconds."""
+    """One process of `Workers`: starting, then idle (`job` is None), or busy; `deadline` in monotonic seconds.
 
-    def __init__(self, seconds: float, memory_mb: int) -> None:
-        command = [sys.executable, "-P", str(_WORKER), str(seconds), str(memory_mb)]
+    `refused` is why it cannot start.
+    """
+
+    def __init__(self, command: Sequence[str], seconds: float) -> None:
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+        self.refused: str | None = None
         self._requests, self.replies = _pipes(self.process)
         self._patience = _PATIENCE_SECONDS + _PATIENCE_FACTOR * seconds
         self.started = self.used = self.spent = False
@@ -229,13 +262,13 @@ class _Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def take(self, job: int, pairs: Pairs) -> None:
-        """Hand over the pairs of a job. If the process has just died, `hear` tells."""
+    def take(self, job: int, content: object) -> None:
+        """Hand over the content of a job. If the process has just died, `hear` tells."""
         self.job = job
         self.used = True
         self.deadline = time.monotonic() + self._patience
         with contextlib.suppress(BrokenPipeError):
-            self._requests.write(json.dumps(pairs).encode() + b"\n")
+            self._requests.write(json.dumps(content).encode() + b"\n")
             self._requests.flush()
 
     def hear(self) -> str:
@@ -246,7 +279,7 @@ class _Worker:
             return "timeout" if self.process.wait() == -signal.SIGPROF else _FAILED
         reply, last = json.loads(line)
         if not self.started and reply != READY:
-            raise _not_started(reply)
+            self.refused = str(reply)
         self.started, self.spent = True, bool(last)
         self.job = None
         return str(reply)
@@ -259,13 +292,6 @@ class _Worker:
             self._requests.close()
 
 
-def _not_started(reason: str) -> DataError:
-    return DataError(
-        f"data.checker: math cannot run, its process did not start ({reason}); "
-        "check that math-verify is installed, or set data.checker: exact"
-    )
-
-
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     assert process.stdin is not None
     assert process.stdout is not None
@@ -276,13 +302,6 @@ def _end_all(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.end()
     workers.clear()
-
-
-def make_checker(kind: Literal["exact", "math", "none"], workers: int = 2) -> Checker | None:
-    """The checker of that name, `math` with so many processes; None for `none`, where nothing can be verified."""
-    if kind == "none":
-        return None
-    return ExactChecker() if kind == "exact" else MathChecker(workers)
 
 
 def _judged(answer: str | None, gold: str) -> Judgement | Pairs:

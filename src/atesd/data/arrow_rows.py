@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from atesd.data.rows import BadRow, Row, Table, Unreadable, cause_of, require, shown
+from atesd.data.rows import BadRow, Row, Table, Unreadable, cause_of, require, row_place, shown
 from atesd.errors import DataError
 
 _BATCH = 1000  # rows
@@ -114,18 +115,24 @@ def chained(name: str, tables: Sequence[Table]) -> Table:
     """Tables with the same columns as one, in order; rows are numbered on, and messages name the file too."""
     columns = list(dict.fromkeys(column for table in tables for column in table.columns))
     columns += [column for table in tables for column in set(table.columns) if table.columns.count(column) > 1]
-    starts = [0] * len(tables)
+    starts: list[int] = []  # of the tables that are read by now, as a row is named while others are still to come
 
     def read(names: Sequence[str]) -> Iterator[Row | BadRow]:
+        starts.clear()
         last = 0
-        for index, table in enumerate(tables):
-            starts[index] = start = last
+        for table in tables:
+            start = last
+            starts.append(start)
             for row in table.read([name for name in names if name in table.columns or not table.columns]):
                 last = start + row.number
                 yield replace(row, number=last)
 
-    def place(number: int) -> str:
-        index = max(index for index, start in enumerate(starts) if start < number)
-        return f"{tables[index].name}: row {number - starts[index]}"
+    def part(number: int) -> int:
+        return bisect_left(starts, number) - 1
 
-    return Table(name, tuple(columns), read, place)
+    def place(number: int) -> str:
+        index = part(number)
+        table, local = tables[index], tables[index].place(number - starts[index])
+        return f"{table.name}: {local}" if table.place is row_place else local
+
+    return Table(name, tuple(columns), read, place, part)

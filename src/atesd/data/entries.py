@@ -19,7 +19,19 @@ from atesd.config import ColumnsConfig
 from atesd.data.answers import ExactChecker, MathChecker, last_boxed, marked_answer, without_mark
 from atesd.data.equivalence import plainly_equal
 from atesd.data.golds import unreadable
-from atesd.data.rows import NO_ANSWER, OTHER_ANSWER, BadRow, Row, Unreadable, row_place, shown
+from atesd.data.rows import (
+    NO_ANSWER,
+    OTHER_ANSWER,
+    SAME_PROBLEM,
+    BadRow,
+    Row,
+    Unreadable,
+    cell,
+    only_part,
+    row_place,
+    shown,
+)
+from atesd.importing import is_named
 
 _LEVEL = re.compile(r"(?:level\s*)?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _FARTHEST = 2**53  # from here on a floating-point number may stand for a neighbour of the one that was written
@@ -45,7 +57,7 @@ class Entry:
 class Reading:
     """What a source gave: usable entries, bad rows, a line on each row that is left out on purpose, and notes.
 
-    `place` is what messages call a row by its number.
+    `place` is what messages call a row by its number; `part` says from which of several sources it is.
     """
 
     name: str
@@ -54,6 +66,7 @@ class Reading:
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     place: Callable[[int], str] = row_place
+    part: Callable[[int], int] = only_part
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -81,17 +94,19 @@ def checked(
 ) -> Reading:
     """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only.
 
+    A checker of the user's is not asked here: any text is an answer, and no solution is compared with it.
     `solutions` False: the answers alone count, whatever the solutions come to.
     """
     entries: list[Entry] = []
     bad: list[BadRow] = []
     seen: dict[str, int] = {}
+    own = is_named(checker)
     for row in rows:
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         try:
-            entry = _entry(row, columns)
+            entry = _entry(row, columns, own)
         except _BadValueError as error:
             bad.append(BadRow(row.number, str(error)))
             continue
@@ -99,9 +114,9 @@ def checked(
         if first == row.number:
             entries.append(entry)
         else:
-            same = "the same problem as" if columns.id is None else f"its id '{shown(entry.id)}' is that of"
+            same = SAME_PROBLEM if columns.id is None else f"its id '{shown(entry.id)}' is that of"
             bad.append(BadRow(row.number, f"{same} {place(first)}"))
-    contradicted = _contradicted(entries, checker) if solutions else {}
+    contradicted = _contradicted(entries, checker) if solutions and not own else {}
     bad += [
         BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
@@ -110,7 +125,8 @@ def checked(
     return Reading(name, usable, tuple(bad), place=place)
 
 
-def _entry(row: Row, columns: ColumnsConfig) -> Entry:
+def _entry(row: Row, columns: ColumnsConfig, own: bool) -> Entry:
+    """`own`: the user's checker decides what an answer is."""
     values = row.values
     text = _text(values, columns.problem)
     if not text.strip():
@@ -126,7 +142,7 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
         raise _BadValueError(f"{NO_ANSWER}: no closed \\boxed{{}} in the solution, and {stated_nowhere}")
     if last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise _BadValueError(f"the answer '{shown(answer)}' cannot stand inside \\boxed{{}}: its braces do not match")
-    if (fault := unreadable(answer)) is not None:
+    if not own and (fault := unreadable(answer)) is not None:
         raise _BadValueError(f"the answer '{shown(' '.join(answer.split()))}' {fault}")
     return Entry(
         row.number,
@@ -141,7 +157,7 @@ def _entry(row: Row, columns: ColumnsConfig) -> Entry:
 
 def _value(values: Mapping[str, Any], column: str) -> Any:
     """The value in a column; of a list with one element that element, and None of an empty list."""
-    value = values.get(column)
+    value = cell(values, column)
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
             raise _BadValueError(f"column '{column}' holds a list of {len(value)}, not one value: {shown(value)}")

@@ -14,7 +14,8 @@ from atesd.errors import DataError
 
 NO_ANSWER = "no answer can be found"
 OTHER_ANSWER = ("its solution boxes", "its reasoning ends with", "its reasoning never states")
-"""How the reasons of bad rows begin: no gold answer; a reference that comes to another one."""
+SAME_PROBLEM = "the same problem as"
+"""How the reasons of bad rows begin: no gold answer; a reference that comes to another one; a copy."""
 _MOST_NAMES = 40  # columns that an error message lists
 _LONGEST_NAME = 60
 _LONGEST_CAUSE = 300
@@ -48,22 +49,43 @@ def row_place(number: int) -> str:
     return f"row {number}"
 
 
+def only_part(number: int) -> int:  # noqa: ARG001
+    """Every row of a single file is from its only part."""
+    return 0
+
+
 @dataclass(frozen=True)
 class Table:
-    """Named columns, a way to read the rows with only some of them, and what messages call a row by its number."""
+    """Named columns, a way to read the rows with only some of them, and what messages call a row by its number.
+
+    `part` says which of the tables it was made of a row is from, by its place among them.
+    """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Sequence[str]], Iterable[Row | BadRow]]
     place: Callable[[int], str] = row_place
+    part: Callable[[int], int] = only_part
 
 
-def read_columns(table: Table, settings: Mapping[str, str]) -> Iterable[Row | BadRow]:
-    """The rows of a table with the columns that the settings name.
+def cell(values: Mapping[str, Any], column: str) -> Any:
+    """The value in a column, or at a path into one, such as `reward_model.ground_truth`; None if it is not there."""
+    if column in values or "." not in column:
+        return values.get(column)
+    head, _, rest = column.partition(".")
+    inner = values.get(head)
+    return cell(inner, rest) if isinstance(inner, Mapping) else inner if isinstance(inner, Unreadable) else None
 
-    Raises `DataError` if a column is missing, or if two columns have its name.
-    """
-    for setting, column in settings.items():
+
+def column_of(table: Table, column: str) -> str:
+    """The column of a table that holds what `column` names: itself, or the first word of a path into one."""
+    return column if column in table.columns else column.partition(".")[0]
+
+
+def require_columns(table: Table, settings: Mapping[str, str]) -> None:
+    """Raise `DataError` if a column that the settings name is missing, or if two columns have its name."""
+    for setting, name in settings.items():
+        column = name if column_of(table, name) not in table.columns else column_of(table, name)
         if table.columns and column not in table.columns:
             hint = _similar(column, table.columns)
             raise DataError(
@@ -74,7 +96,12 @@ def read_columns(table: Table, settings: Mapping[str, str]) -> Iterable[Row | Ba
                 f"{table.name}: {table.columns.count(column)} columns are called '{column}', which "
                 f"{setting} names; rename all but one"
             )
-    return table.read(list(dict.fromkeys(settings.values())))
+
+
+def read_columns(table: Table, settings: Mapping[str, str]) -> Iterable[Row | BadRow]:
+    """The rows of a table with the columns that the settings name. Raises `DataError` as `require_columns` does."""
+    require_columns(table, settings)
+    return table.read(list(dict.fromkeys(column_of(table, name) for name in settings.values())))
 
 
 def require(module: str, extra: str, reason: str) -> Any:

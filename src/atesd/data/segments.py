@@ -20,6 +20,9 @@ from itertools import pairwise
 from atesd.data.answers import last_boxed
 from atesd.data.blocks import Stretch, Stretches, blocks
 
+Segmenter = str | Callable[[str], tuple[str, ...]]
+"""A name of ours, or a function whose pieces join to the text (`own_segmenter`)."""
+
 _END = r"(?>\r\n|\n|\r)"
 _LINE = re.compile(_END)
 _PARAGRAPH = re.compile(rf"{_END}(?:[ \t]*{_END})+")
@@ -47,19 +50,21 @@ _DELIMITER = re.compile(r"\\(?P<bracket>[()\[\]])|\\[\s\S]|(?P<brace>[{}])|(?P<d
 _PARTNER = {"(": ")", "[": "]", "$$": "$$"}
 
 
-def cut(text: str, segmenter: str) -> tuple[str, ...]:
+def cut(text: str, segmenter: Segmenter) -> tuple[str, ...]:
     """The segments of `text`; their concatenation is `text`, none is empty, and none is blank unless all of it is.
 
     `segmenter`: paragraph (blank lines), line, sentence, token (a word with the space behind it), step (lines that open
     with a marker such as `Step 3:`, `3.`, `**Step 2**`, `## Step`; as auto where there is no marker), or auto: blank
-    lines, else lines, else sentences, the first that cuts at all. Raises `ValueError` for another name.
+    lines, else lines, else sentences, the first that cuts at all; or a function. Raises `ValueError` for another name.
     """
+    if not isinstance(segmenter, str):
+        return segmenter(text)
     protected = Stretches(_stretches(text))
     cuts = [_units(text, cutter, protected) for cutter in _cutters(text, segmenter, protected)]
     return next((units for units in cuts if len(units) > 1), cuts[-1])
 
 
-def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[str, ...], str]:
+def split_reference(solution: str, answer: str, segmenter: Segmenter) -> tuple[tuple[str, ...], str]:
     r"""(segments, closing) of a solution; the closing begins at the first unit that boxes the final answer.
 
     The final answer is the content of the last box. So no segment shows it in a box of its own: the teacher reads it
@@ -70,10 +75,8 @@ def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[s
     in lines with its answer in a paragraph of its own is cut into lines. Raises `ValueError` as `cut` does.
     """
     boxed = last_boxed(solution) is not None
-    protected = Stretches(_stretches(solution))
     splits = []
-    for cutter in _cutters(solution, segmenter, protected):
-        units = _units(solution, cutter, protected)
+    for units in _tried(solution, segmenter):
         place = _first_answer(units) if boxed else len(units)
         splits.append((units[:place], "".join(units[place:])))
         if place > 1:
@@ -82,6 +85,15 @@ def split_reference(solution: str, answer: str, segmenter: str) -> tuple[tuple[s
     if boxed:
         return segments, closing
     return segments, ("\n\n" if solution else "") + f"Final answer: \\boxed{{{answer}}}"
+
+
+def _tried(text: str, segmenter: Segmenter) -> Iterator[tuple[str, ...]]:
+    """The units of each way to cut, coarse to fine."""
+    if not isinstance(segmenter, str):
+        yield segmenter(text)
+        return
+    protected = Stretches(_stretches(text))
+    yield from (_units(text, cutter, protected) for cutter in _cutters(text, segmenter, protected))
 
 
 def _first_answer(units: Sequence[str]) -> int:

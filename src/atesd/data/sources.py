@@ -7,21 +7,26 @@ Nothing is dropped in silence.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import get_args
 
-from atesd.config import ColumnsConfig, DataConfig, SharesConfig
+from atesd.config import GENERATED, PROCEDURAL, ColumnsConfig, DataConfig, SharesConfig
 from atesd.data.arithmetic import COLUMNS as ARITHMETIC_COLUMNS
 from atesd.data.arithmetic import LEAST_OPERATIONS, arithmetic_rows
+from atesd.data.arrow_rows import chained
 from atesd.data.entries import Entry, Reading, checked, text_hash
 from atesd.data.gsm import COLUMNS as GSM_COLUMNS
 from atesd.data.gsm import gsm_rows
 from atesd.data.messages import MESSAGE_COLUMNS, Chats
+from atesd.data.own_segmenter import segmenter_of
 from atesd.data.presets import PRESETS
-from atesd.data.rows import BadRow, Row, Table, read_columns
-from atesd.data.segments import split_reference
+from atesd.data.rows import BadRow, Row, Table, read_columns, require_columns
+from atesd.data.segments import Segmenter, split_reference
 from atesd.data.sizes import require_enough, said, shortages, sizes_of
 from atesd.data.splits import ProblemSets, Shares, fingerprint, shares_of, split_of
 from atesd.data.tables import open_table
@@ -29,7 +34,6 @@ from atesd.errors import ConfigError, DataError
 from atesd.records import Problem, Split
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
-_GENERATED = ("gsm_symbolic", "arithmetic")
 _LISTED = 20  # bad rows that an error message shows
 
 
@@ -45,8 +49,8 @@ def load_problems(config: DataConfig) -> ProblemSets:
     """
     require_consistent(config)
     test = None if config.test_source is None else _read_test(config.test_source, config)
-    generated = config.source in _GENERATED
-    main = _generate(config) if generated else _with_references(_read_main(config), config)
+    generated = config.source in GENERATED
+    main = _generate(config) if generated else _with_references(read_table(table_of(config), config), config)
     main = _without_overlap(main, test)
     if not generated:
         _refuse_bad_rows(main, config)
@@ -54,12 +58,15 @@ def load_problems(config: DataConfig) -> ProblemSets:
     chosen = _chosen(candidates, sizes_of(config), shares_of(config.shares), test)
     short = shortages({split: len(some) for split, some in chosen.items()}, config)
     require_enough(short, config, main.name, len(main.entries))
+    cut, of_test = segmenter_of(config), {id(entry) for entry in test.entries} if test else set()
     train, validation, probe, held_out = (
-        tuple(_problem(entry, config.segmenter) for entry in chosen[split]) for split in _SPLITS
+        tuple(_problem(entry, cut, test if test and id(entry) in of_test else main) for entry in chosen[split])
+        for split in _SPLITS
     )
     skipped = main.skipped + (test.skipped if test else ())
     seal = fingerprint(train, validation, probe, held_out)
-    return ProblemSets(train, validation, probe, held_out, skipped, seal, main.notes + said(short, config, main.name))
+    notes = (*_mixture(main, chosen, config), *main.notes, *said(short, config, main.name))
+    return ProblemSets(train, validation, probe, held_out, skipped, seal, notes, _hashes(config))
 
 
 def load_benchmark(config: DataConfig, subset: str | None = None) -> ProblemSets:
@@ -76,13 +83,14 @@ def load_benchmark(config: DataConfig, subset: str | None = None) -> ProblemSets
             f"; of {len(reading.faults)} rows none can be used, the first is {reading.faults[0]}" if reading.bad else ""
         )
         raise DataError(f"{reading.name}: no usable problem in it{faults}")
-    problems = tuple(_problem(entry, config.segmenter) for entry in reading.entries)
-    return ProblemSets((), (), (), problems, reading.skipped, fingerprint((), (), (), problems))
+    problems = tuple(_problem(entry, segmenter_of(config), reading) for entry in reading.entries)
+    seal = fingerprint((), (), (), problems)
+    return ProblemSets((), (), (), problems, reading.skipped, seal, reading.notes, _hashes(config))
 
 
 def require_consistent(config: DataConfig) -> None:
     """Raise `ConfigError` for settings of `data` that contradict each other."""
-    if config.source in ("world", *_GENERATED) and config.preset is not None:
+    if config.source in ("world", *GENERATED) and config.preset is not None:
         raise ConfigError(f"data.preset: {config.preset} describes a data set; leave it out for {config.source}")
     if config.source == "world" and config.test_source is not None:
         raise ConfigError("data.test_source: the world makes its own test problems; leave it out")
@@ -90,7 +98,7 @@ def require_consistent(config: DataConfig) -> None:
         raise ConfigError(f"data.columns: the preset {config.preset} sets the columns; leave one of the two out")
     if config.source == "world" and config.shares != SharesConfig():
         raise ConfigError("data.shares: the world's models were taught its train share; leave the shares out")
-    if config.source in _GENERATED and config.train_size is None:
+    if config.source in GENERATED and config.train_size is None:
         raise ConfigError(
             f"data.train_size: none given, but {config.source} has no end; set a number, for example 4096"
         )
@@ -100,15 +108,14 @@ def require_consistent(config: DataConfig) -> None:
         )
 
 
-def _read_main(config: DataConfig) -> Reading:
-    """Read `data.source` by its preset or its column map."""
-    table = open_table(config.source, config.split_name)
+def read_table(table: Table, config: DataConfig) -> Reading:
+    """The rows of a table by `data.preset` or the column map."""
     if config.preset is None:
-        return _read_mapped(table, config.columns, config.checker)
+        return _read_mapped(table, config.columns, config)
     preset = PRESETS[config.preset]
     kept: list[Row | BadRow] = []
     filtered = 0
-    for row in read_columns(table, {f"data.preset: {config.preset} ({name})": name for name in preset.reads}):
+    for row in read_columns(table, _preset_columns(config)):
         values = preset.adapt(row.values) if isinstance(row, Row) else None
         if isinstance(row, BadRow):
             kept.append(row)
@@ -118,18 +125,33 @@ def _read_main(config: DataConfig) -> Reading:
             kept.append(Row(row.number, values))
     line = f"{table.name}: {filtered} rows left out: data.preset: {config.preset} keeps {preset.kept}"
     reading = checked(table.name, kept, preset.columns, config.checker, table.place)
-    return replace(reading, left_out=(line,) if filtered else ())
+    return replace(reading, left_out=(line,) if filtered else (), part=table.part)
 
 
-def _read_mapped(table: Table, columns: ColumnsConfig, checker: str, *, solutions: bool = True) -> Reading:
+def table_of(config: DataConfig) -> Table:
+    """The table of `data.source`; several sources as one, each of which must have the columns that are read."""
+    tables = [open_table(source, config.split_name) for source in config.sources]
+    if len(tables) == 1:
+        return tables[0]
+    wanted = _settings(config.columns) if config.preset is None else _preset_columns(config)
+    for table in tables:
+        require_columns(table, wanted)
+    return chained(f"{len(tables)} sources", tables)
+
+
+def _preset_columns(config: DataConfig) -> dict[str, str]:
+    """Column by the words for what names it, of the preset."""
+    return {f"data.preset: {config.preset} ({name})": name for name in PRESETS[config.preset or ""].reads}
+
+
+def _read_mapped(table: Table, columns: ColumnsConfig, config: DataConfig, *, solutions: bool = True) -> Reading:
     """Read a table by its column map; `solutions`: whether they must come to the stated answers."""
-    rows = read_columns(table, _settings(columns))
-    if columns.messages is None:
-        return checked(table.name, rows, columns, checker, table.place, solutions=solutions)
-    chats = Chats(columns.messages)
-    columns = columns.model_copy(update=MESSAGE_COLUMNS)
-    reading = checked(table.name, chats.unfolded(rows), columns, checker, table.place, solutions=solutions)
-    return replace(reading, notes=chats.notes(table.name))
+    chats = Chats(columns, config)
+    rows = chats.unfolded(read_columns(table, _settings(columns)))
+    if columns.messages is not None:
+        columns = columns.model_copy(update=MESSAGE_COLUMNS)
+    reading = checked(table.name, rows, columns, config.checker, table.place, solutions=solutions)
+    return replace(reading, notes=chats.notes(table.name), part=table.part)
 
 
 def _with_references(reading: Reading, config: DataConfig) -> Reading:
@@ -167,7 +189,7 @@ def _read_test(source: str, config: DataConfig, subset: str | None = None) -> Re
         columns = columns.model_copy(update={"answer": "answer"})
     if columns.solution not in table.columns and columns.answer is not None:
         columns = columns.model_copy(update={"solution": None})
-    reading = _read_mapped(table, columns, config.checker, solutions=False)
+    reading = _read_mapped(table, columns, config, solutions=False)
     _refuse_bad_rows(reading, config)
     prefix = "" if columns.id is None else "test:"
     return replace(reading, entries=tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries))
@@ -184,8 +206,8 @@ def _generate(config: DataConfig) -> Reading:
     count = 2000 + int(1.5 * max((sizes[split] or 0) / share for split, share in shares_of(config.shares) if share))
     if config.source == "arithmetic":
         rows: Iterable[Row | BadRow] = arithmetic_rows(config.seed, count, config.max_difficulty)
-        return checked(config.source, rows, ARITHMETIC_COLUMNS, config.checker)
-    return checked(config.source, gsm_rows(config.seed, count), GSM_COLUMNS, config.checker)
+        return checked(config.source_name, rows, ARITHMETIC_COLUMNS, config.checker)
+    return checked(config.source_name, gsm_rows(config.seed, count), GSM_COLUMNS, config.checker)
 
 
 def _settings(columns: ColumnsConfig) -> dict[str, str]:
@@ -201,6 +223,30 @@ def _without_overlap(main: Reading, test: Reading | None) -> Reading:
     where = {row: f"{test.place(other)} of {test.name}" for row, other in overlap.items()} if test else {}
     bad = tuple(BadRow(row, f"the same problem as {other}") for row, other in where.items())
     return replace(main, entries=tuple(e for e in main.entries if e.row not in overlap), bad=main.bad + bad)
+
+
+def _mixture(main: Reading, chosen: Mapping[Split, Sequence[Entry]], config: DataConfig) -> Iterator[str]:
+    """How many problems each of several sources gives, and to which split."""
+    if len(config.sources) == 1:
+        return
+    of_main = {id(entry) for entry in main.entries}
+    usable = Counter(main.part(entry.row) for entry in main.entries)
+    for place, source in enumerate(config.sources):
+        mine = (
+            f"{split} {sum(id(entry) in of_main and main.part(entry.row) == place for entry in some)}"
+            for split, some in chosen.items()
+        )
+        yield f"{source}: {usable[place]:,} usable rows: {', '.join(mine)}"
+
+
+def _hashes(config: DataConfig) -> dict[str, str]:
+    """SHA-256 (hexadecimal) of each source, and of the test source, that is a file."""
+    named = [] if config.source in PROCEDURAL else list(config.sources)
+    hashes = {}
+    for source in [*named, *filter(None, [config.test_source])]:
+        with suppress(IsADirectoryError, FileNotFoundError), Path(source).open("rb") as file:
+            hashes[source] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _refuse_bad_rows(reading: Reading, config: DataConfig) -> None:
@@ -228,8 +274,11 @@ def _chosen(
     return {split: list(islice(members[split], sizes[split])) for split in _SPLITS}
 
 
-def _problem(entry: Entry, segmenter: str) -> Problem:
-    segments, closing = split_reference(entry.solution, entry.answer, segmenter)
+def _problem(entry: Entry, segmenter: Segmenter, reading: Reading) -> Problem:
+    try:
+        segments, closing = split_reference(entry.solution, entry.answer, segmenter)
+    except DataError as error:  # of a segmenter of the user's
+        raise DataError(f"{reading.name}: {reading.place(entry.row)}: {error}") from error
     return Problem(entry.id, entry.text, segments, closing, entry.answer, entry.difficulty)
 
 

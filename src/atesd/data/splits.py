@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from atesd.config import SharesConfig
 from atesd.records import Problem, Split
@@ -18,7 +18,8 @@ SHARES: Shares = (("train", 0.80), ("validation", 0.07), ("probe", 0.03), ("test
 class ProblemSets:
     """The problems of a run, split. `skipped` lists refused rows, each with its reason; `notes` say what was chosen.
 
-    `fingerprint` is the SHA-256 of every problem of every split, so that a resumed run can tell that its data changed.
+    `fingerprint` is the SHA-256 of every problem of every split, so that a resumed run can tell that its data changed,
+    and `files` that of each file that was read, by its name.
     """
 
     train: tuple[Problem, ...]
@@ -28,6 +29,7 @@ class ProblemSets:
     skipped: tuple[str, ...] = ()
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def split_of(text: str, shares: Shares = SHARES) -> Split:

@@ -43,6 +43,12 @@ def _open(path: Path, source: str, split_names: Sequence[str], subset: str | Non
         if not path.is_file():
             raise DataError(f"{source}: no such file{_similar_file(path)}")
         return _READERS[suffix](path)
+    if suffix in (".csv", ".tsv") and path.is_file():
+        raise DataError(
+            f"{source}: cannot read a '{path.suffix}' file, whose cells have no types; write it as JSON Lines: "
+            f"pandas.read_csv(FILE, dtype=str{', sep=TAB' if suffix == '.tsv' else ''}).to_json('{path.stem}.jsonl', "
+            "orient='records', lines=True)"
+        )
     if path.is_file() or (suffix in _OTHER_FORMATS and not path.is_dir()):
         raise DataError(f"{source}: cannot read a '{path.suffix}' file; a source is {_FORMATS}")
     datasets = require("datasets", "datasets", f"data.source: {source}")

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import final, get_args
 
 from atesd.data.answers import Checker
+from atesd.data.own_checker import pairs_of
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer
 from atesd.engine.interface import Engine, Request, SamplingParams
@@ -151,7 +152,8 @@ def grade(
 ) -> list[Graded]:
     """Check each rollout's answer against that of its problem. In order."""
     of = {problem.id: problem for problem in problems}
-    verdicts = checker.check([(encoder.decode(r.completion_ids), of[r.problem_id].answer) for r in rollouts])
+    texts = [encoder.decode(rollout.completion_ids) for rollout in rollouts]
+    verdicts = checker.check(pairs_of([of[rollout.problem_id] for rollout in rollouts], texts))
     return [
         Graded(
             problem_id=rollout.problem_id,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from atesd.data.answers import Checker
+from atesd.data.own_checker import pairs_of
 from atesd.data.views import Renderer
 from atesd.engine.interface import Engine, Request, SamplingParams
 from atesd.evaluate.benchmark import student_prompts
@@ -66,8 +67,8 @@ def graded(
     rollouts: Sequence[Rollout], problems: Sequence[Problem], *, encoder: PromptEncoder, checker: Checker
 ) -> list[float]:
     """1.0 for each rollout whose answer is verified, 0.0 for every other."""
-    pairs = [(encoder.decode(r.completion_ids), p.answer) for r, p in zip(rollouts, problems, strict=True)]
-    return [float(verdict == "correct") for verdict in checker.check(pairs)]
+    texts = [encoder.decode(rollout.completion_ids) for rollout in rollouts]
+    return [float(verdict == "correct") for verdict in checker.check(pairs_of(problems, texts))]
 
 
 def probe_nll(

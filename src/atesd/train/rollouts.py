@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from atesd.config import Config
 from atesd.data.answers import Checker
+from atesd.data.own_checker import pairs_of
 from atesd.data.views import Renderer
 from atesd.engine.interface import Engine, Request, SamplingParams
 from atesd.maths.keyed import generator
@@ -82,7 +83,7 @@ class RolloutSampler:
         verdicts: Sequence[Verdict | None] = [None] * len(rollouts)
         if self._checker is not None:
             texts = [self._encoder.decode(rollout.completion_ids) for rollout in rollouts]
-            verdicts = self._checker.check([(text, p.answer) for text, p in zip(texts, problems, strict=True)])
+            verdicts = self._checker.check(pairs_of(problems, texts))
         return [GradedRollout(*row) for row in zip(problems, rollouts, verdicts, strict=True)]
 
     def _reference(self, problem: Problem) -> Rollout:

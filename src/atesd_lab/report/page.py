@@ -142,7 +142,7 @@ def _facts(run: RunRows) -> dict[str, str]:
         "status": status(run),
         "method": method_name(config),
         "model": config.model.path + (f", LoRA rank {config.model.lora.rank}" if config.model.lora else ""),
-        "data": f"{config.data.source}{world}, fingerprint {_short_hash(manifest.get('data_fingerprint'))}",
+        "data": f"{config.data.source_name}{world}, fingerprint {_short_hash(manifest.get('data_fingerprint'))}",
         "seed": f"{config.train.seed}, data {config.data.seed}",
         "updates": f"{config.train.num_updates} of {config.train.batch_size} rollouts, "
         f"learning rate {config.train.learning_rate:g}",
