@@ -22,7 +22,7 @@ def report(bench: Bench) -> Findings:
     return Findings(
         "The methods: table 1 of the paper",
         tuple(bench[world].table(ARMS, "full", column) for world in bench),
-        {"accuracy": accuracy_dots(bench, list(bench), ARMS, averages)},
+        {"accuracy": accuracy_dots(bench, list(bench), ARMS)},
         tuple(claims),
         (
             f"Paper: average of three benchmarks, {MODEL}, Average@12. full: OPSD. "
