@@ -102,8 +102,8 @@ def demo_text(worlds: Sequence[Arms]) -> str:
     differences = (
         "world",
         "look-ahead - OPSD",
-        "look-ahead - best fixed",
-        "best fixed - OPSD",
+        "look-ahead - best",
+        "best - OPSD",
         "OPSD - base",
         "ATESD - OPSD",
     )
