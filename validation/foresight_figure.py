@@ -60,7 +60,8 @@ def draw_foresight(found: Sequence[Seen], folder: Path) -> None:
             if column == 0:
                 axes.set_ylabel(f"after {moment} updates" if moment else "at the start")
             axes.tick_params(labelbottom=step == len(moments) - 1)
-    figure.supxlabel("reveal ratio")
+            if step == len(moments) - 1:
+                axes.set_xlabel("reveal ratio")
     figure.supylabel(AXIS, fontsize=10)
     first = panels[0][0]
     first.plot([], [], color=INK, label="foreseen by the alignment (its own scale)")
