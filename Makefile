@@ -70,7 +70,7 @@ $(SITE)/installed: requirements/site.txt
 	touch $@
 
 site: $(SITE)/installed  ## docs/ as a site, in site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build
 	@echo "site: site/index.html"
 
 test-window:  ## the suite with the oldest and the newest packages allowed; writes docs/compatibility.md; 20 minutes

@@ -45,6 +45,7 @@ def test_every_module_of_the_reference_exists_and_every_page_of_it_is_listed():
 
 def test_broken_links_fail_and_nothing_is_fetched_when_a_page_is_read():
     assert "strict: true" in PLAN
+    assert "mkdocs build\n" in (ROOT / "Makefile").read_text("utf-8")  # --quiet would count no warning
     assert re.findall(r"^  (\w+): warn$", PLAN, re.MULTILINE) == [
         "omitted_files",
         "absolute_links",
