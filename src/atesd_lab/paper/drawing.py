@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,10 +33,12 @@ def panels(count: int, width: float = 4.6, height: float = 3.4, columns: int = 3
 
 
 @styled
-def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str]) -> Figure:
-    """Accuracy of each arm: a dot for every seed, a bar at their mean.
+def accuracy_dots(
+    bench: Bench, worlds: Sequence[str], arms: Sequence[str], paper: Mapping[str, float] = MappingProxyType({})
+) -> Figure:
+    """Accuracy of each arm: a dot for every seed, a bar at their mean, a star for the paper's number if one is given.
 
-    What the paper has on its benchmarks stands in the table: it is not on a toy world's axis.
+    Give the paper's numbers on its own benchmarks only: they have no place on a toy world's axis.
     """
     shown = [[arm for arm in arms if arm in bench[world].groups] for world in worlds]
     figure, all_axes = panels(len(worlds), height=1.3 + 0.3 * max(map(len, shown)))
@@ -46,11 +49,15 @@ def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str]) -> F
             values = 100 * np.array(bench[world].accuracies(arm))
             axes.plot(values, [place] * len(values), "o", color=colour(0), alpha=0.45, markersize=4)
             axes.plot([values.mean()], [place], "|", color=colour(0), markersize=13, markeredgewidth=2.2)
+            if arm in paper:
+                axes.plot([paper[arm]], [place], "*", color=colour(1), markersize=9)
         axes.set_yticks(range(len(some)), [plain(arm) for arm in some])
         axes.set(title=world, xlabel="Average@k on test, %", ylim=(len(some) - 0.4, -0.6))
     all_axes[0].plot([], [], "o", color=colour(0), alpha=0.45, markersize=4, label="a seed")
     all_axes[0].plot([], [], "|", color=colour(0), markersize=13, markeredgewidth=2.2, label="their mean")
     all_axes[0].plot([], [], color=INK, linestyle=":", linewidth=1, label="before training")
+    if paper:
+        all_axes[0].plot([], [], "*", color=colour(1), label="the paper, on these benchmarks")
     figure.legend(loc="outside lower center", ncols=2 if len(worlds) == 1 else 4)
     return figure
 
