@@ -5,7 +5,7 @@ LOCK := requirements/lock.txt
 # For builds too: a new pip reads their constraints from the second variable, an old one from the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo test check format test-slow test-real test-peer test-bridges test-prime-rl test-demo test-trackers test-fuzz test-window lock bench clean
+.PHONY: demo site test check format test-slow test-real test-peer test-bridges test-prime-rl test-demo test-trackers test-fuzz test-window lock bench clean
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,17 @@ $(TRACKERS)/installed: pyproject.toml $(LOCK)
 test-trackers: $(TRACKERS)/installed  ## the real tensorboard, wandb and trackio, offline, and what they have kept
 	$(TRACKERS)/bin/pytest -n 0 -m trackers
 
+# An environment of its own: it needs none of the packages that train, and reads the code without importing it.
+SITE := .venv-site
+$(SITE)/installed: requirements/site.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --requirement requirements/site.txt
+	touch $@
+
+site: $(SITE)/installed  ## docs/ as a site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build
+	@echo "site: site/index.html"
+
 test-window:  ## the suite with the oldest and the newest packages allowed; writes docs/compatibility.md; 20 minutes
 	$(PYTHON) requirements/window.py $(END)
 
@@ -99,4 +110,4 @@ bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes;
 	$(BIN)/python -m benchmarks table
 
 clean:
-	rm -rf $(VENV) .venv-bridges $(PRIME_RL) $(TRACKERS) .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-bridges $(PRIME_RL) $(TRACKERS) $(SITE) site .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache

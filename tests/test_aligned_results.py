@@ -16,7 +16,7 @@ from scipy import stats
 from atesd.errors import RunError
 from atesd.runs import RunFolder, new_manifest
 from atesd_lab.paper.aligned_measure import Gap, Scored, WorldResult, measure, paces_of
-from atesd_lab.paper.aligned_results import accuracy_table, main, overview, page, time_table, verdict_lines
+from atesd_lab.paper.aligned_results import WORLDS, accuracy_table, main, overview, page, time_table, verdict_lines
 from atesd_lab.report.arms import Arms
 from atesd_lab.stats.contrast import Contrast
 from atesd_lab.stats.differences import mean_share, paired_difference
@@ -399,7 +399,10 @@ def test_the_command_writes_page_numbers_and_figures(swept: Path, tmp_path: Path
     steps = next(world for world in numbers["worlds"] if world["world"] == "steps")
     gate = next(one for one in steps["arms"] if one["arm"] == "gate")
     assert gate["last"]["value"] == pytest.approx(raw(swept, "gate", "test", 20, "steps").mean())
-    assert "designed so that exposure matters" in (path.parent / "aligned.svg").read_text()
+    drawing = (path.parent / "aligned.svg").read_text()
+    assert "designed so that exposure matters" in drawing
+    worlds = json.loads((path.parent / "aligned.json").read_text())["worlds"]
+    assert all(WORLDS.get(world["world"], world["world"]) in drawing for world in worlds)  # also where the gate loses
 
 
 def test_a_sweep_without_a_world_axis_is_one_world_named_like_its_folder(tmp_path: Path):

@@ -17,6 +17,7 @@ from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
 from atesd.maths.keyed import uniforms
+from atesd.table import Table
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
 from atesd.train.views import TeacherPrompts
@@ -30,7 +31,14 @@ from atesd_lab.profile.profile import (
     measure_profile,
     profiled_config,
 )
-from atesd_lab.profile.report import draw_profile, profile_text, recipe_of, suggested_config, write_profile
+from atesd_lab.profile.report import (
+    draw_profile,
+    profile_text,
+    recipe_of,
+    suggested_config,
+    without_flat,
+    write_profile,
+)
 from atesd_lab.profile.suggestion import AlignmentRows, Suggestion, suggest
 from atesd_lab.stats.mismatch import mismatch
 from quick import quick
@@ -264,6 +272,21 @@ def test_counts_of_the_difficulties_add_up_to_those_of_all(profile: Profile) -> 
     assert [row.effective_ratio for row in profile.rows if row.group == "all"][::2] == [0.0, 1.0]
     assert profile.cost.total > 0
     assert profile.cost.peak_bytes > 1 << 20
+
+
+def test_the_suggestion_is_what_is_read_first(profile: Profile) -> None:
+    assert profile_text(profile, "micro").startswith("suggested reveal ratio: ")
+
+
+def test_a_column_that_says_the_same_in_every_row_is_said_once() -> None:
+    table = Table(
+        "t", ("difficulty", "ratio", "KL", "rollouts"), (("all", "0", "1.0", "32"), ("all", "1", "2.0", "32"))
+    )
+    shown = without_flat(table)
+    assert (shown.columns, shown.rows) == (("difficulty", "ratio", "KL"), (("all", "0", "1.0"), ("all", "1", "2.0")))
+    assert shown.notes == ("The same in every row: rollouts 32.",)
+    one = replace(table, rows=table.rows[:1])
+    assert without_flat(one) == one
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])

@@ -1,21 +1,29 @@
-"""The commands of the README for a model of yours work, in the README's order, with a tiny model for the hub's."""
+"""Every command of the README is one. Those for a model of yours run in its order, with a tiny model for the hub's.
+
+Of the others it is checked that they are commands with these options, and in which test the like runs.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from atesd import cli
 from atesd.config import load_config, recipe_text
 from atesd.runs import RunFolder
 from atesd_lab.cli import live
+from atesd_lab.cli.commands import laboratory
 from tiny import tiny_folder
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
@@ -30,12 +38,48 @@ SMALLER = {
 """What makes a recipe a matter of seconds; all else stays."""
 
 
+ELSEWHERE = {
+    "git clone": "test_readme_commands.py",  # a clone of a folder
+    "cd atesd": "test_readme_commands.py",
+    "make demo": "test_demo_tables.py",
+    "python3 -m": "test_readme_commands.py",  # what the file installs is what .ci/run installs
+    ". .venv/bin/activate": "test_readme_commands.py",
+    "pip install": "test_readme_commands.py",
+    "profile micro": "test_profile.py",
+    "audit micro": "test_audit.py",
+    "train micro": "test_notebook.py",
+    "compare runs/demo/leaps-opsd": "test_compare.py",
+    "sweep micro-ratios": "test_sweep.py",
+    "torchrun --nproc-per-node": "test_ranks.py",
+    "serve qwen3-8b": "test_serve.py",
+    "train qwen3-8b": "test_server.py",
+}
+"""Commands that take minutes, GPUs or a network, by their first two words: the test in which they, or the like, run."""
+
+
+def blocks() -> list[str]:
+    """The fenced blocks of the README that hold commands."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return [block for language, block in found if not language and not block.startswith("Average@")]
+
+
+def lines_of(block: str) -> list[list[str]]:
+    """The commands of a block, as words."""
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    return [list(part) for words in lines for found, part in groupby(words, lambda word: word != "&&") if found]
+
+
+def program(words: list[str]) -> list[str]:
+    """A command of ours without what starts it."""
+    if words[0] == "torchrun":
+        return words[words.index("atesd.cli") + 1 :]
+    return words[1:] if words[0].rpartition("/")[2] == "atesd" else []
+
+
 def commands() -> list[list[str]]:
-    """The lines of the section's first block that run `atesd`, as words."""
-    block = re.search(r"## On your model and data\n\n```\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    lines = [shlex.split(line, comments=True) for line in block.group(1).splitlines()]
-    return [words[1:] for words in lines if words[0] == "atesd"]
+    """The commands for a model of yours."""
+    (block,) = (block for block in blocks() if "atesd export" in block)
+    return [program(words) for words in lines_of(block)]
 
 
 def stand_in(recipe: str) -> str:
@@ -84,6 +128,33 @@ def test_the_commands_for_a_model_of_yours_work_in_the_order_of_the_readme(
         assert row["sampler"]["student_template.enable_thinking"] is True
     assert (Path("runs") / f"{recipe}-export" / "adapter_config.json").is_file()
     assert "aime.jsonl" in Path("compare.html").read_text("utf-8")
+
+
+def test_every_other_command_is_one_and_runs_in_a_test():
+    ours = commands()
+    known = {**typer.main.get_group(cli.app).commands, **typer.main.get_group(laboratory).commands}
+    met = set()
+    others = [
+        words for block in blocks() for words in lines_of(block) if words[0] == "torchrun" or program(words) not in ours
+    ]
+    for words in others:
+        mine = program(words)
+        key = " ".join(mine[:2] if words[0] != "torchrun" and mine else words[:2])
+        assert key in ELSEWHERE, f"no test runs: {shlex.join(words)}"
+        assert (Path(__file__).parent / ELSEWHERE[key]).is_file(), ELSEWHERE[key]
+        met.add(key)
+        if mine:
+            known[mine[0]].make_context(mine[0], mine[1:])  # raises for an option that it does not have
+    assert met == set(ELSEWHERE)
+
+
+def test_a_clone_has_what_the_two_commands_need():
+    root = Path(__file__).resolve().parents[1]
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    assert {"Makefile", "pyproject.toml", "requirements/lock.txt", "README.md"} <= set(tracked)
+    extras = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (install,) = (words for block in blocks() for words in lines_of(block) if words[0] == "pip")
+    assert set(re.findall(r"\w+", install[-1].partition("[")[2])) <= set(extras)
 
 
 def test_the_stand_in_is_the_recipe_but_for_what_makes_it_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,9 +18,10 @@ from atesd.errors import RunError
 from atesd.runs import RunFolder
 from atesd.text import duration, number, percent, percent_interval, points_interval, visible
 from atesd_lab.report.alarms import find_alarms
-from atesd_lab.report.page import content_policy, facts_table, render_page, status, write_report
+from atesd_lab.report.page import Lead, content_policy, facts_table, render_page, status, write_report
 from atesd_lab.report.rows import RunRows, natural, read_run, read_runs
 from atesd_lab.report.samples import KL_LEVELS, sample_views, teacher_only, token_level
+from atesd_lab.report.worlds import worlds_of
 from fake_run import begin_run, evaluation_row, fake_config, metric_row, sample_row, write_fake_run
 from outline import Outline
 
@@ -353,3 +354,72 @@ def test_skipped_updates_and_unread_answers_are_told(tmp_path: Path):
     assert [alarm.title for alarm in alarms] == ["Skipped updates", "Answers not read"]
     assert "1 update of 2 skipped: loss is not finite" in alarms[0].detail
     assert alarms[1].detail.startswith("20.0 %")  # 2 of 10
+
+
+def of_world(path: Path, kind: str, leap_share: float) -> RunRows:
+    data = {"source": "world", "leap_share": leap_share}
+    begin_run(path, fake_config(100, kind=kind, data=data)).append("evaluations", evaluation_row(0, 0.5, NOISE, "test"))
+    return read_run(path)
+
+
+def test_runs_of_two_worlds_are_shown_apart_and_a_method_has_one_style_in_both(tmp_path: Path):
+    runs = [of_world(tmp_path / f"{kind}-{q}", kind, q) for q in (0.0, 0.5) for kind in ("full", "learned")]
+    steps, leaps = worlds_of([runs[0], runs[1], runs[3], runs[2]])
+    assert (steps.name, leaps.name) == ("steps world", "leap world")
+    assert dict(zip(steps.labels, steps.styles, strict=True)) == dict(zip(leaps.labels, leaps.styles, strict=True))
+    assert steps.labels == ("OPSD (full exposure)", "ATESD (sound credit)")
+    page = render_page(runs)
+    assert page.count("<caption>steps world: Average@k on test, %") == 1
+    assert page.count("<caption>leap world: Average@k on test, %") == 1
+    assert "The runs use different data" not in page
+
+
+def test_two_runs_of_one_method_in_a_world_keep_their_own_styles_and_names(tmp_path: Path):
+    runs = [of_world(tmp_path / name, "full", q) for name, q in (("a", 0.0), ("b", 0.0), ("c", 0.5))]
+    steps, leaps = worlds_of(runs)
+    assert (steps.labels, steps.styles) == (("a", "b"), (0, 1))
+    assert (leaps.labels, leaps.styles) == (("c",), (0,))
+
+
+def test_runs_of_one_world_are_not_parted(tmp_path: Path):
+    runs = [of_world(tmp_path / kind, kind, 0.5) for kind in ("full", "learned")]
+    (world,) = worlds_of(runs)
+    assert (world.name, world.labels, world.styles) == ("", ("full", "learned"), (0, 1))
+
+
+def test_many_runs_are_counted_in_the_title_and_their_further_tables_are_folded(tmp_path: Path):
+    runs = [of_world(tmp_path / f"{place}", "full", 0.5) for place in range(5)]
+    page = render_page(runs)
+    assert "<h1>5 runs</h1>" in page
+    results, folded = page.index("Average@k on test"), page.index("Differences on test, points")
+    assert results < page.index("more tables") < folded
+    assert "more tables" not in render_page(runs[:2])
+
+
+def test_a_lead_stands_first_with_its_commands(tmp_path: Path):
+    lead = Lead("A <question>", ("One sentence.",), ("A note.",), (), (("atesd audit micro", "why"),))
+    page = render_page([of_world(tmp_path / "a", "full", 0.5)], lead)
+    assert "<h1>A &lt;question&gt;</h1>" in page
+    assert page.index("One sentence.") < page.index("A note.") < page.index('id="results"')
+    assert "<code>atesd audit micro</code>" in page
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["/home/me/.venv/bin/atesd", "train", "micro"], "atesd train micro"),
+        (["/x/atesd_lab/cli/worker.py", "train", "micro", "--out", "a b"], "atesd train micro --out 'a b'"),
+        (["train.py", "--lr", "1"], "train.py --lr 1"),
+        ([], ""),
+    ],
+)
+def test_a_command_is_shown_as_one_would_type_it(command: list[str], shown: str, tmp_path: Path):
+    run = rows_of(tmp_path / "run", manifest={"command": command})
+    assert dict(facts_table([run]).rows)["command"] == shown
+
+
+def test_a_wide_table_says_on_a_phone_that_it_scrolls_and_its_score_stands_first(tmp_path: Path):
+    page = render_page([of_world(tmp_path / "a", "full", 0.5)])
+    card = page.partition('<table class="results">')[2].partition("</div>\n</div>")[0]
+    assert card.index('<th scope="col">last</th>') < card.index('<th scope="col">method</th>')
+    assert 'class="more"' in card

@@ -17,6 +17,8 @@ from atesd_lab.cli.reproduce import run_experiments
 from atesd_lab.paper import numbers, sweep, tokens
 from atesd_lab.paper.bench import RATIOS, read_bench
 from atesd_lab.paper.claims import Claim
+from atesd_lab.paper.drawing import accuracy_dots, panels
+from atesd_lab.paper.exposure import is_control
 from atesd_lab.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
 from atesd_lab.paper.scale import Scale, budget, cells_for, load_scale
 from atesd_lab.report.rows import RunRows, shares
@@ -288,3 +290,34 @@ def test_an_experiment_is_trained_and_written_end_to_end(scale: Scale, tmp_path:
     page = (tmp_path / "granularity.md").read_text("utf-8")
     assert "| per-problem | 1 |" in page
     assert (tmp_path / "figures" / "granularity-accuracy.png").stat().st_size > 1000
+
+
+def test_a_row_of_panels_is_no_wider_than_three():
+    for count, rows, columns in ((1, 1, 1), (3, 1, 3), (4, 2, 2), (5, 2, 3)):
+        figure, axes = panels(count)
+        grid = axes[0].get_gridspec()
+        assert (len(axes), grid.nrows, grid.ncols) == (count, rows, columns)
+        assert sum(one.get_visible() for one in figure.axes) == count
+
+
+def test_the_papers_number_is_drawn_where_it_is_given_and_nowhere_else(three: tuple[Path, list[Cell]]):
+    bench = read_bench(three[1], [("leaps", "full")])
+    plain, starred = (accuracy_dots(bench, ["leaps"], ["full"], paper) for paper in ({}, {"full": 43.3}))
+    stars = [
+        [line.get_xdata()[0] for line in one.axes[0].lines if line.get_marker() == "*"] for one in (plain, starred)
+    ]
+    assert stars[0] == []
+    assert stars[1][0] == 43.3
+
+
+def test_the_controls_of_a_controller_have_a_figure_of_their_own_with_the_controllers(
+    scale: Scale,
+):
+    arms = [arm for world, arm in scale.wanted(["exposure"]) if world == "leaps"]
+    shown = {arm for arm in arms if is_control(arm)}
+    assert shown == {
+        "shuffled-reward",
+        "shuffled-replay",
+        "untrained",
+        *(f"{name}-{control}" for name in ("bandit", "aligned") for control in ("shuffled-reward", "shuffled-replay")),
+    }

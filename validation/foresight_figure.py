@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from atesd_lab.report.canvas import colour, save_figure, styled
+from atesd_lab.report.svg import INK
 
 
 class Seen(Protocol):
@@ -33,31 +34,47 @@ class Seen(Protocol):
     def rank_correlation(self) -> float: ...
 
 
+COLUMNS = 4  # so that the words are readable on a page
+AXIS = "change of the student's success by one small step, as a share of the largest true one"
+
+
 @styled
 def draw_foresight(found: Sequence[Seen], folder: Path) -> None:
-    """Write foresight.svg and foresight.png: a column per world, a row per moment of training."""
+    """Write foresight.svg and foresight.png: a panel per world and moment of training, one moment above the other."""
     worlds = list(dict.fromkeys(seen.world for seen in found))
     moments = list(dict.fromkeys(seen.updates for seen in found))
-    figure = Figure(figsize=(2.1 * len(worlds) + 0.6, 2.3 * len(moments) + 0.4), layout="constrained")
-    panels = figure.subplots(len(moments), len(worlds), squeeze=False, sharex=True, sharey=True)
-    for row, moment in enumerate(moments):
-        for column, world in enumerate(worlds):
-            some = [seen for seen in found if (seen.world, seen.updates) == (world, moment)]
-            _draw(panels[row][column], some)
-            if row == 0:
-                panels[row][column].set_title(world)
-            if row == len(moments) - 1:
-                panels[row][column].set_xlabel("reveal ratio")
-        panels[row][0].set_ylabel(f"after {moment} updates" if moment else "at the start")
-    panels[0][0].plot([], [], color="#57606a", label="foreseen")
-    panels[0][0].plot([], [], color="#57606a", linestyle="", marker="o", label="true")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    columns = min(COLUMNS, len(worlds))
+    blocks = -(-len(worlds) // columns)
+    figure = Figure(figsize=(2.2 * columns + 0.7, 2.2 * len(moments) * blocks + 0.7), layout="constrained")
+    panels = figure.subplots(len(moments) * blocks, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in panels.flat:
+        axes.set_visible(False)
+    for place, world in enumerate(worlds):
+        block, column = divmod(place, columns)
+        for step, moment in enumerate(moments):
+            axes = panels[block * len(moments) + step][column]
+            axes.set_visible(True)
+            _draw(axes, [seen for seen in found if (seen.world, seen.updates) == (world, moment)])
+            if step == 0:
+                axes.set_title(world)
+            if column == 0:
+                axes.set_ylabel(f"after {moment} updates" if moment else "at the start")
+            axes.tick_params(labelbottom=step == len(moments) - 1)
+            if step == len(moments) - 1:
+                axes.set_xlabel("reveal ratio")
+    figure.supylabel(AXIS, fontsize=10)
+    first = panels[0][0]
+    first.plot([], [], color=INK, label="foreseen by the alignment (its own scale)")
+    first.plot([], [], color=INK, linestyle="", marker="o", label="true, with its standard error")
+    for checkpoint in sorted({seen.checkpoint for seen in found} & set("abc")):
+        first.plot([], [], color=colour("abc".find(checkpoint)), linewidth=3, label=f"checkpoint {checkpoint}")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, folder / "foresight")
 
 
 def _draw(axes: Axes, some: Sequence[Seen]) -> None:
     """Both, each over its largest magnitude: only the shape is comparable, and only the shape chooses a ratio."""
-    axes.axhline(0.0, color="#57606a", linewidth=0.8)
+    axes.axhline(0.0, color=INK, linewidth=0.8)
     axes.set(xlim=(-0.05, 1.05), ylim=(-1.15, 1.15), xticks=(0, 0.5, 1), yticks=(-1, 0, 1))
     for seen in some:
         index = "abc".find(seen.checkpoint)

@@ -7,7 +7,7 @@
     outcome = train(load_config("micro", ["train.num_updates=50"]), Path("runs/first"))
 
 The names below are imported when they are first asked for, so that `import atesd` stays light. `train` and `evaluate`
-live in `atesd.build`, because `atesd.train` and `atesd.evaluate` are the packages of these names.
+live in `atesd.session`, because `atesd.train` and `atesd.evaluate` are the packages of these names.
 """
 
 from __future__ import annotations

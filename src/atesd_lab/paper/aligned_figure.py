@@ -1,4 +1,4 @@
-"""The figures of `aligned_results`: the main arms in the leap worlds and the steps world; all arms in all worlds."""
+"""The figures of `aligned_results`: the main arms, and all arms, in all worlds."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ LABELS = {
 }
 BEHIND_TO_AHEAD = LinearSegmentedColormap.from_list("behind to ahead", ("#e58f3c", "#ffffff", "#4d9bd6"))
 NARROWEST = 8.4  # inches, for the lines below
+COLUMNS = 4
 FULL_COLOUR = 0.4  # a gap of 40 points has the full colour
 
 
 @styled
 def draw_main(worlds: Sequence[WorldResult], names: Mapping[str, str], baseline: str, path: Path) -> None:
-    """Write the README's comparison: a panel for the steps world and each leap world, accuracies with intervals.
-
-    Where a sweep has none of these worlds, all are drawn.
-    """
-    shown = [world for world in worlds if world.leaps or world.world == "steps"] or list(worlds)
+    """Write the README's comparison: a panel for every world, those in which the gate loses too."""
     rows = {baseline: "full exposure (OPSD)", **LABELS}
-    figure = Figure(figsize=(max(NARROWEST, 1.9 + 1.75 * len(shown)), 3.7), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, world in zip(panels, shown, strict=True):
+    columns = min(COLUMNS, len(worlds))
+    lines = -(-len(worlds) // columns)
+    size = max(NARROWEST, 1.9 + 1.9 * columns), 0.9 + 2.9 * lines
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, world in zip(panels.flat, worlds, strict=False):
         _draw_world(axes, world, list(rows))
         axes.set_title(plain(names[world.world]))
-    panels[0].set_yticks(range(len(rows)), list(rows.values()))
-    panels[0].set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 50, 100))
+        axes.tick_params(labelbottom=True)
+    for axes in panels.flat[len(worlds) :]:
+        axes.set_visible(False)
+    first = panels[0][0]
+    first.set_yticks(range(len(rows)), list(rows.values()))
+    first.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 50, 100))
     for index, kind in enumerate(KINDS):
-        panels[0].plot([], [], "o", color=colour(index), markersize=5, label=kind)
-    panels[0].plot([], [], color=INK, linestyle=":", linewidth=1, label="before training")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+        first.plot([], [], "o", color=colour(index), markersize=5, label=kind)
+    first.plot([], [], color=INK, linestyle=":", linewidth=1, label="before training")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=5)
     unit = "Average@k on test after the last update, %, with 95 % intervals over seeds and problems"
-    figure.supxlabel(f"{unit}\n{DESIGNED}" if any(world.leaps for world in shown) else unit, fontsize=9)
+    figure.supxlabel(f"{unit}\n{DESIGNED}" if any(world.leaps for world in worlds) else unit, fontsize=9)
     save_figure(figure, path)
 
 

@@ -28,7 +28,7 @@ def report(bench: Bench) -> Findings:
         "Controllers on one bench",
         (bench[world].table(arms, best),),
         {
-            "accuracy": accuracy_dots(bench, [world], arms, {}),
+            "accuracy": accuracy_dots(bench, [world], arms),
             "regret": contrast_bars("Against the best fixed ratio, which needed a sweep", from_best),
         },
         tuple(claims),

@@ -31,7 +31,7 @@ def report(bench: Bench) -> Findings:
     return Findings(
         "What in the reference helps",
         tuple(bench[world].table(arms, "full") for world in bench),
-        {"accuracy": accuracy_dots(bench, list(bench), arms, {})},
+        {"accuracy": accuracy_dots(bench, list(bench), arms)},
         tuple(claims),
         (
             "The paper has no such controls. fixed-0: the teacher sees the answer and no segment.",

@@ -37,7 +37,7 @@ def report(bench: Bench) -> Findings:
     return Findings(
         "How a decision is rewarded: ablation 1",
         (bench[world].table(list(STEPS), "one-step", column),),
-        {"accuracy": accuracy_dots(bench, [world], list(STEPS), values)},
+        {"accuracy": accuracy_dots(bench, [world], list(STEPS))},
         claims,
         (
             "All with the paper's reward (falls of the training KL), hold 4. one-step: window of 1 update; "

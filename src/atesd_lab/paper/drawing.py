@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,15 +21,25 @@ DENSE = 12  # points; longer lines have no markers
 
 
 @styled
-def panels(count: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A row of empty panels."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+def panels(count: int, width: float = 4.6, height: float = 3.4, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """Empty panels of this size in inches, so many in a row at most, that their words are readable on a page."""
+    rows = -(-count // columns)
+    columns = -(-count // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    found = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in found[count:]:
+        axes.set_visible(False)
+    return figure, found[:count]
 
 
 @styled
-def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str], paper: dict[str, float]) -> Figure:
-    """Accuracy of each arm: a dot for every seed, a bar at their mean, a star for the paper's number if it has one."""
+def accuracy_dots(
+    bench: Bench, worlds: Sequence[str], arms: Sequence[str], paper: Mapping[str, float] = MappingProxyType({})
+) -> Figure:
+    """Accuracy of each arm: a dot for every seed, a bar at their mean, a star for the paper's number if one is given.
+
+    Give the paper's numbers on its own benchmarks only: they have no place on a toy world's axis.
+    """
     shown = [[arm for arm in arms if arm in bench[world].groups] for world in worlds]
     figure, all_axes = panels(len(worlds), height=1.3 + 0.3 * max(map(len, shown)))
     for axes, world, some in zip(all_axes, worlds, shown, strict=True):
@@ -46,7 +57,7 @@ def accuracy_dots(bench: Bench, worlds: Sequence[str], arms: Sequence[str], pape
     all_axes[0].plot([], [], "|", color=colour(0), markersize=13, markeredgewidth=2.2, label="their mean")
     all_axes[0].plot([], [], color=INK, linestyle=":", linewidth=1, label="before training")
     if paper:
-        all_axes[0].plot([], [], "*", color=colour(1), label="the paper, on its benchmarks")
+        all_axes[0].plot([], [], "*", color=colour(1), label="the paper, on these benchmarks")
     figure.legend(loc="outside lower center", ncols=2 if len(worlds) == 1 else 4)
     return figure
 

@@ -40,12 +40,13 @@ SMOOTH = 20  # updates
 
 def report(bench: Bench) -> Findings:
     """A table per world, what each controller found beside the optimum, ratio curves over the null band."""
-    numbers = printed("exposure_ablation_aime24")
+    numbers, arms = printed("exposure_ablation_aime24"), list(bench[main_world(bench)].groups)
     return Findings(
         "Learned exposure and its controls: ablation 2",
         (*(_world_table(bench, world) for world in bench), optimum_table(bench), selected_table(bench)),
         {
-            "accuracy": accuracy_dots(bench, list(bench), list(bench[main_world(bench)].groups), {}),
+            "accuracy": accuracy_dots(bench, list(bench), [arm for arm in arms if not is_control(arm)]),
+            "controls": accuracy_dots(bench, list(bench), [arm for arm in arms if arm in LEARNED or is_control(arm)]),
             "ratios": _draw_ratios(bench),
         },
         (*_claims(bench, numbers), *_own_claims(bench)),
@@ -58,6 +59,11 @@ def report(bench: Bench) -> Findings:
             "The aligned exposure has no reward; what is shuffled are the verdicts that give its direction.",
         ),
     )
+
+
+def is_control(arm: str) -> bool:
+    """Whether an arm is a control of a controller that is an arm itself."""
+    return arm.endswith(CONTROLS)
 
 
 def _world_table(bench: Bench, world: str) -> Table:
@@ -180,7 +186,7 @@ def _null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int) -> Nu
 
 @styled
 def _draw_ratios(bench: Bench) -> Figure:
-    figure, all_axes = panels(len(bench), width=3.9, height=3.6)
+    figure, all_axes = panels(len(bench), width=4.6, height=3.6)
     for axes, world in zip(all_axes, bench, strict=True):
         runs = bench[world].runs("sound")
         config = runs[0].config
@@ -200,7 +206,7 @@ def _draw_ratios(bench: Bench) -> Figure:
                 draw_seeds(axes, curves[0][0], [means for _, means in curves], index, f"{arm}, mean of the Beta")
         axes.axhline(RATIOS[best_fixed(bench[world])], color=INK, linestyle=":", linewidth=1.4, label="best fixed")
         axes.set(title=world, xlabel="update", ylim=(-0.03, 1.03))
-    all_axes[0].set_ylabel("reveal ratio")
+        axes.set_ylabel("reveal ratio")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

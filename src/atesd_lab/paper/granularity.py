@@ -16,7 +16,7 @@ def report(bench: Bench) -> Findings:
     return Findings(
         "One ratio per update, per difficulty, per problem",
         (bench[world].table(ARMS, "sound"),),
-        {"accuracy": accuracy_dots(bench, [world], ARMS, {})},
+        {"accuracy": accuracy_dots(bench, [world], ARMS)},
         claims,
         ("The paper names the single ratio per update as a limit and measures nothing finer. sound: one per update.",),
     )

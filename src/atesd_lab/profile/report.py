@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,32 @@ def recipe_of(profile: Profile, config: Config, name: str) -> str:
 
 
 def profile_text(profile: Profile, name: str) -> str:
-    """The whole profile for a terminal."""
-    parts = [render_text(table) for table in tables(profile, name)]
-    prose = [*reference_lines(profile), *cost_lines(profile), *suggestion_lines(profile)]
-    return "\n".join([*parts, *(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in prose)]) + "\n"
+    """The whole profile for a terminal: the suggestion first, then what it rests on."""
+    parts = [render_text(without_flat(table)) for table in tables(profile, name)]
+    head, prose = (
+        [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines]
+        for lines in (suggestion_lines(profile), [*reference_lines(profile), *cost_lines(profile)])
+    )
+    return "\n".join([*head, "", *parts, *prose]) + "\n"
+
+
+def without_flat(table: Table) -> Table:
+    """A table of several rows without the columns that say the same in each; a note says it once.
+
+    The first two columns name a row, and stay.
+    """
+    places = range(len(table.columns))
+    flat = [place for place in places[2:] if len({row[place] for row in table.rows}) == 1]
+    if len(table.rows) < 2 or not flat:
+        return table
+    kept = [place for place in places if place not in flat]
+    once = ", ".join(f"{table.columns[place]} {table.rows[0][place]}" for place in flat)
+    return replace(
+        table,
+        columns=tuple(table.columns[place] for place in kept),
+        rows=tuple(tuple(row[place] for place in kept) for row in table.rows),
+        notes=(*table.notes, f"The same in every row: {once}."),
+    )
 
 
 def tables(profile: Profile, name: str) -> list[Table]:

@@ -146,8 +146,10 @@ def draw_key(axes: Axes, names: Sequence[tuple[int, str]]) -> None:
 
 
 def place_legend(axes: Axes) -> None:
-    """The legend below the panel, in two columns."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, handlelength=2.4)
+    """The legend inside the figure, below the panel, in two columns; the layout gives it the room that it needs."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=2.4)
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -165,8 +167,8 @@ def colour(index: int) -> str:
 
 
 def dash(index: int) -> str | tuple[int, tuple[float, ...]]:
-    """The dashes of the run at this place."""
-    return DASHES[index % len(DASHES)]
+    """The dashes of the run at this place; with a colour that comes again they are others."""
+    return DASHES[(index + index // len(PALETTE)) % len(DASHES)]
 
 
 def plain(name: str) -> str:

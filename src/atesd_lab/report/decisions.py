@@ -13,7 +13,7 @@ from scipy.stats import beta
 from atesd.rows import DecisionRow
 from atesd.table import Table
 from atesd.text import finite, number, signed
-from atesd_lab.report.canvas import PALETTE, Chart, empty_panel, fit_vertical, stacked_panels, styled
+from atesd_lab.report.canvas import PALETTE, Chart, empty_panel, fit_vertical, place_legend, stacked_panels, styled
 from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
 
@@ -87,7 +87,8 @@ def ridge(run: RunRows, scope: str = "all") -> Chart | None:
     tallest = max(float(density.max()) for density in densities)
     for step, (policy, density) in enumerate(zip(shown, densities, strict=True)):
         height, front = _OVERLAP * density / tallest - step, 2 + step
-        axes.fill_between(_GRID, -step, height, color=PALETTE[1], alpha=0.32, linewidth=0, zorder=front)
+        name = "" if step else "the policy's density"
+        axes.fill_between(_GRID, -step, height, color=PALETTE[1], alpha=0.32, linewidth=0, zorder=front, label=name)
         axes.plot(_GRID, height, color=PALETTE[1], linewidth=1.1, zorder=front)
         axes.scatter(
             [policy.reveal_ratio],
@@ -97,6 +98,7 @@ def ridge(run: RunRows, scope: str = "all") -> Chart | None:
             linewidths=0,
             zorder=front + len(shown),
             clip_on=False,
+            label="" if step else "the ratio that was drawn",
         )
     axes.set_yticks([-step for step in range(len(shown))], [str(policy.start) for policy in shown])
     axes.set_xlim(0, 1)
@@ -104,10 +106,8 @@ def ridge(run: RunRows, scope: str = "all") -> Chart | None:
     axes.set_ylim(0.75 - len(shown), max(tops) + 0.15)
     first, last = shown[0], shown[-1]
     words = f"Beta densities of {len(shown)} of {len(known)} decisions: mean {first.mean:.2f} at update {first.start}"
-    reading = (
-        "Where each ratio was drawn from, first decision on top, all on one scale: a narrow peak is a policy that "
-    )
-    reading += "is sure of itself. Dot: the ratio that was drawn."
+    place_legend(axes)
+    reading = "First decision on top, all on one scale: a narrow peak is a policy that is sure of itself."
     return Chart(f"{scope}-ridge", f"{words}, {last.mean:.2f} at update {last.start}", reading, figure)
 
 
@@ -137,17 +137,26 @@ def timeline(run: RunRows, scope: str = "all") -> Chart | None:
     above.set_ylim(-0.06, 1.03)
     margin = 0.02 * (last - first)
     below.set_xlim(first - margin, last + margin)
-    reading = (
-        "Thick: a ratio over the updates that it held. Thin, below it: its look-ahead window; where that closes, the "
-    )
-    reading += (
-        "lower panel has the reward. Blue, upward: it earned more than its batch (its advantage is positive); orange, "
-    )
-    reading += "downward: less; ring: not yet learned from. Dotted: a policy update."
+    _timeline_key(above, rows, bool(held), bool(learned))
+    reading = "Where a look-ahead window closes, the lower panel has the reward of its decision."
     if held:
-        reading += " Line across: the policy's mean, which moves toward blue and away from orange."
+        reading += " The policy's mean moves toward blue and away from orange."
     words = f"The last {len(rows)} of {len(run.decisions)} decisions, from update {first} to {last}"
     return Chart(f"{scope}-timeline", words, reading, figure)
+
+
+def _timeline_key(axes: Axes, rows: Sequence[DecisionRow], has_policy: bool, has_learned: bool) -> None:
+    """What the marks of the timeline mean; only what is drawn."""
+    tones = {_tone(row) for row in rows}
+    words = {"^": "earned more than its batch", "v": "earned less", "o": "as its batch, or still open"}
+    for tone, marker in sorted(tones, key=lambda one: list(words).index(one[1])):
+        axes.plot([], [], color=tone, marker=marker, markersize=4.4, linewidth=3.2, label=words[marker])
+    axes.plot([], [], color=PALETTE[4], linewidth=0.9, marker="|", markersize=4, label="its look-ahead window")
+    if has_policy:
+        axes.plot([], [], color=INK, linewidth=1.2, label="the policy's mean")
+    if has_learned:
+        axes.plot([], [], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="a policy update")
+    place_legend(axes)
 
 
 def decisions_table(run: RunRows, rows: Sequence[DecisionRow], title: str) -> Table:

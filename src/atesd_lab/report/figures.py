@@ -33,6 +33,7 @@ from atesd_lab.report.canvas import (
 from atesd_lab.report.decisions import Policy, finished, policies
 from atesd_lab.report.rows import RunRows, natural
 from atesd_lab.report.svg import INK
+from atesd_lab.report.worlds import World, as_world
 
 DENSITY_ROWS = 60
 MAX_COLUMNS = 400
@@ -90,16 +91,17 @@ HEALTH = (
 
 
 @styled
-def accuracy(runs: Sequence[RunRows], split: str) -> Chart | None:
+def accuracy(runs: Sequence[RunRows] | World, split: str) -> Chart | None:
     """Average@k of one split over updates, in percent, with the intervals as bands; None without evaluations."""
-    shown = [(index, run, rows) for index, run in enumerate(runs) if (rows := run.evaluated(split))]
+    world = as_world(runs)
+    shown = [(line, run, rows) for line, run in world.lines if (rows := run.evaluated(split))]
     if not shown:
         return None
     samples = sorted({int(row["samples"]) for _, _, rows in shown for row in rows})
-    title = f"Average@{'/'.join(map(str, samples))} on {split}"
-    figure, axes = empty_panel(visible(title), "%", height=3.1)
+    title = world.title(f"Average@{'/'.join(map(str, samples))} on {split}")
+    figure, axes = empty_panel(visible(title), "%", height=3.1 if len(shown) == 1 else 3.6)
     words = []
-    for index, run, rows in shown:
+    for (index, _), run, rows in shown:
         updates = [int(row["update"]) for row in rows]
         intervals = [row["average"] for row in rows]
         value, low, high = ([100 * one[end] for one in intervals] for end in ENDS)
@@ -108,30 +110,35 @@ def accuracy(runs: Sequence[RunRows], split: str) -> Chart | None:
         if len(rows) == 1:
             axes.vlines(updates, low, high, color=colour(index), linewidth=1.2)
         words.append(f"{plain(run.name)} from {value[0]:.1f} % at update {updates[0]} to {value[-1]:.1f} %")
-    fit_updates(axes, last_update(runs))
-    draw_key(axes, [(index, run.name) for index, run, _ in shown])
+    fit_updates(axes, last_update(world.runs))
+    if world.name:
+        axes.set_ylim(0, 100)  # worlds side by side have one scale
+    draw_key(axes, [line for line, _, _ in shown])
     reading = "Band: 95 % bootstrap interval over problems. It does not cover the choice of seed."
-    return Chart(f"accuracy-{split}", f"{title}: {'; '.join(words)}", reading, figure)
+    return Chart(world.key(f"accuracy-{split}"), f"{title}: {'; '.join(words)}", reading, figure)
 
 
 @styled
-def metric(runs: Sequence[RunRows], panel: Panel, scope: str = "all") -> Chart | None:
+def metric(runs: Sequence[RunRows] | World, panel: Panel, scope: str = "all") -> Chart | None:
     """A metric over updates; None if no run has measured it. `scope` keeps keys apart when a page draws it twice."""
-    shown = [(index, run, *run.series(panel.key)) for index, run in enumerate(runs) if run.series(panel.key)[0]]
+    world = as_world(runs)
+    shown = [(line, run, *run.series(panel.key)) for line, run in world.lines if run.series(panel.key)[0]]
     if not shown:
         return None
-    figure, axes = empty_panel(panel.title, panel.unit)
+    title = world.title(panel.title)
+    figure, axes = empty_panel(visible(title), panel.unit, height=2.7 if len(shown) == 1 else 3.1)
     words = []
-    for index, run, updates, raw in shown:
+    for (index, _), run, updates, raw in shown:
         values = np.asarray(raw) * (100 if panel.share else 1)
         draw_series(axes, updates, values, index)
         words.append(f"{plain(run.name)} from {number(float(values[0]))} to {number(float(values[-1]))}")
     fit_vertical(axes, panel.share)
-    fit_updates(axes, last_update(runs))
+    fit_updates(axes, last_update(world.runs))
     if len(shown) == 1:
         _mark_skipped(axes, shown[0][1])
-    draw_key(axes, [(index, run.name) for index, run, _, _ in shown])
-    return Chart(f"{scope}-{panel.key}", f"{panel.title}, {panel.unit}: {'; '.join(words)}", panel.reading, figure)
+    draw_key(axes, [line for line, *_ in shown])
+    words_of = f"{title}, {panel.unit}: {'; '.join(words)}"
+    return Chart(world.key(f"{scope}-{panel.key}"), words_of, panel.reading, figure)
 
 
 @styled
@@ -143,26 +150,30 @@ def exposure(run: RunRows, scope: str = "all") -> Chart | None:
     figure, axes = empty_panel("Reveal ratio", "share of segments shown", height=3.1)
     last, crowded = updates[-1] + 1, len(updates) > CROWDED
     drawn_from = policies(run)
+    width = 0.6 if crowded else 1.4
+    axes.step(
+        [*updates, last], [*ratios, ratios[-1]], where="post", color=PALETTE[0], linewidth=width, label="ratio in force"
+    )
     if drawn_from:
         _draw_density(axes, drawn_from)
         for policy in drawn_from:
             axes.plot([policy.start, policy.end], [policy.mean] * 2, color=PALETTE[1], linewidth=1.5, zorder=2.5)
-    axes.step(
-        [*updates, last], [*ratios, ratios[-1]], where="post", color=PALETTE[0], linewidth=0.6 if crowded else 1.4
-    )
+        axes.plot([], [], color=PALETTE[1], linewidth=1.5, label="the policy's mean")
+        axes.fill_between([], [], [], color=PALETTE[1], alpha=0.3, linewidth=0, label="where it draws from")
     _draw_effective(axes, run, size=1.0 if crowded else 5.0)
     axes.set_ylim(-0.03, 1.03)
     fit_updates(axes, last_update([run]))
+    place_legend(axes)
     words = f"Reveal ratio: mean {np.mean(ratios):.2f}, last {ratios[-1]:.2f}, {len(run.decisions)} decisions"
-    reading = "Line: the ratio in force (1: the teacher sees the whole reference; 0: the answer alone). "
-    reading += "Dots: the effective ratio, where whole segments or length made it another. "
+    reading = "At 1 the teacher sees the whole reference, at 0 the answer alone. Really shown: where whole segments or "
+    reading += "length made the ratio another."
     if drawn_from:
-        reading += "Orange: the policy's mean; shade: its density, each column scaled to its own peak."
+        reading += " The shade is scaled to its own peak in each column."
     return Chart(f"{scope}-exposure", words, reading, figure)
 
 
 @styled
-def exposures(runs: Sequence[RunRows]) -> Chart | None:
+def exposures(runs: Sequence[RunRows] | World) -> Chart | None:
     """The reveal ratios of several runs over updates."""
     panel = Panel("reveal_ratio", "Reveal ratio", "share shown", "Thin: each update. Thick: mean of recent updates.")
     chart = metric(runs, panel, "several")
@@ -314,4 +325,6 @@ def _draw_effective(axes: Axes, run: RunRows, size: float) -> None:
         for row in run.metrics
     ]
     moved = [(u, effective) for u, effective, ratio in pairs if effective is not None and effective != ratio]
-    axes.scatter([u for u, _ in moved], [ratio for _, ratio in moved], s=size, color=PALETTE[2], zorder=3, linewidths=0)
+    if moved:
+        places, shown = zip(*moved, strict=True)
+        axes.scatter(places, shown, s=size, color=PALETTE[2], zorder=3, linewidths=0, label="really shown")

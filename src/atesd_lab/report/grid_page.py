@@ -152,7 +152,7 @@ def _view(part: Part, scale: Scale, anchor: str, parts: int) -> PartView:
     table = part.scored
     rows = tuple((score.arm, _row(table, score, scale)) for score in table.scores)
     gap = f"- {table.baseline}, points" if table.baseline else "difference, points"
-    columns = ("arm", *(f"seed {seed}" for seed in table.seeds), "mean", gap, "verdict")
+    columns = ("arm", "mean", gap, "verdict", *(f"seed {seed}" for seed in table.seeds))
     notes = [
         f"After the last update on {table.split} ({table.size}), nothing selected. Brackets: 95 % interval over seeds "
         "and problems (Student's t on the crossed mean squares). Differences are paired by seed and problem unless a "
@@ -169,7 +169,7 @@ def _view(part: Part, scale: Scale, anchor: str, parts: int) -> PartView:
 def _row(table: ScoredTable, score: ArmScore, scale: Scale) -> tuple[HeatCell, ...]:
     cells = [_cell(table.cells[score.arm].get(seed), score.shares.get(seed), scale) for seed in table.seeds]
     word = HeatCell(score.verdict, STYLES.get(score.verdict.partition(",")[0], ""), title=score.sentence)
-    return (*cells, _mean(score, scale), HeatCell(score.difference), word)
+    return (_mean(score, scale), HeatCell(score.difference), word, *cells)
 
 
 def _cell(cell: GridCell | None, share: float | None, scale: Scale) -> HeatCell:

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from atesd.rows import AlignmentRow
 from atesd.text import number
-from atesd_lab.report.canvas import PALETTE, SMOOTH_FROM, Chart, empty_panel, fit_updates, stacked_panels, styled
+from atesd_lab.report.canvas import (
+    PALETTE,
+    SMOOTH_FROM,
+    Chart,
+    empty_panel,
+    fit_updates,
+    place_legend,
+    stacked_panels,
+    styled,
+)
 from atesd_lab.report.figures import MAX_COLUMNS, Panel, last_update
 from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
@@ -109,15 +118,21 @@ def alignment_map(run: RunRows, scope: str = "all") -> Chart | None:
     _draw_map(axes, seen, run.updates_done)
     best = [look.ratios[int(look.values.argmax())] for look in seen]
     size = 9 if len(seen) < SMOOTH_FROM else 4
-    axes.scatter([look.update for look in seen], best, s=size, color=INK, zorder=4, linewidths=0)
+    axes.scatter(
+        [look.update for look in seen], best, s=size, color=INK, zorder=4, linewidths=0, label="best of the moment"
+    )
     _draw_ratio(axes, run)
     fit_updates(axes, last_update([run]))
+    axes.plot([], [], color=INK, linewidth=1.3, label="ratio in force")
+    for name, place in (("a step would help", 0), ("a step would harm", 1)):
+        axes.fill_between([], [], [], color=PALETTE[place], alpha=0.6, linewidth=0, label=name)
+    place_legend(axes)
     words = f"Alignment by update and ratio over {len(seen)} looks; best: {best[0]:g} first, {best[-1]:g} last"
     smoothed = run.config.granularity == "update"
     reading = (
-        "Blue: a step on that ratio's loss would help; orange: it would harm; as deep as its share of the largest of "
-        "that update. Dots: the best ratio of the moment, all rollouts together. Line: the ratio that was used"
-        + (", after smoothing over earlier looks." if smoothed else f"{_granularity(run)}.")
+        "As deep as its share of the largest of that update; the best of the moment is that of all rollouts together. "
+        "The ratio in force is "
+        + ("the best after smoothing over earlier looks." if smoothed else f"what was used{_granularity(run)}.")
     )
     return Chart(f"{scope}-alignment-map", words, reading, figure)
 

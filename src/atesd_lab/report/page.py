@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,10 @@ from atesd_lab.report.rows import Manifest, RunRows, read_runs
 from atesd_lab.report.samples import ALIGNMENT_LEVELS, KL_LEVELS, RATIO_LEVELS, SampleView, sample_views
 from atesd_lab.report.seeds import seeds_table
 from atesd_lab.report.tables import changed_settings, differences_table, evaluation_table, results_table
+from atesd_lab.report.worlds import World, worlds_of
+
+NAMED = 4
+"""So many runs are named in the title of a page, and have all their tables open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +71,57 @@ class RunView:
     config_text: str
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """What stands before everything else on a page: its title, what the runs say, what to know of it, and how to go on.
+
+    A command comes with what it does, in words.
+    """
+
+    title: str
+    headline: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    commands: tuple[tuple[str, str], ...] = ()
+
+
+def write_report(runs: Sequence[Path], out: Path, lead: Lead | None = None) -> Path:
     """Read run folders, write the page to `out` (whole or not at all), and return `out`.
 
     Raises `RunError` for a folder that holds no run and for a damaged row. The same folders give the same bytes.
     """
-    page = render_page(read_runs(runs))
+    page = render_page(read_runs(runs), lead)
     with refusals_told(out, "written"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page.encode())
     return out
 
 
-def render_page(runs: Sequence[RunRows]) -> str:
+def render_page(runs: Sequence[RunRows], lead: Lead | None = None) -> str:
     """The page as HTML text."""
     style = (importlib.resources.files("atesd_lab.report") / "templates" / "page.css").read_text("utf-8")
     splits = sorted({split for run in runs for split in run.splits}, key=lambda split: (split != "test", split))
     several = len(runs) > 1
-    tables = [results_table(runs, split) for split in splits]
-    tables += [table for split in splits if (table := differences_table(runs, split))]
-    tables += [table for split in splits if (table := seeds_table(runs, split))]
+    worlds = worlds_of(runs)
+    first, more = _result_tables(worlds, splits)
+    seeds = [table for split in splits if (table := seeds_table(runs, split))]
+    shown = _notes_once([*first, *seeds, *more])
+    open_tables, folded = shown[: len(first) + len(seeds)], shown[len(first) + len(seeds) :]
+    lead = lead or Lead(", ".join(run.name for run in runs) if len(runs) <= NAMED else f"{len(runs)} runs")
     return (
         page_environment()
         .get_template("page.html.jinja")
         .render(
-            title=", ".join(run.name for run in runs),
+            lead=lead,
+            lead_figures=figures_of(lead.charts),
             policy=content_policy(style),
             style=Markup(style),  # ours; the policy's hash is of exactly this text
             several=several,
             facts=facts_table(runs),
-            results=_notes_once(tables),
-            accuracy=figures_of(figures.accuracy(runs, split) for split in splits),
-            comparison=_comparison(runs) if several else (),
+            results=open_tables,
+            more=folded,
+            accuracy=figures_of(figures.accuracy(world, split) for split in splits for world in worlds),
+            comparison=[(world.name, _comparison(world)) for world in worlds] if several else (),
             runs=[_run_view(run, f"run{index}", alone=not several) for index, run in enumerate(runs, start=1)],
             levels=KL_LEVELS,
             shares=ALIGNMENT_LEVELS,
@@ -152,10 +176,19 @@ def _facts(run: RunRows) -> dict[str, str]:
         "started": str(manifest.get("started", MISSING)),
         "time in updates": duration(sum(figures.phase_seconds(run).values())) if run.metrics else MISSING,
         "commit": _short_hash(manifest.get("commit")),
-        "command": " ".join(map(str, command)) if isinstance(command, list) else str(command),
+        "command": _typed(command),
         "machine": f"{manifest.get('cpu') or MISSING}, {manifest.get('threads') or 'default'} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version) or MISSING,
     }
+
+
+def _typed(command: Any) -> str:
+    """A command as one would type it: `atesd` for whatever started it, and paths from the folder that one is in."""
+    words = [str(word) for word in command] if isinstance(command, list) else str(command).split()
+    if words and ("/" in words[0] or words[0].endswith(".py")) and "atesd" in words[0]:
+        words[0] = "atesd"
+    here = f"{Path.cwd()}/"
+    return shlex.join(word.removeprefix(here) for word in words)
 
 
 def _short_hash(value: Any) -> str:
@@ -180,9 +213,27 @@ def _notes_once(tables: Sequence[Table]) -> list[Table]:
     return kept
 
 
-def _comparison(runs: Sequence[RunRows]) -> tuple[Figure, ...]:
+def _result_tables(worlds: Sequence[World], splits: Sequence[str]) -> tuple[list[Table], list[Table]]:
+    """The tables that stand open, the results of each world on the first split, and those that are folded away.
+
+    With few runs all stand open.
+    """
+    results = [_titled(world, results_table(world.runs, split)) for split in splits for world in worlds]
+    pairs = [(world, differences_table(world.runs, split)) for split in splits for world in worlds]
+    differences = [_titled(world, table) for world, table in pairs if table is not None]
+    tables = [*results, *differences]
+    few = sum(len(world.runs) for world in worlds) <= NAMED
+    count = len(tables) if few else min(len(worlds), len(results))
+    return tables[:count], tables[count:]
+
+
+def _titled(world: World, table: Table) -> Table:
+    return replace(table, title=world.title(table.title))
+
+
+def _comparison(world: World) -> tuple[Figure, ...]:
     panels = [*figures.LEARNING, figures.HEALTH[0], figures.HEALTH[1], figures.HEALTH[2]]
-    return figures_of([figures.exposures(runs), *(figures.metric(runs, panel, "several") for panel in panels)])
+    return figures_of([figures.exposures(world), *(figures.metric(world, panel, "several") for panel in panels)])
 
 
 def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:

@@ -35,15 +35,15 @@ def seeds_table(runs: Sequence[RunRows], split: str) -> Table | None:
     if not groups:
         return None
     rows = [
-        (group.name, str(len(group.seeds)), str(group.update), percent_interval(mean_share(group.correct)))
+        (group.name, percent_interval(mean_share(group.correct)), str(len(group.seeds)), str(group.update))
         for group in groups
     ]
     for first, second in itertools.combinations(groups, 2):
         if (first.seeds, first.problems, first.update) == (second.seeds, second.problems, second.update):
             name, found = f"{second.name} - {first.name}, points", paired("", first.correct, second.correct)
-            rows.append((name, str(len(first.seeds)), str(first.update), found.in_points))
+            rows.append((name, found.in_points, str(len(first.seeds)), str(first.update)))
     notes = ("Last common update; 95 % interval over seeds and problems (Student's t on the crossed mean squares).",)
-    return Table(f"Over seeds, on {split}, %", ("runs", "seeds", "update", "Average@k"), tuple(rows), notes)
+    return Table(f"Over seeds, on {split}, %", ("runs", "Average@k", "seeds", "update"), tuple(rows), notes)
 
 
 def seed_groups(runs: Sequence[RunRows], split: str) -> list[SeedGroup]:

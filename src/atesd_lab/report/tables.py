@@ -24,16 +24,19 @@ PEAK_COLUMN = "peak (selected on the same data)"
 
 
 def results_table(runs: Sequence[RunRows], split: str) -> Table:
-    """Average@k in percent for each run: base, last, paired gain, the best common update of several runs, peak."""
+    """Average@k in percent for each run: last, paired gain, base, the best common update of several runs, peak.
+
+    The score stands first, where it is seen on a narrow screen.
+    """
     common = best_common_update(runs, split)
-    columns = ["run", "method", "base", "last", "last - base, points"]
+    columns = ["run", "last", "last - base, points", "base", "method"]
     columns += [f"best common (update {common})"] if common is not None else []
     rows = []
     for run in runs:
         evaluations = run.evaluated(split)
         base, last = run.at(split, 0), evaluations[-1] if evaluations else None
         trained = last if last is not base else None
-        cells = [run.name, method_name(run.config), _average(base), _dated(trained), paired_points(base, trained)]
+        cells = [run.name, _dated(trained), paired_points(base, trained), _average(base), method_name(run.config)]
         cells += [_average(run.at(split, common))] if common is not None else []
         rows.append((*cells, _dated(peak(evaluations) if trained else None)))
     return Table(

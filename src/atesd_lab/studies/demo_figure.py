@@ -1,4 +1,4 @@
-"""The demo's figure: what each reveal ratio is worth in both worlds, and which ratios ATESD chose."""
+"""The demo's figure: what each reveal ratio is worth in each world, and which ratios two exposures chose there."""
 
 from __future__ import annotations
 
@@ -9,42 +9,85 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from atesd_lab.report.arms import Arms
-from atesd_lab.report.canvas import colour, save_figure, styled
+from atesd_lab.report.canvas import Chart, colour, dash, place_legend, save_figure, styled
 from atesd_lab.report.rows import average
+from atesd_lab.report.svg import INK
 
+ALIGNED = "aligned"
 LEARNED = "learned"
-"""The arm that chooses its ratio; the others are called by theirs."""
+"""The arms that choose their ratio; the others are called by theirs."""
+CHOOSING = {ALIGNED: ("look-ahead", 2, "D"), LEARNED: ("ATESD (Beta policy)", 1, "*")}
+"""Of each its name, the place of its style, and its marker."""
+SCORE, RATIO = "accuracy on held-out problems, %", "reveal ratio in force"
+
+
+CALLED = {"steps": "steps world", "leaps": "leap world"}
 
 
 @styled
 def draw_demo(worlds: Sequence[Arms], folder: Path) -> None:
-    """Write demo.svg and demo.png, on white. The same runs give the same bytes."""
-    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
-    scores, ratios = figure.subplots(1, 2, width_ratios=(3, 2))
-    for index, arms in enumerate(worlds):
-        _draw_scores(scores, arms, index)
-        _draw_ratios(ratios, arms, index)
-    scores.set(title="Held-out accuracy by reveal ratio", xlabel="reveal ratio (1: OPSD)", ylabel="Average@k, %")
-    scores.set(xlim=(-0.03, 1.16), ylim=(0, 100))
-    ratios.set(title="Reveal ratio that ATESD used", xlabel="update", ylabel="reveal ratio", ylim=(0, 1))
-    scores.plot([], [], linestyle="", marker="*", markersize=10, color="#57606a", label="ATESD, at its late ratio")
-    scores.plot([], [], linestyle=":", color="#57606a", label="before training")
-    scores.legend(loc="lower right")
+    """Write demo.svg and demo.png, on white: a column per world, a style per arm. The same runs give the same bytes."""
+    figure = Figure(figsize=(9.2, 6.0), layout="constrained")
+    panels = figure.subplots(2, len(worlds), squeeze=False, sharey="row", height_ratios=(3, 2))
+    for column, arms in enumerate(worlds):
+        _draw_world(panels[0][column], panels[1][column], arms)
+    panels[0][0].set_ylabel(SCORE)
+    panels[1][0].set_ylabel(RATIO)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, folder / "demo")
 
 
-def _draw_scores(axes: Axes, arms: Arms, index: int) -> None:
-    ratios = sorted((arm for arm in arms.groups if arm != LEARNED), key=float)
-    values, below, above = zip(*(_reach(arms, ratio) for ratio in ratios), strict=True)
-    places = list(map(float, ratios))
-    axes.errorbar(places, values, yerr=[below, above], color=colour(index), marker="o", capsize=3)
-    axes.axhline(100 * average(arms.base_test()[0]), color=colour(index), linestyle=":", linewidth=1.2)
-    late, (learned, down, up) = arms.late_ratios(LEARNED), _reach(arms, LEARNED)
-    axes.errorbar(late, [learned], yerr=[[down], [up]], color=colour(index), capsize=3, alpha=0.6)
-    axes.plot(late, [learned], marker="*", markersize=14, color=colour(index), markeredgecolor="white")
-    axes.annotate(
-        arms.name, (places[-1], values[-1]), (9, 0), textcoords="offset points", va="center", color=colour(index)
+@styled
+def world_chart(arms: Arms) -> Chart:
+    """The same of one world, for a page."""
+    figure = Figure(figsize=(4.6, 5.0), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+    _draw_world(above, below, arms)
+    above.set_ylabel(SCORE)
+    below.set_ylabel(RATIO)
+    place_legend(above)
+    scores = ", ".join(f"{arm} {_reach(arms, arm)[0]:.1f} %" for arm in arms.groups)
+    words = f"{CALLED[arms.name]}: accuracy by reveal ratio ({scores}), and the ratio in force by update"
+    reading = (
+        "Above: accuracy after training at each ratio; bars are 95 % intervals over problems. Below: the ratios that "
     )
+    return Chart(f"demo-{arms.name}", words, reading + "the two exposures chose, update by update.", figure)
+
+
+def _draw_world(above: Axes, below: Axes, arms: Arms) -> None:
+    _draw_scores(above, arms)
+    _draw_ratios(below, arms)
+    above.set_title(CALLED[arms.name])
+
+
+def _draw_scores(axes: Axes, arms: Arms) -> None:
+    ratios = sorted((arm for arm in arms.groups if arm not in CHOOSING), key=float)
+    values, below, above = zip(*(_reach(arms, ratio) for ratio in ratios), strict=True)
+    axes.errorbar(
+        [float(ratio) for ratio in ratios],
+        values,
+        yerr=[below, above],
+        color=colour(0),
+        marker="o",
+        capsize=3,
+        label="fixed ratios; at 1 OPSD",
+    )
+    axes.axhline(100 * average(arms.base_test()[0]), color=INK, linestyle=":", linewidth=1.2, label="before training")
+    for arm, (name, style, marker) in CHOOSING.items():
+        ratio, (value, down, up) = arms.late_ratios(arm), _reach(arms, arm)
+        axes.errorbar(ratio, [value], yerr=[[down], [up]], color=colour(style), capsize=3, alpha=0.6)
+        axes.plot(
+            ratio,
+            [value],
+            color=colour(style),
+            linestyle=dash(style),
+            marker=marker,
+            markersize=13 if marker == "*" else 8,
+            markeredgecolor="white",
+            label=name,
+            zorder=3,
+        )
+    axes.set(xlabel="reveal ratio (look-ahead, ATESD: mean of the last quarter)", xlim=(-0.03, 1.06), ylim=(0, 100))
 
 
 def _reach(arms: Arms, arm: str) -> tuple[float, float, float]:
@@ -53,15 +96,8 @@ def _reach(arms: Arms, arm: str) -> tuple[float, float, float]:
     return 100 * found["value"], 100 * (found["value"] - found["low"]), 100 * (found["high"] - found["value"])
 
 
-def _draw_ratios(axes: Axes, arms: Arms, index: int) -> None:
-    ratios = arms.runs(LEARNED)[0].series("reveal_ratio")[1]
-    axes.step(range(len(ratios)), ratios, where="post", color=colour(index), linewidth=1.6)
-    axes.annotate(
-        arms.name,
-        (len(ratios) - 1, ratios[-1]),
-        (4, 0),
-        textcoords="offset points",
-        va="center",
-        color=colour(index),
-        annotation_clip=False,
-    )
+def _draw_ratios(axes: Axes, arms: Arms) -> None:
+    for arm, (_, style, _) in CHOOSING.items():
+        ratios = arms.runs(arm)[0].series("reveal_ratio")[1]
+        axes.step(range(len(ratios)), ratios, where="post", color=colour(style), linestyle=dash(style), linewidth=1.6)
+    axes.set(xlabel="update", ylim=(-0.03, 1.05))
