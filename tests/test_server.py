@@ -565,6 +565,13 @@ def test_a_run_with_a_server_that_ignores_adapters_stops_at_the_first_update_tha
     assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == 1  # before it the adapter was still nothing
 
 
+def test_rows_of_sft_have_no_drift_since_no_server_wrote_what_they_train_on(tmp_path):
+    server = served(load_model(quick(*RUN).model, 0))
+    run = finished(through(server, "train.method=sft", "train.evaluate_every=1"), tmp_path / "run")
+    assert any(path == "/v1/completions" for path, _ in server.requests)  # by the evaluations
+    assert [row for row in run.rows("metrics") if "rollout_drift" in row] == []
+
+
 def test_a_drift_above_the_alarm_is_in_the_report(tmp_path):
     server = served(load_model(quick(*RUN).model, 0))
     run = finished(through(server, "sampling.server.drift_alarm=1e-12"), tmp_path / "run")
