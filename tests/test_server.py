@@ -348,7 +348,7 @@ def test_a_restarted_server_has_forgotten_the_adapter_and_says_so(tmp_path):
     engine = engine_at(loaded, server)
     engine.publish(0)
     server.models = {"base": server.models["base"]}
-    with pytest.raises(EngineError, match=r"answers 404: .*no model atesd-.*started again, and have forgotten"):
+    with pytest.raises(EngineError, match=r"answers 404: The model `atesd-.* does not exist.*, and have forgotten"):
         engine.complete(requests_of([4]), PLAIN)
     engine.publish(1)
     assert len(engine.complete(requests_of([4]), PLAIN)) == 1
@@ -414,6 +414,29 @@ def test_a_full_folder_is_named_and_keeps_nothing_of_what_did_not_fit(tmp_path, 
     ):
         engine.publish(1)
     assert sorted(path.name for path in shared.glob("atesd-*/*")) == kept
+
+
+def test_a_server_that_cannot_read_the_folder_says_so_and_the_error_names_the_setting():
+    server = served(tiny_model())
+    server.faults.add("blind")
+    with pytest.raises(EngineError) as error:
+        engine_at(tiny_model(), server, publish="weights").publish(0)
+    assert str(error.value).startswith(
+        f"{server.url}/collective_rpc: cannot be used: answers 500: Call to collective_rpc method failed: Worker failed"
+    )
+    assert "see sampling.server.folder under the same path" in str(error.value)
+    assert "spelt right" not in str(error.value)
+
+
+def test_a_server_without_adapters_is_told_how_to_start(tmp_path):
+    loaded = adapted(tmp_path)
+    server = served(loaded)
+    answer = server.post
+    server.post = lambda path, body: (  # type: ignore[method-assign]
+        (404, {"detail": "Not Found"}) if "lora" in path else answer(path, body)
+    )
+    with pytest.raises(EngineError, match="answers 404: Not Found; it must be started with --enable-lora"):
+        engine_at(loaded, server).publish(0)
 
 
 def test_servers_that_sleep_are_woken_for_rollouts_and_weights_alone(tmp_path):

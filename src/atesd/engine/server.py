@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, TypedDict, final
 
 from atesd.config import ServerSettings
-from atesd.engine.completions import body_of, rollout_of
+from atesd.engine.completions import NOT_FINITE, body_of, not_finite, rollout_of
 from atesd.engine.interface import Request, SamplingParams, Whole, rollout_from_json
 from atesd.engine.publish import ModelCard, Publisher, cards_of, publishes_adapter
 from atesd.engine.wire import Wire, at_once
-from atesd.errors import EngineError
+from atesd.errors import EngineError, NonFiniteError
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import SINGLE_PROCESS, interleave
 from atesd.models.score import Pair, Scorer, logprobs_at
@@ -196,7 +196,13 @@ class ServerEngine:
             "it may have been started again, and have forgotten what was published: the same command resumes the run "
             "and publishes anew"
         )
-        return rollout_of(wire.post("/v1/completions", body, fix=fix), wire.url, request, params, self._loaded)
+        try:
+            answer = wire.post("/v1/completions", body, fix=fix)
+        except EngineError as error:
+            if NOT_FINITE in str(error):
+                raise NonFiniteError(not_finite(request, wire.url)) from None
+            raise
+        return rollout_of(answer, wire.url, request, params, self._loaded)
 
     def _scores(self, pairs: Sequence[Pair], *temperatures: float) -> list[list[list[float]]]:
         """The trainer's own log-probabilities of each pair's completion, at each temperature."""
