@@ -5,7 +5,7 @@
 
 `faults` switches on what real servers have done: `stale` accepts weights and ignores them, `down` answers 500, `busy`
 does so for every other request, `slow` never answers, `breaks` drops one connection, `blind` does not see the folder,
-the others spoil an answer.
+`greedy` has no logits processor of ours, the others spoil an answer.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class StubServer:
     def _complete(self, body: dict[str, Any]) -> tuple[int, object]:
         if body["model"] not in self.models:
             return refused(404, f"The model `{body['model']}` does not exist. Valid aliases: <path>")
-        told = json.loads(body["vllm_xargs"]["atesd"]) if "vllm_xargs" in body else None
+        told = json.loads(body["vllm_xargs"]["atesd"]) if "vllm_xargs" in body and "greedy" not in self.faults else None
         own = {"temperature": body["temperature"], "top_p": body.get("top_p", 1.0), "min_p": body.get("min_p", 0.0)}
         params = told["params"] if told else {**own, "top_k": max(body.get("top_k", 0), 0)}
         key = told["key"] if told else [body.get("seed", 0), "stub"]

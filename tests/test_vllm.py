@@ -56,17 +56,18 @@ def model(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(place: Path, model: Path) -> Iterator[tuple[Served, Served]]:
+def both(place: Path, model: Path) -> Iterator[list[Served]]:
     """One server that takes adapters and one that takes all weights, of the same model."""
     path = f"model.path={model}"
-    servers = (
-        Served(place / "adapters", free_url(), path, LORA, KEYED),
-        Served(place / "weights", free_url(), path, KEYED),
+    yield from ended(
+        [
+            Served(place / "adapters", free_url(), path, LORA, KEYED),
+            Served(place / "weights", free_url(), path, KEYED),
+        ]
     )
-    yield from ended(servers)
 
 
-def ended(servers: Sequence[Served]) -> Iterator[Any]:
+def ended(servers: list[Served]) -> Iterator[list[Served]]:
     """The servers once they are healthy; ended whatever happens, as Ctrl-C ends them."""
     try:
         for server in servers:
@@ -78,13 +79,13 @@ def ended(servers: Sequence[Served]) -> Iterator[Any]:
 
 
 @pytest.fixture
-def adapters(both: tuple[Served, Served]) -> str:
+def adapters(both: list[Served]) -> str:
     """The address of the server that takes adapters."""
     return both[0].url
 
 
 @pytest.fixture
-def weights(both: tuple[Served, Served]) -> str:
+def weights(both: list[Served]) -> str:
     """The address of the server that takes all weights."""
     return both[1].url
 
@@ -221,6 +222,12 @@ def test_a_server_that_ignores_the_weights_is_caught(model, weights):
         engine_at(loaded, LIARS[-1].url, drift_limit=0.05).complete(requests, PLAIN)
 
 
+def test_a_server_of_another_shape_is_left_alone(place, weights):
+    other = qwen3_folder(place / "other", hidden=32)
+    with pytest.raises(EngineError, match=r"qwen3, whose hidden_size is 64, and that of the model in training is 32"):
+        engine_at(loaded_from(other), weights)
+
+
 def test_a_tied_head_that_a_reload_leaves_stale_is_caught(place):
     folder = qwen3_folder(place / "tied", tied=True)
     for _ in ended([tied := Served(place / "tied-server", free_url(), f"model.path={folder}", KEYED)]):
@@ -232,6 +239,15 @@ def test_a_tied_head_that_a_reload_leaves_stale_is_caught(place):
         engine.publish(1)
         with pytest.raises(EngineError, match=r"nats per token away .*it does not have the student's weights"):
             engine.complete(requests, PLAIN)
+        engine.close()
+
+
+def test_a_server_without_the_logits_processor_is_found_out_before_it_writes(place, model):
+    path = f"model.path={model}"
+    for _ in ended([server := Served(place / "seeds", free_url(), path, "sampling.server.draws=seed")]):
+        engine = engine_at(loaded_from(model), server.url)
+        with pytest.raises(EngineError, match="does not draw by key: eight keys gave the same token"):
+            engine.publish(0)
         engine.close()
 
 
@@ -259,20 +275,18 @@ def test_a_run_is_that_of_the_builtin_engine(model, adapters, weights, tmp_path,
     assert max(drifts) < ROUNDING
 
 
-def test_a_killed_server_is_named_and_the_run_goes_on_with_one_started_anew(model, place, tmp_path):
-    path, url = f"model.path={model}", free_url()
+def test_a_killed_server_is_named_and_the_run_goes_on_with_one_started_anew(both, model, place, tmp_path):
+    # The last test: it takes the server of adapters away.
+    killed, url = both[0], both[0].url
     plain = finished(config_at(model, LORA, "sampling.engine=builtin"), tmp_path / "plain")
     config = config_at(model, LORA, *through(url))
-    server = Served(place / "killed", url, path, LORA, KEYED).wait()
-    try:
-        with pytest.raises(EngineError, match=rf"{url}/v1/\S+: cannot be used: "):
-            train(config, tmp_path / "run", listeners=[KillsAt(2, server.vllm)])
-        assert server.process.wait(60) == 1
-        assert "the server ended by itself, with exit code" in server.log.read_text("utf-8")
-    finally:
-        server.end()
-    for _ in ended([Served(place / "anew", url, path, LORA, KEYED)]):
-        run = finished(config, tmp_path / "run")
+    with pytest.raises(EngineError, match=rf"{url}/v1/\S+: cannot be used: "):
+        train(config, tmp_path / "run", listeners=[KillsAt(2, killed.vllm)])
+    assert killed.process.wait(60) == 1
+    assert "the server ended by itself, with exit code -9" in killed.log.read_text("utf-8")
+    killed.end()
+    both[0] = Served(place / "anew", url, f"model.path={model}", LORA, KEYED).wait()
+    run = finished(config, tmp_path / "run")
     assert whole_without_drift(run) == {**whole_without_drift(plain), "has_drift": [True] * 4}
 
 

