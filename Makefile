@@ -74,7 +74,7 @@ $(VLLM)/installed: pyproject.toml requirements/vllm.txt
 	touch $@
 
 test-vllm: $(VENV)/installed $(VLLM)/installed  ## the real vLLM on a CPU, started by `atesd serve`; installing 5 minutes
-	$(BIN)/pytest -m vllm -n 0 -s
+	$(BIN)/pytest -m vllm -n 0 -s tests/test_vllm.py
 
 # Torch is moved by hand, TORCH=torch==X: it decides the last bits of every number, and is most of what an install fetches.
 TORCH ?= $(shell grep '^torch==' $(LOCK))
