@@ -410,6 +410,15 @@ def test_two_trainers_of_all_weights_do_not_share_a_server(tmp_path, folders):
     second.publish(0)
 
 
+def test_two_names_of_one_server_are_one_server():
+    loaded = tiny_model()
+    server = served(loaded)
+    engine_at(loaded, server).publish(0)
+    server.url = server.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(EngineError, match="gives this server all its weights"):
+        engine_at(loaded, server).publish(0)
+
+
 def test_two_trainers_of_adapters_share_a_server(tmp_path):
     loaded, other = adapted(tmp_path), adapted(tmp_path)
     move(other)
