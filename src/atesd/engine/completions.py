@@ -14,6 +14,9 @@ from atesd.errors import EngineError, NonFiniteError
 from atesd.models.load import LoadedModel
 from atesd.records import Rollout
 
+NOT_FINITE = "Out of range float values"
+"""What vLLM says, with code 400, where log-probabilities are not finite: JSON has no such numbers."""
+
 
 class _Completion(TypedDict):
     """What is read of a choice, once its form has been checked."""
@@ -76,7 +79,7 @@ def rollout_of(answer: object, url: str, request: Request, params: SamplingParam
             "`atesd serve RECIPE --print` says?"
         )
     if not all(map(math.isfinite, logprobs)):
-        raise NonFiniteError(f"the model's logits are not finite while it completes {request.problem_id} ({url})")
+        raise NonFiniteError(not_finite(request, url))
     return Rollout(
         problem_id=request.problem_id,
         sample=request.sample,
@@ -85,6 +88,11 @@ def rollout_of(answer: object, url: str, request: Request, params: SamplingParam
         logprobs=tuple(map(float, logprobs)),
         truncated=found["finish_reason"] == "length",
     )
+
+
+def not_finite(request: Request, url: str) -> str:
+    """The words of the `NonFiniteError` for a request whose log-probabilities are not finite."""
+    return f"the model's logits are not finite while it completes {request.problem_id} ({url})"
 
 
 def _completion(answer: object) -> _Completion | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast, final
+from urllib.parse import urlsplit
 
 from torch import Tensor
 
@@ -31,13 +33,14 @@ from atesd.runs import held
 
 _MARK = "atesd-"
 _ADAPTER_FIX = (
-    "it must be started with --enable-lora, --max-lora-rank of at least model.lora.rank and "
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and see sampling.server.folder under the same path "
+    "it must be started on the model below the adapter, with --enable-lora, --max-lora-rank of at least "
+    "model.lora.rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and see sampling.server.folder under the same path "
     "(`atesd serve RECIPE --print` says how)"
 )
 _WEIGHTS_FIX = (
     "it must be started with VLLM_SERVER_DEV_MODE=1 on a model of the same shape, and see sampling.server.folder "
-    "under the same path (`atesd serve RECIPE --print` says how)"
+    "under the same path (`atesd serve RECIPE --print` says how); if it was given weights of another shape before, "
+    "start it again"
 )
 
 
@@ -116,7 +119,7 @@ class Publisher:
         with refusals_told(shared, "used as the folder of servers", EngineError):
             if not self.adapts:
                 for place, wire in {(p, w) for p in (machine, shared) for w in self._wires}:
-                    self._hold(place / "in-use" / re.sub(r"\W+", "-", wire.url), _taken(wire.url))
+                    self._hold(place / "in-use" / _address(wire.url), _taken(wire.url))
             own = shared / f"{_MARK}{self._run}"
             self._hold(own, f"{own} is in use by {{owner}}; give the same command again")
             for left in sorted(shared.glob(f"{_MARK}*/.lock")):  # a folder without one is being made
@@ -197,6 +200,15 @@ def _reload(folder: Path) -> Callable[[Wire], object]:
         wire.post("/reset_prefix_cache", fix=_WEIGHTS_FIX)
 
     return tell
+
+
+def _address(url: str) -> str:
+    """A file's name for a server, the same whether it was called localhost or 127.0.0.1."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    with suppress(OSError, UnicodeError):  # a name that nobody knows is told when it is asked
+        host = socket.gethostbyname(host)
+    return re.sub(r"\W+", "-", f"{parts.scheme} {host} {parts.port or ''}").strip("-")
 
 
 def _taken(url: str) -> str:

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict, final
 
 from atesd.config import ServerSettings
-from atesd.engine.completions import body_of, rollout_of
+from atesd.engine.completions import NOT_FINITE, body_of, not_finite, rollout_of
 from atesd.engine.interface import Request, SamplingParams, rollout_from_json
 from atesd.engine.publish import ModelCard, Publisher, cards_of, publishes_adapter
 from atesd.engine.wire import Wire, at_once
-from atesd.errors import EngineError
+from atesd.errors import EngineError, NonFiniteError
 from atesd.models.load import LoadedModel
+from atesd.models.model_folder import CONFIG, read_object
 from atesd.models.ranks import SINGLE_PROCESS, interleave
 from atesd.models.score import Pair, Scorer, logprobs_at
 from atesd.models.weights import ReplicatedWeights, Weights
 from atesd.records import Rollout
 
 _AT_ONCE = 256  # requests on their way to one server, which batches them itself
+_SHAPE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings"),
+)
 _MEASURED = 16  # rollouts of each server and call whose drift is measured
 
 
@@ -104,6 +109,8 @@ class ServerEngine:
         with self._awake():
             tensors = self._weights.saved()
             self._adapter = self._loaded.ranks.broadcast(lambda: self._publisher.publish(update, tensors)) or ""
+            if self._options.draws == "keyed":
+                self._loaded.ranks.broadcast(self._require_keyed_draws)
         self._published, self._proven = True, not self._adapts
 
     def close(self) -> None:
@@ -121,6 +128,8 @@ class ServerEngine:
                 f"{wire.url}: /v1/models lists no model; is it a vLLM server? `atesd serve RECIPE` starts one"
             )
         own, card = _base_path(self._loaded), bases[0]
+        if not self._adapts:
+            _require_same_shape(wire, self._loaded, Path(card.get("root") or card["id"]))
         names = {Path(name).name for name in (card["id"], card.get("root") or "")}
         if self._adapts and own and Path(own).name not in names:
             raise EngineError(
@@ -158,6 +167,23 @@ class ServerEngine:
     def _tell_all(self, path: str) -> None:
         for wire in self._wires:
             wire.post(path, fix="it must be started with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1")
+
+    def _require_keyed_draws(self) -> None:
+        """The servers know our logits processor; one that does not would take the likeliest token, whatever the key.
+
+        So hot that all tokens are as likely, eight keys do not draw the same one.
+        """
+        hot = SamplingParams(temperature=1e6, top_p=1.0, top_k=0, min_p=0.0, completion_tokens=1)
+        requests = [Request("(a draw of its own)", key, (self._loaded.pad_id,), (0, "keyed", key)) for key in range(8)]
+        for place, wire in enumerate(self._wires):
+            with suppress(NonFiniteError):  # the rollouts will say of which problem
+                drawn = at_once(partial(self._completed, place, params=hot), requests, len(requests))
+                if len({rollout.completion_ids for rollout in drawn}) == 1:
+                    raise EngineError(
+                        f"{wire.url}: does not draw by key: eight keys gave the same token; sampling.server.draws: "
+                        "keyed needs a server with --logits-processors atesd.engine.keyed_draws:KeyedDraws, as `atesd "
+                        "serve RECIPE --print` says; or set sampling.server.draws: seed"
+                    )
 
     def _share(self, requests: Sequence[Request], params: SamplingParams) -> _Share:
         """The rollouts of one rank, every n-th from each server, and how far their log-probabilities are from ours."""
@@ -199,7 +225,13 @@ class ServerEngine:
             "it may have been started again, and have forgotten what was published: the same command resumes the run "
             "and publishes anew"
         )
-        return rollout_of(wire.post("/v1/completions", body, fix=fix), wire.url, request, params, self._loaded)
+        try:
+            answer = wire.post("/v1/completions", body, fix=fix)
+        except EngineError as error:
+            if NOT_FINITE in str(error):
+                raise NonFiniteError(not_finite(request, wire.url)) from None
+            raise
+        return rollout_of(answer, wire.url, request, params, self._loaded)
 
     def _scores(self, pairs: Sequence[Pair], *temperatures: float) -> list[list[list[float]]]:
         """The trainer's own log-probabilities of each pair's completion, at each temperature."""
@@ -241,6 +273,23 @@ class ServerEngine:
 def _distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The sum of the absolute differences."""
     return math.fsum(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _require_same_shape(wire: Wire, loaded: LoadedModel, served: Path) -> None:
+    """All weights can take the place of those in a served folder, as far as it can be seen from here.
+
+    A vLLM that was given weights of another shape cannot go on, also not for those to whom it belongs.
+    """
+    if not (served / CONFIG).is_file():
+        return
+    own: Any = loaded.model.config
+    for name, value in read_object(served / CONFIG).items():
+        if name in _SHAPE and value != getattr(own, name, value):
+            raise EngineError(
+                f"{wire.url}: serves {served}, whose {name} is {value}, and that of the model in training is "
+                f"{getattr(own, name)}: it cannot take its weights; correct sampling.server.urls, or start a server as "
+                "`atesd serve RECIPE --print` says"
+            )
 
 
 def _base_path(loaded: LoadedModel) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import http.client
 import json
 import queue
+import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar, final
 
 from atesd.config import ServerSettings
 from atesd.errors import EngineError
 from atesd.refusals import reason
-from atesd.text import shown
+from atesd.text import visible
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,7 +26,13 @@ R = TypeVar("R")
 _BUSY = (429, 500, 502, 503, 504)
 """Answers after which the same request may succeed."""
 _AT_ONCE = 10.0  # seconds within which a server says that it is there
-_LOG = "look into the server's log"
+_LOG = "look into the server's log; the same command then resumes the run"
+_UNREACHED = (
+    "is sampling.server.urls spelt right, and does the server run? `atesd serve RECIPE` starts one; the same command "
+    "then resumes the run"
+)
+_PLAIN = "does it speak https? One that `atesd serve` started speaks http: write sampling.server.urls so"
+_MOST = 400  # characters of what a server says of an error
 
 
 @final
@@ -61,7 +69,7 @@ class Wire:
                     content = answer.read().decode("utf-8", "replace")
                 return json.loads(content) if content[:1] in ("{", "[") else content
             except urllib.error.HTTPError as error:
-                failure = f"answers {error.code}: {_said(error)}"
+                failure, advice = f"answers {error.code}: {_said(error)}", "; ".join(dict.fromkeys((fix, _LOG)))
                 if error.code not in _BUSY:
                     raise EngineError(f"{url}: {failure}; {fix}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -72,21 +80,25 @@ class Wire:
                         "sampling.server.timeout, or start it again; the same command then resumes the run"
                     ) from None
                 failure = reason(cause) if isinstance(cause, OSError) else str(cause) or type(cause).__name__
+                advice = _PLAIN if isinstance(cause, ssl.SSLError) else _UNREACHED
                 if self._forgets:
                     tries = attempt + 1
                     break
-        raise EngineError(
-            f"{url}: cannot be used: {failure}, {tries} time{'s' * (tries > 1)}; is sampling.server.urls spelt right, "
-            "and does the server run? `atesd serve RECIPE` starts one; the same command then resumes the run"
-        )
+        raise EngineError(f"{url}: cannot be used: {failure}, {tries} time{'s' * (tries > 1)}; {advice}")
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """The body of an answer that is an error; empty where it cannot be read."""
+    """What an answer that is an error says: its message in the words of vLLM, else its body as far as it is short."""
     try:
-        return shown(error.read().decode("utf-8", "replace"))
+        text = error.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return "(nothing more)"
+    with suppress(ValueError, RecursionError):
+        told = json.loads(text)
+        told = told.get("error", told.get("detail", told)) if isinstance(told, dict) else told
+        text = str(told.get("message", told) if isinstance(told, dict) else told)
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= _MOST else f"{text[:_MOST]}..."
 
 
 def at_once(work: Callable[[T], R], items: Sequence[T], most: int) -> list[R]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +153,14 @@ def save_model(loaded: LoadedModel, folder: Path, tensors: Mapping[str, Tensor] 
         except Exception as error:
             # safetensors and tokenizers tell what a disk refuses in exceptions of their own, the latter in a bare one.
             if isinstance(error, SafetensorError) or type(error) is Exception:
-                raise OSError(str(error)) from error
+                raise _refused(error) from error
             raise
+
+
+def _refused(error: Exception) -> OSError:
+    """What a disk refused, from the text of an exception that has lost its number."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 @contextlib.contextmanager

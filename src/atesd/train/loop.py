@@ -71,7 +71,7 @@ class Trainer:
         c.foresight.before(update)
         with c.method.watch.phase("sample"):
             rollouts = c.sampler.rollouts(update)
-        drift = c.engine.drift
+        drift = c.sampler.drift
         alignment = c.foresight.look(update, rollouts, c.exposure)
         with c.method.watch.phase("sample"):
             rows = reveal(rollouts, c.exposure, update, prompts=c.prompts, foresight=c.foresight, config=c.config)

@@ -65,6 +65,11 @@ class RolloutSampler:
         rollouts = self._engine.complete(requests, rollout_params(self._config))
         return self.graded(problems, rollouts)
 
+    @property
+    def drift(self) -> float | None:
+        """That of the engine in the last `rollouts` (see `Engine`); None for SFT, whose completions nobody wrote."""
+        return None if self._config.train.method == "sft" else self._engine.drift
+
     def batch(self, update: int) -> tuple[list[Problem], list[int]]:
         """The problems of an update, one per rollout, and the number of each rollout among those of its problem."""
         return batch_at(self._problems, self._config, update)
