@@ -34,7 +34,7 @@ def report(bench: Bench) -> Findings:
             *(bench[world].table(_arms(bench[world]), "full", column) for world in bench),
             *(benchmark_table(arms, model) for arms in bench.values() if on_benchmarks),
         ),
-        {"accuracy": accuracy_dots(bench, list(bench), ARMS, averages if on_its_own else {})},
+        {"accuracy": accuracy_dots(bench, list(bench), ARMS, averages if on_benchmarks and on_its_own else {})},
         tuple(claims),
         (
             f"Paper: average of three benchmarks, {model}, Average@12. full: OPSD. "
