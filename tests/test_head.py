@@ -104,8 +104,8 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits() -> None:
 def test_training_says_that_it_keeps_the_logits_whole(
     known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_another_head(config: ModelConfig, seed: int) -> LoadedModel:
-        loaded = load_model(config, seed)
+    def with_another_head(config: ModelConfig, seed: int, *, divided: bool) -> LoadedModel:
+        loaded = load_model(config, seed, divided=divided)
         loaded.model.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits * 1.5))
         return loaded
 
