@@ -74,7 +74,7 @@ class Case:
 MODELS = ("tied", "untied", "tied adapter", "untied adapter")
 CASES = [
     *(Case(model, teacher) for model in MODELS for teacher in TEACHERS),
-    *(Case(model, method=method) for model in ("tied", "untied adapter") for method in ("sft", "grpo")),
+    *(Case(model, method=method) for model in MODELS for method in ("sft", "grpo")),
     *(Case(model, "ema", checkpointing=True) for model in MODELS),
     *(Case(model, "ema", answers=True) for model in ("tied", "untied adapter")),
     Case("tied", rows=1),  # rank 1 has none
