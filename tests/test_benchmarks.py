@@ -320,7 +320,7 @@ def test_every_arm_but_full_exposure_looks_ahead() -> None:
 def test_a_share_of_the_look_ahead_is_what_an_arm_takes_longer() -> None:
     # By hand: 4 s beside 3 s is a quarter, 6 s a half.
     row = dict.fromkeys(lookahead.ARMS, 4.0) | {lookahead.BASE: 3.0, "token gate": 6.0}
-    goals = {goal.name: goal for goal in lookahead.goals_of(Case("work", [row]))}
+    goals = {goal.what: goal for goal in lookahead.goals_of(Case("work", [row]))}
     gate = goals.pop("look-ahead, work, token gate: share of an update")
     assert [goal.measured.median for goal in goals.values()] == [0.25] * (len(lookahead.ARMS) - 2)
     assert (gate.measured.median, gate.is_met) == (0.5, False)
