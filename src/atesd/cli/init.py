@@ -150,14 +150,15 @@ def _cached(path: str) -> bool:
 def recipe_text(found: Survey, target: Target, path: Path) -> str:
     """The recipe, with what was found as comments."""
     lengths = _lengths(found, target)
-    needed = _up(max(lengths.teacher, lengths.student + lengths.reference) + _completion(lengths), 256)
+    needed = _up(max(lengths.teacher, lengths.student + lengths.reference) + _completion(lengths, target.small), 256)
     window = min(needed, target.window or needed)
     lines = [*_head(found, path), *_model(found, target, lengths, window), *_data(found, cut=needed > window)]
     return "\n".join([*lines, *_rest(found, target, lengths), ""])
 
 
 def _commands(path: Path) -> tuple[str, ...]:
-    return f"atesd preview {path}", f"atesd train {path} --dry-run", f"atesd audit {path}", f"atesd train {path}"
+    words = ("preview {}", "train {} --dry-run", "profile {}", "audit {}", "train {}")
+    return tuple(f"atesd {each.format(path)}" for each in words)
 
 
 def _head(found: Survey, path: Path) -> Iterator[str]:
@@ -227,7 +228,7 @@ def _rest(found: Survey, target: Target, lengths: Lengths) -> Iterator[str]:
     if sizes["probe"] < _ENOUGH_PROBES:
         yield f"credit: {{progress_signal: probe_gain}}  # less noise than probe_success, for {sizes['probe']} probes"
     usual = f"95 % of the references have up to {lengths.usual} tokens"
-    yield f"sampling: {{completion_tokens: {_completion(lengths)}}}  # {usual}"
+    yield f"sampling: {{completion_tokens: {_completion(lengths, target.small)}}}  # {usual}"
     rate = "1e-4" if target.small else "5e-6"
     epochs = updates * batch / max(1, sizes["train"])
     yield "train:"
@@ -286,9 +287,12 @@ def _problem(entry: Entry) -> Problem:
     return Problem(entry.id, entry.text, segments, closing, entry.answer, entry.difficulty)
 
 
-def _completion(lengths: Lengths) -> int:
-    """Room for a completion: half as long again as most references are, 64 to 4,096 tokens."""
-    return min(4096, max(64, _up(1.5 * lengths.usual, 64)))
+def _completion(lengths: Lengths, small: bool) -> int:
+    """Room for a completion: half as long again as most references are, 64 to 4,096 tokens.
+
+    A model from elsewhere writes in its own style, however short the references are: at least 512 tokens.
+    """
+    return min(4096, max(64 if small else 512, _up(1.5 * lengths.usual, 64)))
 
 
 def _up(number: float, step: int) -> int:
