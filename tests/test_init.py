@@ -226,7 +226,10 @@ def test_the_verb_names_the_recipe_after_the_file_and_says_what_to_do_next(tmp_p
         "rows: 120 usable, 0 not",
         result.output.splitlines()[2],
         "written: sums.yaml",
-        *(f"next: atesd {verb}" for verb in ("preview sums.yaml", "train sums.yaml --dry-run", "audit sums.yaml")),
+        *(
+            f"next: atesd {verb}"
+            for verb in ("preview sums.yaml", "train sums.yaml --dry-run", "profile sums.yaml", "audit sums.yaml")
+        ),
         "next: atesd train sums.yaml",
     ]
     text = (tmp_path / "sums.yaml").read_text("utf-8")
@@ -246,7 +249,7 @@ def test_without_a_tokenizer_lengths_are_guessed_from_characters(tmp_path):
     assert (short.model.path, short.model.dtype, short.train.batch_size) == (DEFAULT_MODEL, "bfloat16", 32)
     assert short.model.student_template == {"enable_thinking": False}
     long = of_default(tmp_path, [{**row, "solution": "x " * 6000 + row["solution"]} for row in rows("plain")])
-    assert short.sampling.completion_tokens == 64
+    assert short.sampling.completion_tokens == 512
     assert long.sampling.completion_tokens == 4096
     assert long.model.max_context_tokens > 12_000 // 3 + 4096
 
