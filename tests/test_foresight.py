@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atesd.build import build, close
+from atesd.config import load_config
 from quick import quick
 from validation import foresight
 from validation.foresight import Foresight, check, held_out, true_change
@@ -69,3 +70,9 @@ def test_signs_count_only_where_the_truth_is_clear_of_zero() -> None:
     assert seen.signs_agree == (1, 2)
     assert seen.rank_correlation == pytest.approx(-0.5)
     assert seen.rank_correlation_of("features") == pytest.approx(1)
+
+
+@pytest.mark.parametrize("world", foresight.WORLDS)
+def test_the_settings_of_every_world_hold(world: str) -> None:
+    config = load_config("micro", foresight.settings(foresight.WORLDS[world], "a"))
+    assert config.looks_ahead

@@ -48,7 +48,7 @@ WORLDS: dict[str, tuple[str, ...]] = {
     "leaps, q = .25": ("data.leap_share=0.25",),
     "leaps, q = .5": ("data.leap_share=0.5",),
     "leaps, q = 1": ("data.leap_share=1",),
-    "leaps anywhere": ("data.leap_share=1", "data.leap_probability=0.2"),
+    "leaps anywhere": ("data.leap_probability=0.2",),
     "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.ema_decay=0.98"),
     "bad teacher": ("data.leap_share=0",),
 }
