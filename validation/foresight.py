@@ -49,7 +49,7 @@ WORLDS: dict[str, tuple[str, ...]] = {
     "leaps, q = .5": ("data.leap_share=0.5",),
     "leaps, q = 1": ("data.leap_share=1",),
     "leaps anywhere": ("data.leap_probability=0.2",),
-    "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.ema_decay=0.98"),
+    "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.decay=0.98"),
     "bad teacher": ("data.leap_share=0",),
 }
 CHEAPER: tuple[Literal["last_layer", "features"], ...] = ("last_layer", "features")
