@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from atesd.config import LoraConfig, ModelConfig, ServerSettings
 from atesd.engine.batch import Batch, complete_in_batches
@@ -41,6 +43,8 @@ from atesd.maths.fused import fused_likelihood
 from atesd.maths.head import Head
 from atesd.models.load import LoadedModel, load_model, save_model
 from atesd.models.score import Pair, Scorer, logprobs_at
+from atesd.models.sharding import sharded_weights
+from atesd.models.weights import Weights
 from atesd.records import Rollout
 from benchmarks import loss, prefix, rollout
 from benchmarks.harness import Case, Result, Settings
@@ -308,15 +312,34 @@ def on_cpu(loaded: LoadedModel) -> Any:
     return copy.deepcopy(cast(Any, loaded.model)).cpu()
 
 
-def gradients(loaded: LoadedModel) -> Tensor:
-    """Of the likelihood of random completions, over all trained parameters, on the CPU."""
+def gradients(loaded: LoadedModel, weights: Weights | None = None) -> Tensor:
+    """Of the likelihood of random completions, over all trained parameters, on the CPU; `weights` where divided."""
     pairs = [(ids, ids[::-1][:8]) for ids in rollout.random_prompts(4, 24, TOY.vocabulary)]
-    scored = Scorer(loaded).scored(pairs)
+    scored = Scorer(loaded, weights).scored(pairs)
     tokens = torch.tensor([token for _, completion in pairs for token in completion], device=loaded.device)
     value, _ = fused_likelihood(scored.hidden, scored.head, tokens, torch.ones(len(tokens), device=loaded.device))
     loaded.model.zero_grad()
     value.backward()  # type: ignore[no-untyped-call]
-    return torch.cat([p.grad.flatten().cpu() for p in loaded.model.parameters() if p.grad is not None])
+    found = [p.grad for p in loaded.model.parameters() if p.grad is not None]
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).float().flatten().cpu() for g in found])
+
+
+# Divided weights
+
+
+def divided(settings: Settings) -> Iterator[Check]:
+    """FSDP2 of one rank: the gradients of the undivided model, and those of passes in bfloat16 on float32 weights."""
+    exact = gradients(random_model(TOY, settings.device, torch.float32))
+    for compute, tolerance in ((None, ROUNDING), ("bfloat16", 5e-2)):
+        loaded = random_model(TOY, settings.device, torch.float32)
+        config = ModelConfig(path="random", device=settings.device, sharding="full", compute_dtype=compute)
+        try:
+            found = gradients(loaded, sharded_weights(loaded, config))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        what = f"FSDP2 of one rank, passes in {compute or 'float32'}: gradients, relative"
+        yield at_most(tolerance, what, relative(found, exact))
 
 
 # A server
@@ -385,5 +408,6 @@ GROUPS: dict[str, Callable[[Settings], Iterator[Check]]] = {
     "padded attention": padded_attention,
     "fused loss": fused_loss,
     "adapters": adapters,
+    "divided weights": divided,
     "server": server_drift,
 }
