@@ -330,7 +330,8 @@ def gradients(loaded: LoadedModel, weights: Weights | None = None) -> Tensor:
 def divided(settings: Settings) -> Iterator[Check]:
     """FSDP2 of one rank: the gradients of the undivided model, and those of passes in bfloat16 on float32 weights."""
     exact = gradients(random_model(TOY, settings.device, torch.float32))
-    for compute, tolerance in ((None, ROUNDING), ("bfloat16", 5e-2)):
+    tolerances: dict[Literal["bfloat16"] | None, float] = {None: ROUNDING, "bfloat16": 5e-2}
+    for compute, tolerance in tolerances.items():
         loaded = random_model(TOY, settings.device, torch.float32)
         config = ModelConfig(path="random", device=settings.device, sharding="full", compute_dtype=compute)
         try:
