@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import TypedDict, cast, final
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atesd.aligned.line import FeatureLine, Line, TwoPoints
 from atesd.config import Config
 from atesd.errors import ModelError
-from atesd.maths.fused import fused_likelihood
-from atesd.maths.head import Head
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
-from atesd.models.ranks import Gathered
-from atesd.models.score import Pair, Scored, Scorer, completion_tokens
+from atesd.models.score import Pair, Scored, Scorer
 from atesd.models.weights import Weights
 from atesd.train.rollouts import GradedRollout
 from atesd.train.stopwatch import Stopwatch
-from atesd.train.update import BatchPlan, Example, Likelihood, accumulate, per_token
+from atesd.train.update import BatchPlan, Example, Likelihood, Meters, Targets, accumulate
 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
@@ -127,8 +124,7 @@ class SuccessDirection:
         if not rows:
             return
         rows = drawn(rows, self._config, update)
-        ascents = {"all": self._ascent, "last_layer": self._last_layer_ascent, "features": self._features_ascent}
-        ascent: Mapping[str, Tensor] = ascents[self._of](rows)
+        ascent: Mapping[str, Tensor] = self._ascent(rows)
         if self._config.alignment.metric == "optimiser":
             ascent = self._step_metric(ascent)
         length = _length(ascent.values())
@@ -144,12 +140,8 @@ class SuccessDirection:
         if self._of == "features":
             return FeatureLine(student or self._scorer.scored(batch), self._unit[_FEATURES])
         here = (student or self._scorer.scored(batch)) if self._of == "last_layer" else student
-        tail = None if here is None else here.tail
-        sides = []
-        for side in (1, -1):
-            with self.displaced(side):
-                sides.append(self._scorer.scored(batch) if tail is None else Scored(tail.hidden(), self._scorer.head()))
-        return TwoPoints(sides[0], sides[1], self.epsilon, here)
+        plus, minus = self._sides(batch, self.epsilon, here)
+        return TwoPoints(plus, minus, self.epsilon, here)
 
     def displaced(self, side: int) -> AbstractContextManager[None]:
         """Inside, the student is at theta + side * epsilon * u, without gradient; afterwards it is itself, bit for bit.
@@ -173,77 +165,36 @@ class SuccessDirection:
         self.epsilon = kept["epsilon"]
 
     def _ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The gradient of the examples' mean log-likelihood, by name; those of the parameters are clear afterwards."""
-        config = self._config
+        """The gradient of the examples' mean log-likelihood, by name, with respect to `alignment.parameters`.
+
+        Those of the parameters are clear afterwards. A backward pass goes no deeper than what is asked for.
+        """
+        config, trained = self._config, self._weights.trained
         likelihood = Likelihood(
             self._scorer, Stopwatch(self._scorer.device), config.loss_temperature, config.loss.chunk_tokens
         )
-        train = config.train
-        accumulate(likelihood, examples, BatchPlan("sequence", train.micro_batch_size, train.micro_batch_tokens))
-        self._weights.add_up_gradients()
-        ascent = {name: -p.grad for name, p in self._weights.trained.items() if p.grad is not None}
-        for parameter in self._weights.trained.values():
-            parameter.grad = None
-        return ascent
-
-    def _last_layer_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The same by the parameters of the last layer alone: the backward pass goes through nothing else."""
+        plan = BatchPlan("sequence", config.train.micro_batch_size, config.train.micro_batch_tokens)
+        if self._of == "features":
+            gain = nn.Parameter(self._unit_gain(examples[0]))
+            with _fixed(trained.values()):
+                accumulate(ScaledLikelihood(likelihood, gain), examples, plan)
+            self._scorer.ranks.sum_gradients([gain])
+            assert gain.grad is not None
+            return {_FEATURES: -gain.grad}
         layer = self._scorer.last_layer
-        assert layer is not None
-        wanted = layer.parameters()
-        with torch.no_grad():
-            head = self._scorer.head()
-        self._accumulate(examples, self._last_states, head)
+        asked = None if layer is None else layer.parameters()
+        with _fixed(p for p in trained.values() if asked is not None and id(p) not in asked):
+            accumulate(likelihood, examples, plan)
         self._weights.add_up_gradients()
-        trained = self._weights.trained
-        ascent = {name: -p.grad for name, p in trained.items() if p.grad is not None and id(p) in wanted}
+        ascent = {name: -p.grad for name, p in trained.items() if p.grad is not None}
         for parameter in trained.values():
             parameter.grad = None
         return ascent
 
-    def _features_ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The same by a factor, 1, of every entry of the last hidden state: no backward pass through the model."""
+    def _unit_gain(self, example: Example) -> Tensor:
         with torch.no_grad():
-            head, hidden = self._scorer.head(), self._scorer.hidden([examples[0].student_pair])
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        gain = nn.Parameter(torch.ones_like(hidden[0], dtype=wide))
-        self._accumulate(examples, partial(self._fixed_states, gain=gain), head)
-        self._scorer.ranks.sum_gradients([gain])
-        assert gain.grad is not None
-        return {_FEATURES: -gain.grad}
-
-    def _accumulate(self, examples: Sequence[Example], states: Callable[[Sequence[Pair]], Tensor], head: Head) -> None:
-        """Accumulate the gradient of the examples' mean negative log-likelihood by what `states` and `head` let in."""
-        train, ranks, device = self._config.train, self._scorer.ranks, self._scorer.device
-        plan = BatchPlan("sequence", train.micro_batch_size, train.micro_batch_tokens)
-        own, weights = ranks.shard(examples), ranks.shard(plan.weights(examples))
-        with ranks.gathering(Gathered[None]()) as gathered:
-            for places in plan.micro_batches(own):
-                batch = [own[place] for place in places]
-                factors = per_token([weights[place] * own[place].advantage for place in places], batch, device)
-                pairs = [example.student_pair for example in batch]
-                hidden = states(pairs)
-                likelihood, _ = fused_likelihood(
-                    hidden,
-                    head,
-                    completion_tokens(pairs, device),
-                    factors.to(torch.promote_types(hidden.dtype, torch.float32)),
-                    temperature=self._config.loss_temperature,
-                    chunk_tokens=self._config.loss.chunk_tokens,
-                )
-                likelihood.backward()  # type: ignore[no-untyped-call]
-            gathered.own = None
-
-    def _last_states(self, pairs: Sequence[Pair]) -> Tensor:
-        with torch.no_grad():
-            tail = self._scorer.scored(pairs).tail
-        assert tail is not None
-        return tail.hidden()
-
-    def _fixed_states(self, pairs: Sequence[Pair], gain: Tensor) -> Tensor:
-        with torch.no_grad():
-            hidden = self._scorer.hidden(pairs)
-        return hidden.to(gain.dtype) * gain
+            hidden = self._scorer.hidden([example.student_pair])
+        return torch.ones_like(hidden[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     def _scaled_epsilon(self, rows: Sequence[Example]) -> float:
         """The step that changes logits by `alignment.logit_change` nats (root mean square), from a trial step.
@@ -258,23 +209,81 @@ class SuccessDirection:
             if count >= _CALIBRATION_TOKENS:
                 break
         wanted = self._config.alignment.logit_change
+        with torch.no_grad():
+            here = self._scorer.scored(pairs) if self._of == "last_layer" else None
         distance = _TRIAL * float(_length(p.detach() for p in self._weights.trained.values()))
-        change = self._logit_change(pairs, distance)
+        change = self._logit_change(pairs, distance, here)
         for _ in range(_ENLARGEMENTS):
             distance *= wanted / change if change else 10
-            change = self._logit_change(pairs, distance)
+            change = self._logit_change(pairs, distance, here)
             if change >= _NEAR * wanted:
                 break
         return distance if change else 0.0
 
-    def _logit_change(self, pairs: Sequence[Pair], distance: float) -> float:
+    def _logit_change(self, pairs: Sequence[Pair], distance: float, here: Scored | None) -> float:
         """Root mean square of half the difference between the logits on both sides."""
-        logits = []
+        sides = self._sides(pairs, distance, here)
+        plus, minus = (side.logits(slice(_CALIBRATION_TOKENS)) for side in sides)
+        return float((plus - minus).std()) / 2
+
+    def _sides(self, batch: Sequence[Pair], distance: float, here: Scored | None) -> tuple[Scored, Scored]:
+        """The student so far along the direction, both ways; where `here` has a tail, by its last layer alone."""
+        found = []
         for side in (1, -1):
             with self._weights.moved(self._unit, side * distance):
-                hidden = self._scorer.hidden(pairs)[:_CALIBRATION_TOKENS]
-                logits.append(self._scorer.head().logits(hidden))
-        return float((logits[0] - logits[1]).std()) / 2
+                if here is None or here.tail is None:
+                    found.append(self._scorer.scored(batch))
+                else:
+                    found.append(Scored(here.tail.hidden(), self._scorer.head()))
+        return found[0], found[1]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ScaledLikelihood:
+    """`Likelihood` of last hidden states that are multiplied entry by entry with `gain`, the one thing to learn."""
+
+    likelihood: Likelihood
+    gain: nn.Parameter
+
+    @property
+    def scorer(self) -> Scorer:
+        """The student."""
+        return self.likelihood.scorer
+
+    @property
+    def watch(self) -> Stopwatch:
+        """Where the seconds are booked."""
+        return self.likelihood.watch
+
+    def targets(self, examples: Sequence[Example], free: bool) -> Targets:
+        """There is no teacher."""
+        return self.likelihood.targets(examples, free)
+
+    def loss(
+        self,
+        examples: Sequence[Example],
+        student: Scored,
+        tokens: Int[Tensor, " N"],
+        weights: Float[Tensor, " N"],
+        targets: Targets,
+    ) -> tuple[Float[Tensor, ""], Meters]:
+        """That of the scaled states."""
+        scaled = student.hidden.detach().to(self.gain.dtype) * self.gain
+        return self.likelihood.loss(examples, Scored(scaled, student.head.detached()), tokens, weights, targets)
+
+
+@contextmanager
+def _fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, nothing is differentiated with respect to these parameters, nor passed on below the lowest other one."""
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad = True
 
 
 def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Example]:

@@ -148,8 +148,8 @@ class Scorer:
             return Scored(self.hidden(pairs), self.head())
         ids, rows, columns = self._layout(pairs)
         with self._last_layer.heard() as call:
-            hidden: Tensor = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
-        return Scored(hidden[rows, columns], self.head(), Tail(self._last_layer, call, rows, columns))
+            hidden = self._states(ids)[rows, columns]
+        return Scored(hidden, self.head(), Tail(self._last_layer, call, rows, columns))
 
     def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
         """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.
@@ -157,11 +157,15 @@ class Scorer:
         Gradients flow if they are enabled. The completion must not be empty (`ValueError`).
         """
         ids, rows, columns = self._layout(pairs)
+        return self._states(ids)[rows, columns]
+
+    def _states(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T F"]:
+        """The last hidden states, or the logits where there is no head to be taken apart."""
         if not self.has_separable_head:
             logits: Tensor = self._loaded.model(input_ids=ids, use_cache=False).logits
-            return logits[rows, columns]
+            return logits
         hidden: Tensor = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden[rows, columns]
+        return hidden
 
     def _layout(self, pairs: Sequence[Pair]) -> tuple[Int[Tensor, "B T"], Int[Tensor, " N"], Int[Tensor, " N"]]:
         if any(not context or not completion for context, completion in pairs):
