@@ -96,12 +96,14 @@ def late_ratio_of_a_frozen_student(
         names = [group_of(granularity, f"{update}-{place}", place % _DIFFICULTIES) for place in range(rollouts)]
         verdicts = (draws.random(rollouts) < success).astype(float).tolist()
         ratio = fmean(exposure.reveal_ratio(update, name) for name in names)
-        exposure.observe(update, _of_noise(ratio, draws, tuple(zip(names, verdicts, strict=True))))
+        graded = tuple(zip(names, verdicts, strict=True))
+        exposure.observe(update, replace(stats_of_noise(ratio, draws), group_success=graded))
         shown.append(ratio)
     return late_mean(shown)
 
 
-def _of_noise(ratio: float, draws: np.random.Generator, graded: tuple[tuple[str, float], ...]) -> UpdateStats:
+def stats_of_noise(ratio: float, draws: np.random.Generator) -> UpdateStats:
+    """An update at a ratio whose every signal is a standard normal draw."""
     signal, grounding, other = draws.standard_normal(3).tolist()
     return UpdateStats(
         ratio,
@@ -116,5 +118,4 @@ def _of_noise(ratio: float, draws: np.random.Generator, graded: tuple[tuple[str,
         probe_kl=signal,
         grounding=grounding,
         train_success=((0, signal),),
-        group_success=graded,
     )

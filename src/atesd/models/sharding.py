@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast, final
 
@@ -28,7 +28,7 @@ from atesd.maths.head import Head
 from atesd.models.load import DTYPES, Deferred, LoadedModel
 from atesd.models.model_checks import require_forward
 from atesd.models.ranks import Ranks
-from atesd.models.weights import Part, digest_of, overwrite, require_trained
+from atesd.models.weights import Part, adapter_off, digest_of, overwrite, require_trained
 
 
 def sharded_weights(loaded: LoadedModel, config: ModelConfig) -> ShardedWeights:
@@ -112,13 +112,9 @@ class ShardedWeights:
                 overwrite(own, kept)
                 self._settle()
 
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
+    def without_adapter(self) -> AbstractContextManager[None]:
         """See `Weights`."""
-        if not self.has_adapter:
-            raise ValueError("the model has no adapter that could be left out")
-        with torch.no_grad(), self._model.disable_adapter():
-            yield
+        return adapter_off(self._model)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -165,13 +165,9 @@ class ReplicatedWeights:
                 self._trained[name].data = kept[name] + distance * value
             yield
 
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
+    def without_adapter(self) -> AbstractContextManager[None]:
         """See `Weights`."""
-        if not self.has_adapter:
-            raise ValueError("the model has no adapter that could be left out")
-        with torch.no_grad(), self._model.disable_adapter():
-            yield
+        return adapter_off(self._model)
 
     def whole(self) -> AbstractContextManager[None]:
         """See `Weights`: they always are."""
@@ -243,6 +239,15 @@ def weights_of(loaded: LoadedModel, config: ModelConfig) -> Weights:
     from atesd.models.sharding import sharded_weights  # half a second of imports
 
     return sharded_weights(loaded, config)
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Inside, the model is without its adapter and without gradient. Raises `ValueError` if it has none."""
+    if not hasattr(model, "peft_config"):
+        raise ValueError("the model has no adapter that could be left out")
+    with torch.no_grad(), model.disable_adapter():
+        yield
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

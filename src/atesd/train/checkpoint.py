@@ -109,10 +109,10 @@ def save_checkpoint(
     encoded = _encode(state, "", held)
     ranks.gather(partial(_require_finite, state, ""))
     tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
-    parts = {name: part for name, part in held.items() if isinstance(part, Part)}
+    own = {name: part for name, part in held.items() if isinstance(part, Part) and len(part.tensor)}
     try:
         ranks.broadcast(partial(_begin, folder, temporary, target))
-        rows_of = ranks.gather(partial(_write_rows, temporary, parts, ranks.rank, _writes(parts, ranks), target))
+        rows_of = ranks.gather(partial(_write_rows, temporary, own, ranks.rank, _writes(own, ranks), target))
         divided: dict[str, _Divided] = {name: rows for written in rows_of for name, rows in written.items()}
         ranks.broadcast(partial(_finish, temporary, target, encoded, tensors, identity, divided, keep))
     except BaseException:
@@ -296,16 +296,15 @@ def _begin(folder: Path, temporary: Path, target: Path) -> None:
         temporary.mkdir()
 
 
-def _writes(parts: Mapping[str, Part], ranks: Ranks) -> bool:
+def _writes(own: Mapping[str, Part], ranks: Ranks) -> bool:
     """Whether this rank writes its rows: the first of those that hold the same ones."""
-    own = {name: part.first_row for name, part in parts.items() if len(part.tensor)}
-    mark = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    first_rows = {name: part.first_row for name, part in own.items()}
+    mark = hashlib.sha256(json.dumps(first_rows, sort_keys=True).encode()).hexdigest()
     return ranks.gather(partial(str, mark)).index(mark) == ranks.rank and bool(own)
 
 
-def _write_rows(folder: Path, parts: Mapping[str, Part], rank: int, writes: bool, target: Path) -> dict[str, _Divided]:
+def _write_rows(folder: Path, own: Mapping[str, Part], rank: int, writes: bool, target: Path) -> dict[str, _Divided]:
     """Write this rank's rows; the file, and what it has of which tensors."""
-    own = {name: part for name, part in parts.items() if len(part.tensor)}
     if not writes:
         return {}
     file = folder / f"rows-{rank:05d}.safetensors"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from atesd.config import CreditConfig, PolicyConfig
-from atesd.control.simulation import Driven, Stats, drive
+from atesd.control.simulation import Driven, Stats, drive, stats_of_noise
 from atesd.maths import keyed
 from atesd.records import UpdateStats
 
@@ -148,21 +148,7 @@ def noise(seed: int) -> Stats:
     """Every signal a standard normal draw (keyed), whatever the ratio."""
 
     def stats(update: int, reveal_ratio: float) -> UpdateStats:
-        signal, grounding, other = keyed.generator(seed, "null_band", update).standard_normal(3).tolist()
-        return UpdateStats(
-            reveal_ratio=reveal_ratio,
-            effective_ratio=reveal_ratio,
-            loss=signal,
-            kl=abs(other),
-            top1_disagreement=abs(other),
-            student_confidence=abs(other),
-            probe_nll=math.exp(signal),
-            probe_success=signal,
-            probe_gain=signal,
-            probe_kl=signal,
-            grounding=grounding,
-            train_success=((0, signal),),
-        )
+        return stats_of_noise(reveal_ratio, keyed.generator(seed, "null_band", update))
 
     return stats
 
