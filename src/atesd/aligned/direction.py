@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TypedDict, cast, final
@@ -26,7 +26,7 @@ from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair, Scored, Scorer
-from atesd.models.weights import Weights
+from atesd.models.weights import Weights, fixed
 from atesd.train.rollouts import GradedRollout
 from atesd.train.stopwatch import Stopwatch
 from atesd.train.update import BatchPlan, Example, Likelihood, Meters, Targets, accumulate
@@ -176,14 +176,14 @@ class SuccessDirection:
         plan = BatchPlan("sequence", config.train.micro_batch_size, config.train.micro_batch_tokens)
         if self._of == "features":
             gain = nn.Parameter(self._unit_gain(examples[0]))
-            with _fixed(trained.values()):
+            with fixed(trained.values()):
                 accumulate(ScaledLikelihood(likelihood, gain), examples, plan)
             self._scorer.ranks.sum_gradients([gain])
             assert gain.grad is not None
             return {_FEATURES: -gain.grad}
         layer = self._scorer.last_layer
         asked = None if layer is None else layer.parameters()
-        with _fixed(p for p in trained.values() if asked is not None and id(p) not in asked):
+        with fixed(p for p in trained.values() if asked is not None and id(p) not in asked):
             accumulate(likelihood, examples, plan)
         self._weights.add_up_gradients()
         ascent = {name: -p.grad for name, p in trained.items() if p.grad is not None}
@@ -271,19 +271,6 @@ class ScaledLikelihood:
         """That of the scaled states."""
         scaled = student.hidden.detach().to(self.gain.dtype) * self.gain
         return self.likelihood.loss(examples, Scored(scaled, student.head.detached()), tokens, weights, targets)
-
-
-@contextmanager
-def _fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, nothing is differentiated with respect to these parameters, nor passed on below the lowest other one."""
-    held = list(parameters)
-    for parameter in held:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad = True
 
 
 def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Example]:

@@ -8,10 +8,10 @@ gradient is recorded. `tests/weights_contract.py` is what an implementation must
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, cast, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -242,12 +242,25 @@ def weights_of(loaded: LoadedModel, config: ModelConfig) -> Weights:
 
 
 @contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is without its adapter and without gradient. Raises `ValueError` if it has none."""
     if not hasattr(model, "peft_config"):
         raise ValueError("the model has no adapter that could be left out")
-    with torch.no_grad(), model.disable_adapter():
+    with torch.no_grad(), cast(Any, model).disable_adapter():
         yield
+
+
+@contextmanager
+def fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, nothing is differentiated with respect to these parameters, nor passed on below the lowest other one."""
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad = True
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
