@@ -216,10 +216,10 @@ def _cells(name: str, row: EvaluationRow) -> tuple[str, ...]:
 
 
 def _together(name: str, rows: Sequence[EvaluationRow]) -> tuple[str, ...]:
-    shares = [count / row["samples"] for row in rows for count in row["correct_counts"].values()]
-    low, high = bootstrap_interval(shares, seed=int(rows[0]["sampler"]["seed"]), key="problems")
     samples = rows[0]["samples"]
     counts = [count for row in rows for count in row["correct_counts"].values()]
+    shares = [count / samples for count in counts]
+    low, high = bootstrap_interval(shares, seed=int(rows[0]["sampler"]["seed"]), key="problems")
     average = percent_interval({"value": fmean(shares), "low": low, "high": high})
     return (name, str(len(shares)), "yes", average, "", "", "", tells_apart(counts, samples), "")
 

@@ -14,7 +14,7 @@ import numpy as np
 from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
 from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
-from atesd.control.settings import ControllerSettings, Granularity, GranularSettings, Run
+from atesd.control.settings import ControllerSettings, Granularity, GranularSettings, Run, clipped
 from atesd.errors import ConfigError
 from atesd.maths import keyed
 from atesd.records import Decision, FinishedDecision, UpdateStats
@@ -108,8 +108,7 @@ class ControlledExposure:
             key = decision.update // self._credit.hold_updates
             choice = self.controller.propose(group, keyed.generator(self._seed, "exposure", key, group))
             self._ledger.add_draw(decision.update, group, float(choice))
-        lowest, highest = self._bounds
-        return min(max(decision.samples[group], lowest), highest)
+        return clipped(decision.samples[group], self._bounds)
 
     def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
         """Take in an update; the controller learns from the decisions that it has rewarded, which are returned."""

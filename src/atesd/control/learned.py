@@ -21,7 +21,7 @@ from atesd.component import Component
 from atesd.control.credit import CreditConfig
 from atesd.control.interface import Measurement
 from atesd.control.ledger import DecisionLedger, finished_from_json, finished_to_json, rewarded
-from atesd.control.settings import BoundedSettings, Granularity, GranularSettings, Run
+from atesd.control.settings import BoundedSettings, Granularity, GranularSettings, Run, clipped
 from atesd.control.state import STATE_NAMES, TrainingState
 from atesd.errors import ConfigError
 from atesd.maths import credit, keyed
@@ -144,8 +144,7 @@ class LearnedExposure:
             key = decision.update // self._credit.hold_updates
             uniform = float(keyed.uniforms(1, self._seed, "exposure", key, group)[0])
             self._ledger.add_draw(decision.update, group, self._policy.draw(uniform, decision))
-        lowest, highest = self._bounds
-        return min(max(decision.samples[group], lowest), highest)
+        return clipped(decision.samples[group], self._bounds)
 
     def observe(self, update: int, stats: UpdateStats) -> list[FinishedDecision]:
         """Take in an update; with the B-th rewarded decision, improve the policy and return the decisions it consumed.

@@ -12,7 +12,7 @@ from pydantic import Field
 from atesd.component import Fraction
 from atesd.control.controlled import ControlledExposure, as_exposure
 from atesd.control.credit import CreditConfig
-from atesd.control.settings import ControllerSettings, Run
+from atesd.control.settings import ControllerSettings, Run, clipped
 from atesd.records import FinishedDecision, UpdateStats
 
 LEAST_KL = 1e-6  # nats per token; below it a log means nothing
@@ -57,7 +57,7 @@ class Setpoint:
     def __init__(self, config: SetpointSettings) -> None:
         self._gain = config.gain
         self._bounds = (config.ratio_min, config.ratio_max)
-        self._ratio = self._clipped(config.start)
+        self._ratio = clipped(config.start, self._bounds)
         self._target = config.target_kl
         self._kls: list[float] = []
 
@@ -70,7 +70,7 @@ class Setpoint:
         if self._kls:
             kl = self._mean_kl()
             self._target = kl if self._target is None else self._target
-            self._ratio = self._clipped(self._ratio + self._gain * (math.log(self._target) - math.log(kl)))
+            self._ratio = clipped(self._ratio + self._gain * (math.log(self._target) - math.log(kl)), self._bounds)
             self._kls = []
         return self._ratio
 
@@ -93,7 +93,3 @@ class Setpoint:
 
     def _mean_kl(self) -> float:
         return max(sum(self._kls) / len(self._kls), LEAST_KL)
-
-    def _clipped(self, ratio: float) -> float:
-        lowest, highest = self._bounds
-        return min(max(ratio, lowest), highest)

@@ -101,6 +101,11 @@ class BoundedSettings(RatioSettings):
         return self
 
 
+def clipped(ratio: float, bounds: tuple[float, float]) -> float:
+    """The ratio, or the bound that it is beyond."""
+    return min(max(ratio, bounds[0]), bounds[1])
+
+
 class GranularSettings(ExposureSettings):
     """An exposure that can have a ratio of its own for each difficulty or problem."""
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from atesd.component import Fraction
 from atesd.control.controlled import ControlledExposure, as_exposure
 from atesd.control.credit import CreditConfig
-from atesd.control.settings import ControllerSettings, GranularSettings, Run
+from atesd.control.settings import ControllerSettings, GranularSettings, Run, clipped
 from atesd.records import FinishedDecision, UpdateStats
 
 
@@ -57,7 +57,7 @@ class Staircase:
         self._config = config
         self._bounds = (config.ratio_min, config.ratio_max)
         self._ratios: dict[str, float] = {}
-        self._first = self._clipped(config.start)
+        self._first = clipped(config.start, self._bounds)
 
     def features(self) -> tuple[float, ...]:
         """The ratio of a group not met before."""
@@ -75,7 +75,7 @@ class Staircase:
             steps.setdefault(group, []).append(step)
         for group, some in steps.items():
             before = self._ratios.get(group, self._first)
-            self._ratios[group] = self._clipped(before + sum(some) / len(some))
+            self._ratios[group] = clipped(before + sum(some) / len(some), self._bounds)
         if self._ratios:
             self._first = math.fsum(self._ratios.values()) / len(self._ratios)
 
@@ -90,7 +90,3 @@ class Staircase:
         """Restore what `state_dict` gave."""
         kept = cast(StaircaseState, state)
         self._ratios, self._first = dict(kept["ratios"]), kept["first"]
-
-    def _clipped(self, ratio: float) -> float:
-        lowest, highest = self._bounds
-        return min(max(ratio, lowest), highest)

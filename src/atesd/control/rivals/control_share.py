@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 from atesd.control.budget import decisions
 from atesd.control.controlled import ControlledExposure, as_exposure
 from atesd.control.credit import CreditConfig
-from atesd.control.rivals.verdicts import clipped
-from atesd.control.settings import ControllerSettings, Run
+from atesd.control.settings import ControllerSettings, Run, clipped
 from atesd.records import FinishedDecision, UpdateStats
 
 

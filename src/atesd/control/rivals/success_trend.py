@@ -10,8 +10,8 @@ from pydantic import Field
 
 from atesd.control.controlled import ControlledExposure
 from atesd.control.credit import CreditConfig
-from atesd.control.rivals.verdicts import Heard, RuleSettings, clipped, ruled
-from atesd.control.settings import Run
+from atesd.control.rivals.verdicts import Heard, RuleSettings, ruled
+from atesd.control.settings import Run, clipped
 
 
 class SuccessTrendSettings(RuleSettings):

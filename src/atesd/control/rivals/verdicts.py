@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from atesd.control.controlled import ControlledExposure, as_exposure
-from atesd.control.settings import ControllerSettings, GranularSettings, Run
+from atesd.control.settings import ControllerSettings, GranularSettings, Run, clipped
 from atesd.control.simulation import late_ratio_of_a_frozen_student
 from atesd.maths import keyed
 from atesd.records import FinishedDecision, UpdateStats
@@ -160,11 +160,6 @@ class RuleController:
             return [right for _, right in graded]
         uniforms = keyed.uniforms(len(graded), self._seed, "shuffle_verdicts", self._updates)
         return [float(uniform * self._verdicts < self._right) for uniform in uniforms]
-
-
-def clipped(value: float, bounds: tuple[float, float]) -> float:
-    """The value, or the bound that it is beyond."""
-    return min(max(value, bounds[0]), bounds[1])
 
 
 def ruled(rule: Rule, settings: RuleSettings, run: Run) -> ControlledExposure:
