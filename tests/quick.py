@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from atesd.config import Config, load_config, shared_overrides
+from atesd.engine.builtin import BuiltinEngine
 from atesd.rows import Row, RowKind
 from atesd.runs import EndStatus, RunFolder
 from atesd.session import train
@@ -95,3 +98,19 @@ class Ears:
 
     def end(self, status: EndStatus) -> None:
         self.events.append(("end", status))
+
+
+def heard_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, calls: int = 99, killed_by: type[BaseException] = KeyboardInterrupt
+) -> list[int]:
+    """The sizes of what the builtin engine is asked for; the call after so many is killed."""
+    whole, asked = BuiltinEngine.complete, []
+
+    def complete(engine: BuiltinEngine, requests: Any, params: Any) -> Any:
+        asked.append(len(requests))
+        if len(asked) > calls:
+            raise killed_by
+        return whole(engine, requests, params)
+
+    monkeypatch.setattr(BuiltinEngine, "complete", complete)
+    return asked

@@ -20,7 +20,6 @@ from atesd.cli.unfinished import FOLDER
 from atesd.config import DataConfig, dump_config
 from atesd.data import tables
 from atesd.data.benchmarks import Asked, asked_for, content_hash, family_of, load_content, registry
-from atesd.engine.builtin import BuiltinEngine
 from atesd.errors import AtesdError, ConfigError, DataError, RunError
 from atesd.maths.statistics import detectable_difference
 from atesd.records import Problem
@@ -29,7 +28,7 @@ from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import compare_groups
 from atesd_lab.report.page import write_report
 from pack import thinking_config, three_problems, words_of
-from quick import finished
+from quick import finished, heard_by_the_engine
 
 QWEN3 = datetime.date(2025, 4, 28)
 
@@ -201,20 +200,6 @@ def evaluated(target: RunFolder | Path, asked: list[Asked], *settings: str, **op
     return found
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, calls: int = 99) -> list[int]:
-    """The sizes of what the engine is asked for; the call after so many is killed."""
-    whole, asked = BuiltinEngine.complete, []
-
-    def complete(engine: BuiltinEngine, requests: Any, params: Any) -> Any:
-        asked.append(len(requests))
-        if len(asked) > calls:
-            raise KeyboardInterrupt
-        return whole(engine, requests, params)
-
-    monkeypatch.setattr(BuiltinEngine, "complete", complete)
-    return asked
-
-
 def test_a_row_per_benchmark_says_what_was_scored_and_what_really_acted(copy: RunFolder, two: list[Asked]):
     found = evaluated(copy, two)
     rows = copy.rows("evaluations")
@@ -237,7 +222,7 @@ def test_what_a_run_holds_is_not_done_again_and_other_settings_are_another_evalu
     copy: RunFolder, two: list[Asked], monkeypatch: pytest.MonkeyPatch
 ):
     first = evaluated(copy, two)
-    asked = watch(monkeypatch)
+    asked = heard_by_the_engine(monkeypatch)
     assert [(one.row, one.where) for one in evaluated(copy, two)] == [(one.row, "held already") for one in first]
     assert asked == []
     evaluated(copy, two[:1], "model.student_template.enable_thinking=false")
@@ -253,13 +238,13 @@ def test_each_benchmark_goes_on_where_it_was_interrupted(
     whole = shutil.copytree(copy.path, tmp_path / "whole", ignore=shutil.ignore_patterns(".lock", ".owner.json"))
     expected = [one.row for one in evaluated(whole, two, *settings)]
     with monkeypatch.context() as patch:
-        watch(patch, 4)
+        heard_by_the_engine(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             evaluated(copy, two, *settings)
     assert [row["split"] for row in copy.rows("evaluations")] == ["aime24"]
     [left] = (copy.path / FOLDER).glob("*.jsonl")
     assert len(left.read_text().splitlines()) == 1
-    asked = watch(monkeypatch)
+    asked = heard_by_the_engine(monkeypatch)
     assert [one.row for one in evaluated(copy, two, *settings)] == expected
     assert asked == [4, 4]
     assert copy.rows("evaluations") == expected

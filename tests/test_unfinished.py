@@ -10,18 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from atesd.cli.scores import evaluate_target
 from atesd.cli.unfinished import FOLDER
-from atesd.engine.builtin import BuiltinEngine
 from atesd.errors import RunError
 from atesd.rows import EvaluationRow
 from atesd.runs import RunFolder
-from quick import finished, quick
+from quick import finished, heard_by_the_engine, quick
 
 SETTINGS = ("data.test_size=12", "sampling.batch_size=6", "sampling.completion_tokens=12")
 SAMPLES = ["evaluation.samples=4"]  # parts of lcm(4, 6) = 12 completions: three problems, two batches
@@ -49,24 +47,10 @@ def evaluated(run: RunFolder) -> EvaluationRow:
     return scored.row
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, parts: int = 99) -> list[int]:
-    """The sizes of the parts that the engine is asked for; the one after so many is killed."""
-    whole, asked = BuiltinEngine.complete, []
-
-    def complete(engine: BuiltinEngine, requests: Any, params: Any) -> Any:
-        asked.append(len(requests))
-        if len(asked) > parts:
-            raise KillError
-        return whole(engine, requests, params)
-
-    monkeypatch.setattr(BuiltinEngine, "complete", complete)
-    return asked
-
-
 def interrupt_after(parts: int, monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
     """Evaluate, and be killed after so many parts."""
     with monkeypatch.context() as patch:
-        watch(patch, parts)
+        heard_by_the_engine(patch, parts, KillError)
         with pytest.raises(KillError):
             evaluated(run)
 
@@ -85,7 +69,7 @@ def test_what_was_done_before_an_interrupt_is_not_done_again_and_the_row_is_that
     assert len(file.read_text().splitlines()) == 6
     # A kill in the middle of a line, and of a part: the part of three problems is done again, and adds what is missing.
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]) + '{"problem_id": "torn')
-    asked = watch(monkeypatch)
+    asked = heard_by_the_engine(monkeypatch)
     assert evaluated(broken) == expected
     assert asked == [12, 12, 12]
     assert left(broken) == []
@@ -101,7 +85,7 @@ def test_the_row_is_the_one_that_training_would_have_written(run: RunFolder, tmp
 def test_other_settings_do_not_go_on_with_these_grades(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = copy_of(run, tmp_path / "run")
     interrupt_after(2, monkeypatch, broken)
-    asked = watch(monkeypatch)
+    asked = heard_by_the_engine(monkeypatch)
     evaluate_target(str(broken.path), None, "test", [*SAMPLES, "evaluation.temperature=0.5"])
     assert asked == [12, 12, 12, 12]
     assert len(left(broken)) == 1  # of the first, which may still go on
