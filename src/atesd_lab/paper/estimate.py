@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atesd.config import Component, Config, with_overrides
+from atesd.forecast.devices import kind_named
 from atesd.table import Table
 from atesd_lab.sweep.jobs import Scoring
 from atesd_lab.sweep.plan import Cell
@@ -28,6 +29,16 @@ class Card(Component):
     efficiency: float = Field(gt=0, le=1)
     benchmark_tokens: int = Field(ge=1)
     teacher_tokens: int = Field(ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_kind(cls, values: dict[str, object]) -> dict[str, object]:
+        """With `device` the speeds are those of a kind that plans are made for."""
+        if "device" not in values:
+            return values
+        kind = kind_named(str(values["device"]))
+        rest = {name: value for name, value in values.items() if name != "device"}
+        return {"bytes_per_second": kind.bandwidth, "flops_per_second": kind.flops, **rest}
 
 
 class Size(Component):
