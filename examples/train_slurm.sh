@@ -16,7 +16,8 @@
 set -euo pipefail
 
 : "${1:?which recipe? the words of atesd train follow the name of this script}"
-head=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}" | head -n 1)
+nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}")
+head=${nodes%%$'\n'*}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 exec srun torchrun \
     --nnodes "${SLURM_JOB_NUM_NODES:?}" \

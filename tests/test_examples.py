@@ -34,7 +34,7 @@ def stand_ins(tmp_path: Path) -> Path:
     """A folder with commands that say what they were given, and a file of commands."""
     for name, body in {
         "atesd": 'echo "atesd got $# words: $*"; [[ $* != *runs/b* ]]',
-        "scontrol": "printf 'node-7\\nnode-8\\n'",
+        "scontrol": "printf 'node-7\\n'; printf 'node-8\\n%.0s' {1..20000}",  # more than a pipe holds
         "srun": 'exec "$@"',
         "torchrun": 'printf "%s\\n" "$@"',
     }.items():
