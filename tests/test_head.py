@@ -15,6 +15,7 @@ import atesd.build
 from atesd.config import ModelConfig
 from atesd.maths.head import Head
 from atesd.models.last_layer import last_layer_of
+from atesd.models.last_mlp import last_mlp_of
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.score import Scorer, completion_logprobs
 from atesd.session import train
@@ -37,6 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "HyperCLOVAX": {"logits_scaling": 4.0},
 }
 SCALED = ("Gemma2", "Gemma3", "Granite", "Cohere", "Cohere2", "HyperCLOVAX")
+WITHOUT_LAST_MLP = ("Phi", "Gemma2", "Gemma3", "Cohere", "Cohere2", "HyperCLOVAX")  # other norms, or parallel blocks
 WITHOUT_LAST_LAYER = ("Phi",)  # its norm has another name
 TEXT_OF = {"Gemma3": "Gemma3Text"}
 IDS = (12, 13, 14, 15, 2, 29)
@@ -176,3 +178,30 @@ def test_the_last_layer_by_itself_gives_the_backbone_s_output_or_is_not_used(nam
         torch.testing.assert_close(found.again(call), backbone(input_ids=ids, use_cache=False).last_hidden_state)
     moved = {n for n, p in backbone.named_parameters() if not torch.equal(p, before[n])}
     assert all(f"layers.{len(backbone.layers) - 1}." in n or "norm" in n for n in moved)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_last_mlp_gives_the_backbone_s_output_and_its_derivative_or_is_not_used(name: str) -> None:
+    """Against a central difference of the whole backbone, whose norms are computed in float32."""
+    model: Any = random_model(name)
+    backbone = model.eval().double().get_decoder()
+    found = last_mlp_of(backbone, torch.tensor([IDS]))
+    assert (found is None) == (name in WITHOUT_LAST_MLP)
+    if found is None:
+        return
+    ids = torch.tensor([IDS, IDS[::-1]])
+    draws = torch.Generator().manual_seed(0)
+    own = [p for p in backbone.parameters() if id(p) in found.parameters()]
+    along = {id(p): torch.randn(p.shape, generator=draws, dtype=p.dtype) for p in own}
+    sides = []
+    with torch.no_grad():
+        for step in (1e-3, -2e-3):
+            for parameter in own:
+                parameter += step * along[id(parameter)]
+            sides.append(backbone(input_ids=ids, use_cache=False).last_hidden_state)
+        for parameter in own:
+            parameter += 1e-3 * along[id(parameter)]
+        with found.heard() as read:
+            wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(found.output(read.states), wanted)
+        torch.testing.assert_close(found.change(read.states, along), (sides[0] - sides[1]) / 2e-3, rtol=0.01, atol=5e-3)

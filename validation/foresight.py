@@ -52,7 +52,8 @@ WORLDS: dict[str, tuple[str, ...]] = {
     "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.decay=0.98"),
     "bad teacher": ("data.leap_share=0",),
 }
-CHEAPER: tuple[Literal["last_layer", "features"], ...] = ("last_layer", "features")
+Part = Literal["last_layer", "last_mlp", "features"]
+CHEAPER: tuple[Part, ...] = ("last_layer", "last_mlp", "features")
 BATCHES_FOR_DIRECTION = 4
 BATCHES_SCORED = 8
 HELD_OUT_SAMPLES = 4
@@ -159,9 +160,10 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
     )
 
 
-def _direction(components: Components, parameters: Literal["last_layer", "features"]) -> SuccessDirection:
+def _direction(components: Components, parameters: Part) -> SuccessDirection:
     """A direction by fewer parameters than the config's."""
-    config, scorer = components.config, Scorer(components.loaded, components.weights, keeps_tail=True)
+    keeps = None if parameters == "features" else parameters
+    config, scorer = components.config, Scorer(components.loaded, components.weights, keeps=keeps)
     alignment = AlignmentConfig(parameters=parameters, min_correct=config.alignment.min_correct)
     asked = config.model_copy(update={"alignment": alignment})
     return SuccessDirection(components.weights, scorer, components.encoder, asked)

@@ -35,7 +35,7 @@ from atesd.maths.divergence import Objective
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.prompts import PromptEncoder
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
-from atesd.models.score import Scorer
+from atesd.models.score import Part, Scorer
 from atesd.models.teacher import Teacher
 from atesd.models.weights import Weights, is_divided, weights_of
 from atesd.records import Verdict
@@ -76,8 +76,7 @@ def build(
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
-    keeps_tail = config.looks_ahead and config.alignment.parameters == "last_layer"
-    scorer, teacher = Scorer(loaded, weights, keeps_tail=keeps_tail), Teacher(weights, config.teacher)
+    scorer, teacher = Scorer(loaded, weights, keeps=_read_again(config)), Teacher(weights, config.teacher)
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
     optimiser = Optimiser(weights.trained, config.train)
@@ -189,6 +188,12 @@ def _alignment_scorer(
         chunk_tokens=config.loss.chunk_tokens,
         reduction=config.loss.reduction,
     )
+
+
+def _read_again(config: Config) -> Part | None:
+    """The end of the student along which the look-ahead reads it again, if not the whole or nothing of it."""
+    part = config.alignment.parameters
+    return part if config.looks_ahead and (part == "last_layer" or part == "last_mlp") else None  # noqa: PLR1714
 
 
 def _foresight(aligned: AlignmentScorer | None, prompts: TeacherPrompts, config: Config) -> Foresight:

@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atesd.aligned.line import FeatureLine, Line, TwoPoints
+from atesd.aligned.line import HiddenLine, Line, TwoPoints
 from atesd.config import Config
 from atesd.errors import ModelError
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
-from atesd.models.score import Pair, Scored, Scorer
+from atesd.models.score import MlpTail, Pair, Scored, Scorer, Tail
 from atesd.models.weights import Weights, fixed
 from atesd.train.rollouts import GradedRollout
 from atesd.train.stopwatch import Stopwatch
@@ -34,6 +34,7 @@ from atesd.train.update import BatchPlan, Example, Likelihood, Meters, Targets, 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
 _ENLARGEMENTS = 6
+_DISPLACED = ("all", "last_layer")  # the others have an exact derivative
 _FEATURES = "features"  # the one part of such a direction
 _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
@@ -131,15 +132,18 @@ class SuccessDirection:
         if not torch.isfinite(length) or length == 0:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
-        self.epsilon = 1.0 if self._of == "features" else self._scaled_epsilon(rows)
+        self.epsilon = self._scaled_epsilon(rows) if self._of in _DISPLACED else 1.0
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
 
     def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
         """The student along the direction, on some completions; `student` is what it makes of them, where known."""
         if self._of == "features":
-            return FeatureLine(student or self._scorer.scored(batch), self._unit[_FEATURES])
-        here = (student or self._scorer.scored(batch)) if self._of == "last_layer" else student
+            here = student or self._scorer.scored(batch)
+            return HiddenLine(here, here.hidden * self._unit[_FEATURES])
+        here = student if self._of == "all" else student or self._scorer.scored(batch)
+        if here is not None and isinstance(here.tail, MlpTail):
+            return HiddenLine(here, here.tail.change(self._by_id))
         plus, minus = self._sides(batch, self.epsilon, here)
         return TwoPoints(plus, minus, self.epsilon, here)
 
@@ -164,6 +168,12 @@ class SuccessDirection:
         self._unit = {name: value.to(self._scorer.device) for name, value in kept["unit"].items()}
         self.epsilon = kept["epsilon"]
 
+    @property
+    def _by_id(self) -> dict[int, Tensor]:
+        """The direction by the id of the parameter."""
+        trained = self._weights.trained
+        return {id(trained[name]): value for name, value in self._unit.items()}
+
     def _ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The gradient of the examples' mean log-likelihood, by name, with respect to `alignment.parameters`.
 
@@ -181,8 +191,8 @@ class SuccessDirection:
             self._scorer.ranks.sum_gradients([gain])
             assert gain.grad is not None
             return {_FEATURES: -gain.grad}
-        layer = self._scorer.last_layer
-        asked = None if layer is None else layer.parameters()
+        end = self._scorer.end
+        asked = None if end is None else end.parameters()
         with fixed(p for p in trained.values() if asked is not None and id(p) not in asked):
             accumulate(likelihood, examples, plan)
         self._weights.add_up_gradients()
@@ -231,10 +241,10 @@ class SuccessDirection:
         found = []
         for side in (1, -1):
             with self._weights.moved(self._unit, side * distance):
-                if here is None or here.tail is None:
-                    found.append(self._scorer.scored(batch))
-                else:
+                if here is not None and isinstance(here.tail, Tail):
                     found.append(Scored(here.tail.hidden(), self._scorer.head()))
+                else:
+                    found.append(self._scorer.scored(batch))
         return found[0], found[1]
 
 

@@ -60,11 +60,11 @@ class TwoPoints:
 
 @final
 @dataclass(frozen=True, slots=True)
-class FeatureLine:
-    """The student while only the entries of its last hidden state are scaled, along `change`: exact, without a pass."""
+class HiddenLine:
+    """The student where `change` is the derivative of its last hidden states along u: exact, no weight is moved."""
 
     here: Scored
-    change: Float[Tensor, " F"]
+    change: Float[Tensor, "N F"]
 
     @property
     def vocabulary(self) -> int:
@@ -73,5 +73,5 @@ class FeatureLine:
 
     def tangent(self, block: slice) -> Tangent:
         """The derivative of a linear map: the map itself."""
-        logits, head = self.here.logits(block), self.here.head
-        return Tangent(logits, head.slope(self.here.hidden[block] * self.change, logits))
+        logits = self.here.logits(block)
+        return Tangent(logits, self.here.head.slope(self.change[block], logits))

@@ -44,7 +44,12 @@ _LOOKS_AT_ROWS = ActsWhen(
 )
 _OWN_CHECKER = ActsWhen(lambda c: is_named(c.data.checker), "data.checker: module:function")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
-_DISPLACED = ActsWhen(lambda c: c.alignment.parameters != "features", "alignment.parameters: all or last_layer")
+_DISPLACED = ActsWhen(
+    lambda c: c.alignment.parameters in {"all", "last_layer"}, "alignment.parameters: all or last_layer"
+)
+_BY_PARAMETERS = ActsWhen(
+    lambda c: c.alignment.parameters != "features", "alignment.parameters: all, last_layer or last_mlp"
+)
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
 
 
@@ -321,10 +326,11 @@ class AlignmentConfig(Component):
         description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
         "(a misleading control); correct ones of permuted verdicts (a null control)",
     )
-    parameters: Literal["all", "last_layer", "features"] = Field(
+    parameters: Literal["all", "last_layer", "last_mlp", "features"] = Field(
         "all",
         description="whose gradient is read: all that are trained, by two displaced passes; those of the last layer, "
-        "which alone is displaced; or the scale of each entry of the last hidden state, without a pass; ours",
+        "which alone is displaced; those of its feed-forward block, by an exact derivative; or the scale of each entry "
+        "of the last hidden state, without a pass; ours",
     )
     direction_rollouts: int | None = Field(
         None,
@@ -335,7 +341,7 @@ class AlignmentConfig(Component):
     logit_change: Annotated[float, _DISPLACED] = Field(
         0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
     )
-    metric: Annotated[Literal["plain", "optimiser"], _DISPLACED] = Field(
+    metric: Annotated[Literal["plain", "optimiser"], _BY_PARAMETERS] = Field(
         "plain", description="in which the step is measured; optimiser: the root of AdamW's second moments divides it"
     )
 

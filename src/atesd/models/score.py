@@ -8,11 +8,11 @@ that padding can reach no real token; masks come from lengths, never from the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from atesd.errors import ModelError
 from atesd.maths.fused import fused_likelihood
 from atesd.maths.head import Head
 from atesd.models.last_layer import Call, LastLayer, last_layer_of
+from atesd.models.last_mlp import LastMlp, last_mlp_of
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.models.token_tree import Backbone, follows_trees
@@ -29,6 +30,8 @@ from atesd.models.weights import ReplicatedWeights, Weights
 
 T = TypeVar("T")
 R = TypeVar("R")
+Part = Literal["last_layer", "last_mlp"]
+"""The end of a model from which it can be read again."""
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
@@ -49,13 +52,25 @@ class Tail:
 
 
 @dataclass(frozen=True, slots=True)
+class MlpTail:
+    """The end of one pass: what its last feed-forward block read where completion tokens are predicted."""
+
+    block: LastMlp
+    states: Float[Tensor, "N F"]
+
+    def change(self, along: Mapping[int, Tensor]) -> Float[Tensor, "N F"]:
+        """The derivative of the hidden states when parameters of the block move along `along`, by their ids."""
+        return self.block.change(self.states, along)
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """Hidden states at some tokens, [N, F], and the head that reads them."""
 
     hidden: Float[Tensor, "N F"]
     head: Head
-    tail: Tail | None = None
-    """From where the last layer can be computed again, if the scorer keeps it."""
+    tail: Tail | MlpTail | None = None
+    """From where the last layer, or its feed-forward block, can be read again, if the scorer keeps it."""
 
     @property
     def vocabulary(self) -> int:
@@ -70,10 +85,10 @@ class Scored:
 class Scorer:
     """Gives hidden states and head of one model; knows how its architecture makes logits."""
 
-    def __init__(self, loaded: LoadedModel, weights: Weights | None = None, *, keeps_tail: bool = False) -> None:
+    def __init__(self, loaded: LoadedModel, weights: Weights | None = None, *, keeps: Part | None = None) -> None:
         """`weights`: those of the run that trains this model; by default its parameters as they are.
 
-        With `keeps_tail`, what is `scored` has a `tail`; `ModelError` if the last layer cannot be computed by itself.
+        With `keeps`, what is `scored` has a `tail`; `ModelError` if that part cannot be computed by itself.
         """
         self._loaded = loaded
         self._weights = weights or ReplicatedWeights(loaded.model, loaded.ranks)
@@ -81,7 +96,7 @@ class Scorer:
         self._causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._backbone: Backbone = self._causal_lm.get_decoder()
         self._reading = self._reading_that_gives_the_models_logits()
-        self._last_layer = self._own_last_layer() if keeps_tail else None
+        self._end = None if keeps is None else self._own_end(keeps)
 
     @property
     def has_separable_head(self) -> bool:
@@ -89,9 +104,9 @@ class Scorer:
         return self._reading is not None
 
     @property
-    def last_layer(self) -> LastLayer | None:
-        """The last layer, if tails are kept."""
-        return self._last_layer
+    def end(self) -> LastLayer | LastMlp | None:
+        """The part of the model that tails begin with, if they are kept."""
+        return self._end
 
     @property
     def device(self) -> torch.device:
@@ -144,12 +159,15 @@ class Scorer:
 
     def scored(self, pairs: Sequence[Pair]) -> Scored:
         """`hidden` and `head` of this moment, and the tail of the pass if tails are kept."""
-        if self._last_layer is None:
+        end = self._end
+        if end is None:
             return Scored(self.hidden(pairs), self.head())
         ids, rows, columns = self._layout(pairs)
-        with self._last_layer.heard() as call:
+        with end.heard() as heard:
             hidden = self._states(ids)[rows, columns]
-        return Scored(hidden, self.head(), Tail(self._last_layer, call, rows, columns))
+        if isinstance(end, LastMlp):
+            return Scored(hidden, self.head(), MlpTail(end, heard.states[rows, columns]))
+        return Scored(hidden, self.head(), Tail(end, heard, rows, columns))
 
     def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
         """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.
@@ -179,13 +197,15 @@ class Scorer:
         device = self._loaded.device
         return ids.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
-    def _own_last_layer(self) -> LastLayer:
+    def _own_end(self, part: Part) -> LastLayer | LastMlp:
         ids = torch.arange(8, device=self._loaded.device)[None] % self._causal_lm.config.get_text_config().vocab_size
-        found = last_layer_of(self._backbone, ids) if self.has_separable_head else None
+        found: LastLayer | LastMlp | None = None
+        if self.has_separable_head:
+            found = (last_layer_of if part == "last_layer" else last_mlp_of)(self._backbone, ids)
         if found is None:
             raise ModelError(
-                f"alignment.parameters: last_layer cannot be for a {type(self._causal_lm).__name__}, whose last layer "
-                "computed by itself does not give the model's output; set alignment.parameters: all"
+                f"alignment.parameters: {part} cannot be for a {type(self._causal_lm).__name__}, where it does not give "
+                "the model's output from what it reads; set alignment.parameters: all"
             )
         return found
 
