@@ -193,7 +193,7 @@ def _alignment_scorer(
 def _read_again(config: Config) -> Part | None:
     """The end of the student along which the look-ahead reads it again, if not the whole or nothing of it."""
     part = config.alignment.parameters
-    return part if config.looks_ahead and (part == "last_layer" or part == "last_mlp") else None  # noqa: PLR1714
+    return part if config.looks_ahead and (part == "last_layer" or part == "last_mlp") else None
 
 
 def _foresight(aligned: AlignmentScorer | None, prompts: TeacherPrompts, config: Config) -> Foresight:

@@ -1,4 +1,4 @@
-"""The feed-forward block of the last layer by itself: what it read in a pass, and how its output moves with its weights.
+"""The feed-forward block of the last layer by itself: what it read in a pass, and its derivative by its weights.
 
 It works token by token. So neither the rest of the model nor any other token has to be read again, and the derivative
 is exact: forward-mode differentiation instead of two displaced passes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -26,7 +26,7 @@ from atesd.models.token_tree import Backbone
 class Read:
     """What the block was given in one pass, without gradient: the residual stream behind the attention."""
 
-    states: Float[Tensor, "B T F"] | None = None
+    states: Float[Tensor, "B T F"] = field(default_factory=lambda: torch.empty(0))
 
 
 class _Block(nn.Module):
@@ -79,11 +79,14 @@ class LastMlp:
         block = self._block[0]
         with forward_ad.dual_level():
             moved = {
-                name: forward_ad.make_dual(parameter.detach(), along[id(parameter)].to(parameter.dtype))
+                name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
+                    parameter.detach(), along[id(parameter)].to(parameter.dtype)
+                )
                 for name, parameter in block.named_parameters()
                 if id(parameter) in along
             }
-            tangent = forward_ad.unpack_dual(functional_call(block, moved, (states,))).tangent
+            output = functional_call(block, moved, (states,))
+            tangent: Tensor | None = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
         return torch.zeros_like(states) if tangent is None else tangent
 
 
@@ -99,7 +102,7 @@ def last_mlp_of(backbone: Backbone, ids: Tensor) -> LastMlp | None:
     block = LastMlp(before, mlp, norm)
     with block.heard() as read:
         wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    if read.states is None:
+    if not read.states.numel():
         return None
     try:
         same = torch.equal(block.output(read.states), wanted)

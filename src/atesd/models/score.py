@@ -163,11 +163,13 @@ class Scorer:
         if end is None:
             return Scored(self.hidden(pairs), self.head())
         ids, rows, columns = self._layout(pairs)
-        with end.heard() as heard:
-            hidden = self._states(ids)[rows, columns]
         if isinstance(end, LastMlp):
-            return Scored(hidden, self.head(), MlpTail(end, heard.states[rows, columns]))
-        return Scored(hidden, self.head(), Tail(end, heard, rows, columns))
+            with end.heard() as read:
+                hidden = self._states(ids)[rows, columns]
+            return Scored(hidden, self.head(), MlpTail(end, read.states[rows, columns]))
+        with end.heard() as call:
+            hidden = self._states(ids)[rows, columns]
+        return Scored(hidden, self.head(), Tail(end, call, rows, columns))
 
     def hidden(self, pairs: Sequence[Pair]) -> Float[Tensor, "N F"]:
         """The hidden states that predict each completion token, rows one after another: N = sum of completion lengths.
@@ -204,8 +206,8 @@ class Scorer:
             found = (last_layer_of if part == "last_layer" else last_mlp_of)(self._backbone, ids)
         if found is None:
             raise ModelError(
-                f"alignment.parameters: {part} cannot be for a {type(self._causal_lm).__name__}, where it does not give "
-                "the model's output from what it reads; set alignment.parameters: all"
+                f"alignment.parameters: {part} cannot be for a {type(self._causal_lm).__name__}, where it does not "
+                "give the model's output from what it reads; set alignment.parameters: all"
             )
         return found
 
