@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atesd.build import build, close
 from atesd.config import EmaTeacher, FrozenTeacher, LiveTeacher, LoraConfig, ModelConfig, RefreshedTeacher
 from atesd.errors import CheckpointError
 from atesd.models.load import load_model
 from atesd.models.teacher import Teacher
 from atesd.models.weights import ReplicatedWeights
+from quick import quick
 from tiny import tiny_folder, tiny_model
 
 IDS = torch.tensor([[7, 8, 9, 10]])
@@ -114,3 +116,13 @@ def test_the_state_restores_the_teacher_and_refuses_another_kinds() -> None:
     assert torch.equal(as_teacher(model, first), as_teacher(model, second))
     with pytest.raises(CheckpointError, match=r"teacher\.weights"):
         Teacher(ReplicatedWeights(model), LiveTeacher()).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(("method", "copies"), [("distill", True), ("sft", False), ("grpo", False)])
+def test_only_distillation_pays_for_a_copy_of_the_teacher(method: str, copies: bool) -> None:
+    groups = ["train.group_size=2"] if method == "grpo" else []
+    parts = build(quick(f"train.method={method}", *groups))
+    values = parts.teacher.state_dict()["values"]
+    assert isinstance(values, dict)
+    assert bool(values) == copies
+    close(parts)

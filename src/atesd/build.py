@@ -18,6 +18,7 @@ from atesd.config import (
     Config,
     CorrectGateSettings,
     DataConfig,
+    LiveTeacher,
     RandomGateSettings,
     RankedGateSettings,
 )
@@ -76,7 +77,8 @@ def build(
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
-    scorer, teacher = Scorer(loaded, weights, keeps=_read_again(config)), Teacher(weights, config.teacher)
+    scorer = Scorer(loaded, weights, keeps=_read_again(config))
+    teacher = Teacher(weights, config.teacher if config.train.method == "distill" else LiveTeacher())  # unread: no copy
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
     optimiser = Optimiser(weights.trained, config.train)
