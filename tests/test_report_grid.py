@@ -27,7 +27,7 @@ from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import compare_groups, short_verdict
 from atesd_lab.report.rows import read_run
 from atesd_lab.sweep.page import write_sweep_report
-from atesd_lab.sweep.pivot import cells_by_table, layout_of, read_cells
+from atesd_lab.sweep.pivot import cells_by_table, layout_of, own_axes, read_cells
 from fake_run import begin_run, evaluation_row, fake_config, metric_row, write_fake_run
 from outline import Outline
 
@@ -434,3 +434,15 @@ def test_a_baseline_is_for_sweeps_alone(tmp_path: Path):
     result = CliRunner().invoke(app, ["report", str(run.path), "--baseline", "full"])
     assert result.exit_code == 2
     assert "is read for a sweep's folder alone" in result.output
+
+
+def test_a_step_size_of_an_arm_s_own_makes_no_table_and_a_grid_of_step_sizes_does(tmp_path: Path) -> None:
+    chosen = {("w", "full"): "small", ("w", "grpo"): "large", ("v", "full"): "large", ("v", "grpo"): "large"}
+    points = [({"world": w, "arm": arm, "step": step}, s) for (w, arm), step in chosen.items() for s in range(2)]
+    own = read_cells(index(tmp_path / "own", [(f"{n}", point, seed) for n, (point, seed) in enumerate(points)]))
+    assert layout_of(own).tables == ("world",)
+    assert own_axes(own) == ("step",)
+    grid = [({"world": w, "arm": arm, "step": step}, 0) for w, arm in chosen for step in ("small", "large")]
+    every = read_cells(index(tmp_path / "grid", [(f"{n}", point, seed) for n, (point, seed) in enumerate(grid)]))
+    assert layout_of(every).tables == ("world", "step")
+    assert own_axes(every) == ()

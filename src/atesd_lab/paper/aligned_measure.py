@@ -24,7 +24,7 @@ from atesd_lab.report.groups import RunGroup, common_updates, shares_at
 from atesd_lab.report.rows import RunRows
 from atesd_lab.stats.contrast import Contrast, Verdict, paired
 from atesd_lab.stats.differences import mean_share
-from atesd_lab.sweep.pivot import SweptCell, SweptTable
+from atesd_lab.sweep.pivot import SweptCell, SweptTable, own_axes
 
 Floats = NDArray[np.float64]
 
@@ -195,13 +195,14 @@ class Scored:
         """The candidate less the baseline on test after the last update, over their common seeds."""
         return self._gap(baseline, self._last[baseline], candidate, self._last[candidate])
 
-    def timed(self, baseline: str, candidate: str) -> TimedGap:
-        """The candidate less the baseline on validation, at the time when the faster has made all its updates.
+    def timed(self, baseline: str, candidate: str, share: float = 1.0) -> TimedGap:
+        """The candidate less the baseline on validation, at a share of the time in which the faster makes all updates.
 
         The slower is stopped there. Between two evaluations the score of each (seed, problem) is on the line.
         """
         pace = self._paces[candidate]["value"] / self._paces[baseline]["value"]
-        ours, theirs = self.last_update * min(1.0, 1 / pace), self.last_update * min(1.0, pace)
+        last = share * self.last_update
+        ours, theirs = last * min(1.0, 1 / pace), last * min(1.0, pace)
         gap = self._gap(baseline, self.validated(baseline, theirs), candidate, self.validated(candidate, ours))
         return TimedGap(gap, theirs, ours)
 
@@ -237,10 +238,11 @@ class Scored:
 def paces_of(cells: Sequence[SweptCell], baseline: str) -> dict[str, Estimate]:
     """Seconds per update of each arm over those of the baseline's paired cells: median and range over all pairs."""
     seconds: dict[str, dict[tuple[str, int], float]] = {}
+    own = own_axes(cells)
     for cell in cells:
         if cell.state == "finished":
             by_place = seconds.setdefault(cell.points["arm"], {})
-            by_place[cell.rest("arm"), cell.seed] = seconds_per_update(RunFolder.open(cell.folder))
+            by_place[cell.rest("arm", *own), cell.seed] = seconds_per_update(RunFolder.open(cell.folder))
     reference = seconds.get(baseline, {})
     found = {}
     for arm, by_place in seconds.items():
@@ -262,7 +264,7 @@ def seconds_per_update(run: RunFolder) -> float:
 
 
 def fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, float]:
-    """The arms that differ from the baseline in nothing but a fixed ratio, the baseline included, with their ratios."""
+    """The ratios of the arms that differ from the baseline in a fixed ratio and a step size of their own alone."""
     reference = _apart_from_exposure(groups[baseline].runs[0])
     found = {}
     for name, group in groups.items():
@@ -276,9 +278,10 @@ def fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, flo
 
 
 def _apart_from_exposure(run: RunRows) -> Config:
-    """The config without what seeds, starting checkpoints and exposures make differ."""
+    """The config without what seeds, starting checkpoints, exposures and step sizes of their own make differ."""
     config = run.seedless
-    return config.model_copy(update={"exposure": FullSettings(), "model": config.model.model_copy(update={"path": ""})})
+    model, train = config.model.model_copy(update={"path": ""}), config.train.model_copy(update={"learning_rate": 0.0})
+    return config.model_copy(update={"exposure": FullSettings(), "model": model, "train": train})
 
 
 def _kept_share(group: RunGroup) -> float | None:
@@ -300,16 +303,20 @@ def _verdicts(scored: Scored) -> Iterator[Answer]:
         yield _against(scored, control, GATE, f"null control {control}, against the gate")
     yield _against(scored, GATE, GRPO, "gate, against GRPO at equal rollouts")
     yield _against(scored, GATE, GRPO, "gate, against GRPO at equal time (validation)", timed=True)
+    half = "gate, against GRPO at half of that time (validation)"
+    yield _against(scored, GATE, GRPO, half, timed=True, share=0.5)
     yield _against(
         scored, GATE, scored.best_fixed, "gate, against the best fixed ratio at equal time (validation)", timed=True
     )
 
 
-def _against(scored: Scored, candidate: str, rival: str | None, question: str, timed: bool = False) -> Answer:
+def _against(
+    scored: Scored, candidate: str, rival: str | None, question: str, timed: bool = False, share: float = 1.0
+) -> Answer:
     lacking = _lacking(scored, candidate, [rival], timed)
     if rival is None or lacking:
         return Answer(question, NOT_ANSWERED, lacking, None)
-    gap = scored.timed(rival, candidate).gap if timed else scored.gap(rival, candidate)
+    gap = scored.timed(rival, candidate, share).gap if timed else scored.gap(rival, candidate)
     return Answer(question, gap.word, rival, gap)
 
 

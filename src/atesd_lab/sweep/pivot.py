@@ -101,7 +101,7 @@ def layout_of(cells: Sequence[SweptCell]) -> Layout:
     """
     if not cells:
         raise RunError(f"{INDEX} lists no cell; `atesd sweep PLAN --out FOLDER` writes it anew")
-    axes = list(cells[0].points)
+    axes, own = list(cells[0].points), own_axes(cells)
     other = next((cell for cell in cells if set(cell.points) != set(axes)), None)
     if other is not None:
         raise RunError(
@@ -110,9 +110,29 @@ def layout_of(cells: Sequence[SweptCell]) -> Layout:
         )
     varied = [axis for axis in axes if len({cell.points[axis] for cell in cells}) > 1]
     arm = ARM if ARM in axes else (varied or axes or [""])[-1]
-    rest = [axis for axis in varied if axis != arm]
+    rest = [axis for axis in varied if axis != arm and axis not in own]
     blocks = [axis for axis in rest if len({(cell.seed, cell.points[axis]) for cell in cells}) == _seeds(cells)]
     return Layout(arm, tuple(axis for axis in rest if axis not in blocks), tuple(blocks))
+
+
+def own_axes(cells: Sequence[SweptCell]) -> tuple[str, ...]:
+    """The axes on which each cell stands where the arm and the other axes say, such as a step size chosen for each arm.
+
+    They belong to the arm, and neither make a table nor a place of a seed.
+    """
+    axes = [axis for axis in cells[0].points if axis != ARM] if ARM in cells[0].points else []
+    varied = [axis for axis in axes if len({cell.points.get(axis) for cell in cells}) > 1]
+    return tuple(axis for axis in varied if _follows_from_the_others(axis, cells))
+
+
+def _follows_from_the_others(axis: str, cells: Sequence[SweptCell]) -> bool:
+    """Whether no two cells differ in this axis alone, whatever their seeds, though it varies within an arm's rivals."""
+    places: dict[str, set[str]] = {}
+    arms: dict[str, set[str]] = {}
+    for cell in cells:
+        places.setdefault(cell.rest(axis), set()).add(cell.points[axis])
+        arms.setdefault(cell.rest(axis, ARM), set()).add(cell.points[axis])
+    return all(len(points) == 1 for points in places.values()) and any(len(points) > 1 for points in arms.values())
 
 
 def _seeds(cells: Sequence[SweptCell]) -> int:
@@ -153,13 +173,14 @@ def read_tables(out: Path, *, table_axis: str, arm_axis: str) -> Iterator[SweptT
         raise RunError(f"{out / INDEX}: cell {lacking.folder.name} has no axis {arm_axis!r}; its axes: {axes}")
     whole = out.resolve().name
     for name in dict.fromkeys(cell.points.get(table_axis, whole) for cell in cells):
-        yield _table(name, [cell for cell in cells if cell.points.get(table_axis, whole) == name], table_axis, arm_axis)
+        mine = [cell for cell in cells if cell.points.get(table_axis, whole) == name]
+        yield _table(name, mine, table_axis, arm_axis, own_axes(cells))
 
 
-def _table(name: str, cells: Sequence[SweptCell], table_axis: str, arm_axis: str) -> SweptTable:
+def _table(name: str, cells: Sequence[SweptCell], table_axis: str, arm_axis: str, own: tuple[str, ...]) -> SweptTable:
     blocks: dict[int, str] = {}
     for cell in cells:
-        block = cell.rest(table_axis, arm_axis)
+        block = cell.rest(table_axis, arm_axis, *own)
         if blocks.setdefault(cell.seed, block) != block:
             raise RunError(
                 f"{name}: seed {cell.seed} stands at {blocks[cell.seed]} and at {block}; runs are paired by seed, so "
