@@ -16,8 +16,17 @@ from atesd.cli import app
 from atesd.cli.forecast import Asked, described_lines
 from atesd.config import LoraConfig, load_config
 from atesd.errors import ConfigError, ModelError
-from atesd.forecast.advice import bytes_needed, changed, changes, fits, several_changes, single_changes, with_change
-from atesd.forecast.arithmetic import Lengths, ModelShape, Work, memory, peak, saved_bytes, seconds
+from atesd.forecast.advice import (
+    bytes_needed,
+    changed,
+    changes,
+    fits,
+    rows_together,
+    several_changes,
+    single_changes,
+    with_change,
+)
+from atesd.forecast.arithmetic import Lengths, ModelShape, Work, decoding, memory, peak, saved_bytes, seconds
 from atesd.forecast.devices import KINDS, kind_named, kind_of_card, listed
 from atesd.models.quiet import quiet
 from atesd.models.shape import described_shape, shape_of
@@ -157,6 +166,17 @@ def test_what_grows_with_a_setting_grows_in_proportion(shape: ModelShape) -> Non
     logits = part("loss", "logits", "loss.chunk_tokens=64")
     assert logits == 2 * 64 * 151_936 * 4
     assert part("loss", "logits", "loss.chunk_tokens=128") == 2 * logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_of_a_long_evaluation_are_as_many_as_fit(shape: ModelShape, kind: str) -> None:
+    # Completions of 38,912 tokens: about 4.6 GB of cache a row.
+    long = work(shape, kind=kind, devices=1)
+    rows = rows_together(long)
+    assert rows in (1, 2, 4, 8, 16, 32)
+    assert rows == 1 or decoding(long, rows, 38_912).total <= long.kind.usable
+    assert decoding(long, 2 * rows, 38_912).total > long.kind.usable
+    assert rows_together(work(shape, "evaluation.completion_tokens=512", kind="h100-80gb")) == 64
 
 
 def test_every_setting_that_is_said_to_make_it_fit_does(shape: ModelShape) -> None:

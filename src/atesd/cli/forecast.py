@@ -65,7 +65,7 @@ def described_lines(config: Config, asked: Asked) -> Iterator[str]:
     Raises `ConfigError` for an unknown kind, `ModelError` for a model without a readable config.json.
     """
     devices = asked.devices or 1
-    kind = kind_named(asked.kind) if asked.kind is not None else _this_machine(config, devices)
+    kind = kind_named(asked.kind) if asked.kind is not None else this_machine(config, devices)
     shape = described_shape(config.model)
     lengths, origin = _lengths(config, asked)
     work = Work(config, shape, lengths, kind, devices)
@@ -85,7 +85,7 @@ def built_lines(components: Components) -> Iterator[str]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     given = components.encoder, components.renderer, components.prompts
     lengths = measured_lengths(components.problems.train, *given)
-    work = Work(config, described_shape(config.model), lengths, _this_machine(config, ranks), ranks)
+    work = Work(config, described_shape(config.model), lengths, this_machine(config, ranks), ranks)
     yield from forecast_lines(work, f"of the first {min(MEASURED, len(components.problems.train))} training problems")
 
 
@@ -157,7 +157,7 @@ def _require_tokenizer(config: Config) -> None:
         raise ModelError(f"{config.model.path} holds no tokenizer")
 
 
-def _this_machine(config: Config, ranks: int) -> DeviceKind:
+def this_machine(config: Config, ranks: int) -> DeviceKind:
     """The card of this machine; on a processor the share of its memory that one of the ranks has."""
     if config.model.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())

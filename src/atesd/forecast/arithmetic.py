@@ -262,6 +262,11 @@ def _gathered(work: Work) -> float:
     return work.entry * (2 * shape.products / shape.layers + ends)
 
 
+def decoding(work: Work, rows: int, completion: int) -> Phase:
+    """The bytes of an evaluation alone, which has neither optimiser nor gradients, with so many rows together."""
+    return _sampling(work, {**_state(work), "optimiser": 0.0}, "evaluate", rows, completion)
+
+
 def _sampled(work: Work) -> tuple[int, int]:
     """Rows that are decoded together, and the longest completion."""
     config = work.config
