@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 
 from atesd import cli
+from atesd.cli import together
 from atesd.cli.pack import evaluate_benchmarks, pack_table
-from atesd.cli.scores import Scored
+from atesd.cli.scores import Scored, evaluate_target
 from atesd.cli.unfinished import FOLDER
-from atesd.config import DataConfig, dump_config
+from atesd.config import Config, DataConfig, dump_config
 from atesd.data import tables
 from atesd.data.benchmarks import Asked, asked_for, content_hash, family_of, load_content, registry
 from atesd.errors import AtesdError, ConfigError, DataError, RunError
+from atesd.forecast.arithmetic import Lengths, Work, decoding
+from atesd.forecast.devices import RESERVED_ON_CPU, DeviceKind
 from atesd.maths.statistics import detectable_difference
+from atesd.models.shape import described_shape
 from atesd.records import Problem
 from atesd.runs import RunFolder
 from atesd_lab.report.groups import group_of
@@ -334,3 +338,52 @@ def test_the_command_line_evaluates_benchmarks(
     assert "run on benchmarks, after 2 updates" in told.out
     assert "hmmt-feb25: 3 of 3 problems, left" in told.err
     assert f"aime24: written to {copy.path / 'evaluations.jsonl'}" in told.out
+
+
+def small_machine(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """A machine in which so many of the tiny model's rows fit together, and not twice as many."""
+    real = together.this_machine
+
+    def shrunk(config: Config, ranks: int) -> DeviceKind:
+        lengths = Lengths(20, 20, 20, 20, 0, 0)
+        work = Work(config, described_shape(config.model), lengths, real(config, ranks), ranks)
+        needed = decoding(work, rows, config.evaluation_tokens).total
+        return DeviceKind("cpu", 1.0001 * needed / (1 - RESERVED_ON_CPU))
+
+    monkeypatch.setattr(together, "this_machine", shrunk)
+
+
+def test_as_many_rows_as_fit_are_decoded_together_which_is_said_and_changes_no_draw(
+    copy: RunFolder, two: list[Asked], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    [usual] = evaluated(copy, two[:1])
+    (copy.path / "evaluations.jsonl").unlink()
+    assert "rows together" not in capsys.readouterr().err
+    small_machine(monkeypatch, 2)
+    asked = heard_by_the_engine(monkeypatch)
+    [small] = evaluated(copy, two[:1])
+    assert outcome(small) == outcome(usual)
+    assert asked == [4, 4, 4]  # parts of lcm(4 samples, 2 rows)
+    assert "rows together: 2, for prompts of up to" in (said := capsys.readouterr().err)
+    assert "completions of up to 8 tokens: 64 would need" in said
+    assert "--set sampling.batch_size=N decides otherwise" in said
+
+
+def test_a_batch_that_is_asked_for_is_kept_and_what_is_expected_of_it_said(
+    copy: RunFolder, two: list[Asked], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    small_machine(monkeypatch, 3)
+    asked = heard_by_the_engine(monkeypatch)
+    evaluated(copy, two[:1], "sampling.batch_size=12")
+    assert asked == [12]
+    said = capsys.readouterr().err
+    assert "rows together: 12, as set, though prompts of up to" in said
+    assert "3 should fit" in said  # 12, 6, 3
+
+
+def test_the_rows_of_a_run_evaluated_by_evaluate_are_those_that_fit_too(
+    copy: RunFolder, two: list[Asked], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    small_machine(monkeypatch, 2)
+    evaluate_target(str(copy.path), str(two[0].file), "test", ["data.checker=exact"])
+    assert "rows together: 2, for prompts of up to" in capsys.readouterr().err

@@ -254,6 +254,32 @@ def test_without_a_tokenizer_lengths_are_guessed_from_characters(tmp_path):
     assert long.model.max_context_tokens > 12_000 // 3 + 4096
 
 
+def test_the_window_follows_the_longest_row_also_where_its_characters_have_many_bytes(tmp_path, model):
+    # The tiny tokenizer has a token for each byte it does not know: 400 signs of 3 bytes are longer than 600 letters.
+    long = {"problem": "\u7b97" * 400, "solution": steps(0)}
+    usual = [{"problem": f"{i} " + "x" * 600, "solution": steps(i)} for i in range(COUNT)]
+    config = written(tmp_path, jsonl(tmp_path / "p.jsonl", [*usual, long]), model)
+    components = build(config)
+    try:
+        encoder, renderer = components.encoder, components.renderer
+        all_of_them = [
+            p for name in ("train", "probe", "validation", "test") for p in getattr(components.problems, name)
+        ]
+        longest = max(len(encoder.student(renderer.student(problem))) for problem in all_of_them)
+        assert components.problems.skipped == ()
+        assert config.model.max_context_tokens >= longest + config.sampling.completion_tokens
+        assert config.model.max_context_tokens % 256 == 0
+    finally:
+        close(components)
+
+
+def test_what_becomes_of_longer_rows_stands_beside_the_window(tmp_path, model):
+    written(tmp_path, jsonl(tmp_path / "p.jsonl", rows("plain")), model)
+    text = (tmp_path / "out.yaml").read_text("utf-8")
+    assert "tokens. Of a longer one the last segments are\n" in text
+    assert "is a guess until `atesd profile` has measured them." in text
+
+
 def test_a_large_file_has_the_default_shares_and_a_small_one_more_probes(tmp_path):
     large = of_default(tmp_path, rows("plain", 2300)).data
     small = of_default(tmp_path, rows("plain")).data

@@ -17,6 +17,7 @@ from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.errors import ConfigError
 from atesd.maths.keyed import uniforms
+from atesd.records import Rollout
 from atesd.table import Table
 from atesd.train.checkpoint import digest
 from atesd.train.components import Components
@@ -25,7 +26,9 @@ from atesd_lab.cli.commands import laboratory as app
 from atesd_lab.cli.profile import print_profile
 from atesd_lab.profile.measure import Scores, align, first_shares, score, show, teacher_verdicts
 from atesd_lab.profile.profile import (
+    Completions,
     Profile,
+    completions_of,
     data_profile,
     default_problems,
     measure_profile,
@@ -272,6 +275,15 @@ def test_counts_of_the_difficulties_add_up_to_those_of_all(profile: Profile) -> 
     assert [row.effective_ratio for row in profile.rows if row.group == "all"][::2] == [0.0, 1.0]
     assert profile.cost.total > 0
     assert profile.cost.peak_bytes > 1 << 20
+
+
+def test_how_long_completions_are_is_counted_and_said(profile: Profile) -> None:
+    rollouts = [Rollout("p", 0, (1,), (2,) * length, (0.0,) * length, length == 20) for length in range(1, 21)]
+    # By hand: of 1 to 20 tokens, mean 10.5; 19 of 20 have up to 19; the one of 20 was cut off.
+    assert completions_of(rollouts, 20) == Completions(10.5, 19, 20, 0.05, 20)
+    mean = sum(row.tokens for row in profile.rows if row.group == "all" and row.ratio == 0) / 24
+    assert profile.completions.mean == pytest.approx(mean)
+    assert f"completions: mean {mean:.1f} tokens, 95 % up to" in profile_text(profile, "micro")
 
 
 def test_the_suggestion_is_what_is_read_first(profile: Profile) -> None:

@@ -104,21 +104,21 @@ def test_other_benchmarks_can_be_asked_for_and_worlds_have_none():
 # What it takes
 
 
-CARD = Card(bytes_per_second=100, flops_per_second=1000, efficiency=0.5, benchmark_tokens=20, teacher_tokens=10)
+CARD = Card(bytes_per_second=100, flops_per_second=1000, efficiency=(0.25, 0.5), benchmark_tokens=20, teacher_tokens=10)
 SIZE = Size(parameters=10, cache_bytes_per_token=2, lora_parameters_per_rank=3)
 
 
 def test_decoding_reads_the_weights_and_the_cache_for_each_token_of_a_batch():
-    # By hand: 40 tokens in steps of 4; each reads 2 x 10 bytes of weights, 4 rows x 10 tokens x 2 bytes: 100, at 50/s
-    assert decoding_seconds(40, 20, 4, CARD, SIZE) == pytest.approx(40 / 4 * 100 / 50)
+    # By hand: 40 tokens in steps of 4; each reads 2 x 10 bytes of weights, 4 rows x 10 tokens x 2 bytes: 100, at 100/s
+    assert decoding_seconds(40, 20, 4, CARD, SIZE) == pytest.approx(40 / 4 * 100 / 100)
 
 
 def test_training_is_rollouts_both_passes_and_the_evaluations_on_the_way():
     changes = ["exposure.kind=full", "train.num_updates=3", "train.batch_size=2", "sampling.completion_tokens=4"]
     changes += ["sampling.batch_size=2", "train.evaluate_every=0"]
     # By hand, an update: 8 tokens in steps of 2, each 2 x 10 + 2 x 2 x 2 = 28 bytes; the student 8 x 8 tokens, the
-    # teacher 2 x 2 x (4 + 10), times 10 parameters, at 500/s
-    expected = 3 * (8 / 2 * 28 / 50 + (64 + 56) * 10 / 500)
+    # teacher 2 x 2 x (4 + 10), times 10 parameters, at 1000/s
+    expected = 3 * (8 / 2 * 28 / 100 + (64 + 56) * 10 / 1000)
     assert training_seconds(load_config("micro", changes), CARD, SIZE) == pytest.approx(expected)
 
 
@@ -133,6 +133,9 @@ def test_a_dry_run_says_that_it_is_an_estimate():
     assert table.columns == ("experiment", "cells", "updates", "training", "benchmarks", "GPU-hours", "disk, GiB")
     assert table.rows[0][:3] == ("main", "6", "600")
     assert table.notes[0].startswith("AN ESTIMATE, from arithmetic; nothing of it was measured.")
+    assert table.notes[1] == "between 60% and 25% of both, which is assumed;"
+    low, high = (float(end.replace(",", "")) for end in table.rows[0][5].split(" to "))
+    assert high / low == pytest.approx(0.6 / 0.25, rel=0.1)  # two digits
 
 
 # End to end

@@ -20,6 +20,7 @@ from atesd.engine.builtin import BuiltinEngine
 from atesd.engine.completions import seed_of
 from atesd.engine.interface import Engine
 from atesd.engine.server import ServerEngine
+from atesd.engine.wire import Wire
 from atesd.errors import ConfigError, EngineError, NonFiniteError
 from atesd.models.load import LoadedModel, load_model
 from atesd.runs import RunFolder
@@ -285,6 +286,28 @@ def test_a_server_that_never_answers_is_given_up_after_its_time():
     with pytest.raises(EngineError, match=r"no answer within 0.2 s; .*Raise sampling.server.timeout"):
         engine.complete(requests_of([4]), PLAIN)
     assert completions_asked_of(server) == 1  # it is not asked again
+
+
+def test_a_long_completion_is_waited_for_as_long_as_its_length_takes(monkeypatch):
+    # By hand: 38,912 tokens at 4 a second; 256 of them at 500 a second in all; 1,024 take less than 600 s either way.
+    server = ServerSettings()
+    assert server.answer_seconds(38_912) == 9_728
+    assert server.answer_seconds(38_912, 256) == 256 * 38_912 / 500
+    assert server.answer_seconds(1_024, 256) == 600
+    assert ServerSettings(timeout=30.0).answer_seconds(38_912, 256) == 30
+    loaded, waited = tiny_model(), []
+    stub, real = served(loaded), Wire._ask
+
+    def asked(wire, request, timeout, fix):
+        waited.append((request.selector, timeout))
+        return real(wire, request, timeout, fix)
+
+    monkeypatch.setattr(Wire, "_ask", asked)
+    monkeypatch.setattr(ServerSettings, "answer_seconds", lambda _, tokens=0, at_once=1: 7 + 100 * tokens + at_once)
+    engine_at(loaded, stub).complete(requests_of([4, 7, 5]), PLAIN)
+    completions = [timeout for path, timeout in waited if path == "/v1/completions"]
+    assert completions[-3:] == [7 + 100 * PLAIN.completion_tokens + 3] * 3
+    assert {timeout for path, timeout in waited if path == "/health"} == {8}
 
 
 @pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["temperature 1", "another temperature"])

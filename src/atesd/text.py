@@ -97,6 +97,12 @@ def points_interval(value: float, low: float, high: float) -> str:
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def span(low: float, high: float) -> str:
+    """A range of two digits, such as 0.33 to 1.2; one number where both ends are written alike."""
+    ends = list(dict.fromkeys(f"{end:,.0f}" if end >= 100 else f"{end:.2g}" for end in (low, high)))
+    return " to ".join(ends)
+
+
 def duration(seconds: Any) -> str:
     """Seconds as 8.2 s, 3 min 05 s or 2 h 07 min."""
     found = finite(seconds)

@@ -18,9 +18,8 @@ from atesd.data.views import Renderer
 from atesd.errors import AtesdError, ConfigError, ModelError
 from atesd.forecast.advice import fits, kinds_that_fit, several_changes, single_changes
 from atesd.forecast.arithmetic import (
-    OF_BANDWIDTH,
-    OF_FLOPS,
-    OF_LINK,
+    FAST,
+    SLOW,
     Lengths,
     Work,
     memory,
@@ -29,12 +28,13 @@ from atesd.forecast.arithmetic import (
     sharding_of,
 )
 from atesd.forecast.devices import DeviceKind, kind_named, kind_of_card
+from atesd.forecast.measured import completions_line
 from atesd.models.load import load_tokenizer, model_source
 from atesd.models.prompts import PromptEncoder
 from atesd.models.shape import described_shape
 from atesd.records import Problem
 from atesd.table import Table, render_text
-from atesd.text import visible
+from atesd.text import span, visible
 from atesd.train.components import Components
 from atesd.train.views import TeacherPrompts
 
@@ -65,7 +65,7 @@ def described_lines(config: Config, asked: Asked) -> Iterator[str]:
     Raises `ConfigError` for an unknown kind, `ModelError` for a model without a readable config.json.
     """
     devices = asked.devices or 1
-    kind = kind_named(asked.kind) if asked.kind is not None else _this_machine(config, devices)
+    kind = kind_named(asked.kind) if asked.kind is not None else this_machine(config, devices)
     shape = described_shape(config.model)
     lengths, origin = _lengths(config, asked)
     work = Work(config, shape, lengths, kind, devices)
@@ -85,7 +85,7 @@ def built_lines(components: Components) -> Iterator[str]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     given = components.encoder, components.renderer, components.prompts
     lengths = measured_lengths(components.problems.train, *given)
-    work = Work(config, described_shape(config.model), lengths, _this_machine(config, ranks), ranks)
+    work = Work(config, described_shape(config.model), lengths, this_machine(config, ranks), ranks)
     yield from forecast_lines(work, f"of the first {min(MEASURED, len(components.problems.train))} training problems")
 
 
@@ -99,6 +99,9 @@ def forecast_lines(work: Work, origin: str) -> Iterator[str]:
         f"contexts {origin}: student up to {lengths.student_longest:,}{teacher} tokens; completions up to "
         f"{work.completion:,}"
     )
+    known = completions_line(work.config)
+    if known:
+        yield known
     yield f"rows on a device: {work.rows} in an update, {work.together} of them scored together"
     idle = work.devices - work.config.train.batch_size
     if idle > 0:
@@ -157,7 +160,7 @@ def _require_tokenizer(config: Config) -> None:
         raise ModelError(f"{config.model.path} holds no tokenizer")
 
 
-def _this_machine(config: Config, ranks: int) -> DeviceKind:
+def this_machine(config: Config, ranks: int) -> DeviceKind:
     """The card of this machine; on a processor the share of its memory that one of the ranks has."""
     if config.model.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -223,20 +226,26 @@ def _verdict(work: Work) -> Iterator[str]:
 
 
 def _times(work: Work) -> Iterator[str]:
-    found = seconds(work)
-    if not found:
+    fast, slow = seconds(work, FAST), seconds(work, SLOW)
+    if not fast:
         yield f"seconds per update: not known for {visible(work.kind.name)}; name one that is (--device-kind)"
         return
-    total, updates = sum(found.values()), work.config.train.num_updates
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-    yield f"seconds per update, an estimate: {parts}; together {total:.3g}"
+    low, high, updates = sum(fast.values()), sum(slow.values()), work.config.train.num_updates
+    parts = ", ".join(f"{name} {span(value, slow[name])}" for name, value in fast.items())
+    hours = span(updates * low / 3600, updates * high / 3600)
+    yield f"seconds per update, an estimate: {span(low, high)}; {parts}"
     yield (
-        f"  so {updates:,} updates take {updates * total / 3600:.2g} hours, without evaluations, checkpoints and the "
-        "controller's probes; every completion is taken to be as long as it may"
+        f"  so {updates:,} updates take {hours} hours, without evaluations, checkpoints and the controller's probes; "
+        "every completion is taken to be as long as it may, and shorter ones take less"
     )
+    shares = ", ".join(
+        f"{getattr(SLOW, name):.0%} to {getattr(FAST, name):.0%} of {whose}"
+        for name, whose in (("flops", "the operations"), ("bandwidth", "the memory's speed"), ("link", "the links'"))
+    )
+    step = f"{FAST.layer_step * 1e6:.0f} to {SLOW.layer_step * 1e6:.0f} microseconds a layer and token at least"
     yield (
-        f"  assumed: {OF_FLOPS:.0%} of the operations, {OF_BANDWIDTH:.0%} of the memory's speed, {OF_LINK:.0%} of the "
-        "links'; no run on a GPU has checked these seconds: compare them with `seconds` in metrics.jsonl"
+        f"  the range is assumed, as no run on a GPU has checked it: {shares}, {step}; compare with `seconds` in "
+        "metrics.jsonl"
     )
 
 

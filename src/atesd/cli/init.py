@@ -37,6 +37,8 @@ _ROWS_FOR_SHARES = 2200  # from here on the default shares give 64 probes
 _ENOUGH_PROBES = 48
 _CHARACTERS = 3  # of a token, where no tokenizer is at hand: mathematics has few
 _MEASURED = 300  # problems
+_LONGEST = 20
+_SPARE = 1.05  # for rows that were not measured: the longest in bytes and in characters were
 _FRAME = 250  # tokens of the texts around a reference
 
 
@@ -150,7 +152,8 @@ def _cached(path: str) -> bool:
 def recipe_text(found: Survey, target: Target, path: Path) -> str:
     """The recipe, with what was found as comments."""
     lengths = _lengths(found, target)
-    needed = _up(max(lengths.teacher, lengths.student + lengths.reference) + _completion(lengths, target.small), 256)
+    found_tokens = max(lengths.teacher, lengths.student + lengths.reference) + _completion(lengths, target.small)
+    needed = _up(_SPARE * found_tokens, 256)
     window = min(needed, target.window or needed)
     lines = [*_head(found, path), *_model(found, target, lengths, window), *_data(found, cut=needed > window)]
     return "\n".join([*lines, *_rest(found, target, lengths), ""])
@@ -186,7 +189,9 @@ def _model(found: Survey, target: Target, lengths: Lengths, window: int) -> Iter
     if found.system:
         yield f"  system_prompt: {yaml_value(found.system)}  # that of every chat in the data"
     how = "tokens" if lengths.measured else f"tokens, guessed from {_CHARACTERS} characters each"
-    yield f"  max_context_tokens: {window}  # longest teacher context: {lengths.teacher} {how}"
+    yield f"  # The longest teacher context has {lengths.teacher} {how}. Of a longer one the last segments are"
+    yield "  # left out, which the dry run counts; a problem that leaves no room for a completion is refused."
+    yield f"  max_context_tokens: {window}"
 
 
 def _data(found: Survey, cut: bool) -> Iterator[str]:
@@ -228,7 +233,8 @@ def _rest(found: Survey, target: Target, lengths: Lengths) -> Iterator[str]:
     if sizes["probe"] < _ENOUGH_PROBES:
         yield f"credit: {{progress_signal: probe_gain}}  # less noise than probe_success, for {sizes['probe']} probes"
     usual = f"95 % of the references have up to {lengths.usual} tokens"
-    yield f"sampling: {{completion_tokens: {_completion(lengths, target.small)}}}  # {usual}"
+    yield f"# {usual}; how long this model's completions are is a guess until `atesd profile` has measured them."
+    yield f"sampling: {{completion_tokens: {_completion(lengths, target.small)}}}"
     rate = "1e-4" if target.small else "5e-6"
     epochs = updates * batch / max(1, sizes["train"])
     yield "train:"
@@ -258,7 +264,9 @@ def _split(entries: Sequence[Entry]) -> tuple[Shares, dict[Split, int]]:
 def _lengths(found: Survey, target: Target) -> Lengths:
     """How long contexts and references are, of the longest and of some other problems."""
     entries = sorted(found.reading.entries, key=lambda entry: -len(entry.text) - len(entry.solution))
-    some = [*entries[:20], *entries[20 :: max(1, len(entries) // _MEASURED)]]
+    others = entries[_LONGEST:]
+    by_bytes = sorted(others, key=lambda entry: -len((entry.text + entry.solution).encode()))[:_LONGEST]
+    some = [*entries[:_LONGEST], *by_bytes, *others[:: max(1, len(entries) // _MEASURED)]]
     problems = [_problem(entry) for entry in some]
     if target.tokenizer is None:
         student = [len(one.text) // _CHARACTERS + _FRAME // 3 for one in problems]

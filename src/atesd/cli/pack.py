@@ -14,6 +14,7 @@ from statistics import fmean
 from atesd.build import build, close
 from atesd.cli.options import say
 from atesd.cli.scores import Scored, finished_run, keep, model_config, told
+from atesd.cli.together import say_time, that_fits
 from atesd.cli.unfinished import unfinished
 from atesd.config import Config, DataConfig, dump_config, with_overrides
 from atesd.data.benchmarks import Asked, Content, Family, family_of, load_content
@@ -82,7 +83,9 @@ def evaluate_benchmarks(
         found = {name: Scored(target, subject.run is not None, row, "held already") for name, row in held.items()}
         left = [content for content in contents if content.asked.name not in held]
         if left:
-            found |= {one.row["split"]: one for one in _evaluate(subject, left, ranks)}
+            problems = [one for content in left for one in content.problems.test]
+            fitting = that_fits(subject.config, problems, overrides, ranks)
+            found |= {one.row["split"]: one for one in _evaluate(subject, fitting, left, ranks)}
         return [found[one.name] for one in asked] if ranks.first else None
 
 
@@ -126,19 +129,22 @@ def _held(subject: _Subject, contents: Sequence[Content]) -> dict[str, Evaluatio
     return {keys[key]: row for row in rows if "benchmark" in row and (key := row["benchmark"]["key"]) in keys}
 
 
-def _evaluate(subject: _Subject, contents: Sequence[Content], ranks: Ranks) -> list[Scored]:
-    """Evaluate one benchmark after another with the model loaded once; on rank 0 the rows are kept as they come."""
-    configs = [subject.config.model_copy(update={"data": content.data}) for content in contents]
+def _evaluate(subject: _Subject, fitting: Config, contents: Sequence[Content], ranks: Ranks) -> list[Scored]:
+    """Evaluate one benchmark after another with the model loaded once; on rank 0 the rows are kept as they come.
+
+    `fitting`: the subject's config with as many rows together as fit.
+    """
+    configs = [fitting.model_copy(update={"data": content.data}) for content in contents]
     components = build(configs[0], contents[0].problems, ranks=ranks)
     try:
         if subject.checkpoint is not None and subject.run is not None:
             load_student(subject.checkpoint, subject.run.run_id, components.weights)
             components.engine.publish(subject.update)
-        fitting = [
+        some = [
             problems_that_fit(content.problems, config, components.encoder, components.renderer)
             for content, config in zip(contents, configs, strict=True)
         ]
-        pairs = zip(contents, fitting, strict=True)
+        pairs = zip(contents, some, strict=True)
         return [_one(subject, content, problems, components, ranks) for content, problems in pairs]
     finally:
         close(components)
@@ -146,7 +152,9 @@ def _evaluate(subject: _Subject, contents: Sequence[Content], ranks: Ranks) -> l
 
 def _one(subject: _Subject, content: Content, problems: ProblemSets, components: Components, ranks: Ranks) -> Scored:
     name, run = content.asked.name, subject.run
-    key = [subject.key(content), str(ranks.size)]
+    key = [subject.key(content), str(ranks.size), str(components.config.sampling.batch_size)]
+    if ranks.first:
+        say_time(components.config, len(problems.test) * components.config.evaluation.samples)
     with unfinished(run.path if run else None, key, ranks, name) as grades:
         row = components.evaluation.on(problems).evaluate("test", subject.update, grades)
         row = {**row, "split": name, "sampler": {**row["sampler"], **told(subject.config)}}

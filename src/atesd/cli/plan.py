@@ -13,7 +13,7 @@ from atesd.data.own_checker import checker_line
 from atesd.importing import sha256_of
 from atesd.models.prompts import control_line
 from atesd.records import Split
-from atesd.text import visible
+from atesd.text import duration, visible
 from atesd.train.components import Components
 
 MEASURED = 512  # training problems whose contexts are measured
@@ -45,6 +45,8 @@ def plan_lines(components: Components) -> Iterator[str]:
     if config.sampling.engine == "server":
         server = config.sampling.server
         yield f"rollouts: from {', '.join(server.urls)}, which answer; draws: {server.draws}, weights: {server.publish}"
+        waits = [server.answer_seconds(n) for n in (config.sampling.completion_tokens, config.evaluation_tokens)]
+        yield f"  an answer may take {duration(waits[0])}, in evaluation {duration(waits[1])}, longer where many wait"
     yield _evaluations(components)
     if config.decides:
         finished, updates = affordable(train.num_updates, config.credit, config.policy)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atesd.build import build, close
+from atesd.build import build, close, problem_sets
 from atesd.cli.options import say
+from atesd.cli.together import say_time, that_fits
 from atesd.cli.unfinished import unfinished
 from atesd.config import Config, acting_settings, dump_config, load_config, with_groups, with_overrides
 from atesd.data.sources import load_benchmark
@@ -54,10 +55,14 @@ def evaluate_target(
         )
     config = with_overrides(_config(target, run, data, recipe), overrides)
     benchmark = load_benchmark(config.data) if data and is_benchmark(data) else None
+    wanted: Split = "test" if benchmark else split
     update = run.config.train.num_updates if run else 0
     with process_group(config.model.device) as ranks:
-        components = build(config, benchmark, ranks=ranks)
-        wanted: Split = "test" if benchmark else split
+        problems = benchmark or problem_sets(config.data)
+        config = that_fits(config, getattr(problems, wanted), overrides, ranks)
+        components = build(config, problems, ranks=ranks)
+        if ranks.first:
+            say_time(config, len(getattr(components.problems, wanted)) * config.evaluation.samples)
         key = [dump_config(config), components.problems.fingerprint, wanted, str(update), str(ranks.size)]
         key += [json.dumps(recorded_factories(config))] if config.factories else []
         for note in factory_changes(run.manifest["sessions"][-1].get("factories"), config) if run else ():

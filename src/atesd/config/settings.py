@@ -542,7 +542,9 @@ class ServerSettings(Component):
         0.5, gt=0, description="nats per token between its log-probabilities and ours, above which a run stops; ours"
     )
     drift_alarm: float = Field(0.05, gt=0, description="nats per token above which the report warns; ours")
-    timeout: float = Field(600.0, gt=0, description="seconds for one answer, such as a whole completion")
+    timeout: float | None = Field(
+        None, gt=0, description="seconds for one answer, waiting included; None: 600, more for long completions (docs)"
+    )
     retries: int = Field(3, ge=0, le=20, description="repetitions of a request that failed")
     retry_wait: float = Field(1.0, ge=0, description="seconds before the first repetition, doubled for each other")
     sleep: bool = Field(
@@ -562,6 +564,15 @@ class ServerSettings(Component):
                 "would never be seen"
             )
         return self
+
+    def answer_seconds(self, completion_tokens: int = 0, at_once: float = 1) -> float:
+        """Seconds for one of `at_once` completions that a server is asked for together: `timeout`, or by their length.
+
+        600, or what 4 tokens a second for each, and 500 for all together, take where that is longer. Both assumed, on
+        the slow side: a server that dies breaks the connection, and one that hangs is rare.
+        """
+        by_length = completion_tokens * max(1 / 4, at_once / 500)
+        return max(600.0, by_length) if self.timeout is None else self.timeout
 
 
 class SamplingConfig(Component):

@@ -189,7 +189,9 @@ class ServerEngine:
         """The rollouts of one rank, every n-th from each server, and how far their log-probabilities are from ours."""
         count = len(self._wires)
         places = range(len(requests))
-        rollouts = at_once(lambda i: self._completed(i % count, requests[i], params), places, _AT_ONCE * count)
+        waiting = min(len(requests) / count, _AT_ONCE) * self._loaded.ranks.size
+        seconds = self._options.answer_seconds(params.completion_tokens, waiting)
+        rollouts = at_once(lambda i: self._completed(i % count, requests[i], params, seconds), places, _AT_ONCE * count)
         pairs = [(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
         measured = rollouts[: _MEASURED * count]  # with the log-probabilities of the servers
         if params.temperature in (0, 1):
@@ -218,7 +220,9 @@ class ServerEngine:
             gap["tokens"] += len(rollout.logprobs)
         return gaps
 
-    def _completed(self, server: int, request: Request, params: SamplingParams) -> Rollout:
+    def _completed(
+        self, server: int, request: Request, params: SamplingParams, seconds: float | None = None
+    ) -> Rollout:
         wire, model = self._wires[server], self._adapter or self._names[server]
         body = body_of(request, params, model, self._options.draws, self._loaded.end_ids)
         fix = (
@@ -226,7 +230,7 @@ class ServerEngine:
             "and publishes anew"
         )
         try:
-            answer = wire.post("/v1/completions", body, fix=fix)
+            answer = wire.post("/v1/completions", body, fix=fix, seconds=seconds)
         except EngineError as error:
             if NOT_FINITE in str(error):
                 raise NonFiniteError(not_finite(request, wire.url)) from None

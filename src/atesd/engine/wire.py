@@ -51,13 +51,15 @@ class Wire:
 
     def get(self, path: str) -> object:
         """What the server answers at once, as JSON if it is."""
-        return self._ask(urllib.request.Request(self.url + path), min(_AT_ONCE, self._options.timeout), _LOG)
+        return self._ask(urllib.request.Request(self.url + path), min(_AT_ONCE, self._options.answer_seconds()), _LOG)
 
-    def post(self, path: str, body: dict[str, object] | None = None, *, fix: str = _LOG) -> object:
-        """What the server answers to a JSON body; `fix`: what to do if it refuses."""
+    def post(
+        self, path: str, body: dict[str, object] | None = None, *, fix: str = _LOG, seconds: float | None = None
+    ) -> object:
+        """What the server answers to a JSON body, within `seconds`; `fix`: what to do if it refuses."""
         headers, data = {"Content-Type": "application/json"}, json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, data, headers, method="POST")
-        return self._ask(request, self._options.timeout, fix)
+        return self._ask(request, seconds or self._options.answer_seconds(), fix)
 
     def _ask(self, request: urllib.request.Request, timeout: float, fix: str) -> object:
         url, tries = request.full_url, self._options.retries + 1

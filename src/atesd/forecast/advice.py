@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atesd.config import Config, LoraConfig, ModelConfig, yaml_value
-from atesd.forecast.arithmetic import Work, memory, peak
+from atesd.forecast.arithmetic import Work, decoding, memory, peak
 from atesd.forecast.devices import KINDS
 
 
@@ -30,6 +30,14 @@ def bytes_needed(work: Work) -> float:
 def fits(work: Work) -> bool:
     """Whether the device has as much."""
     return bytes_needed(work) <= work.kind.usable
+
+
+def rows_together(work: Work) -> int:
+    """How many rows an evaluation decodes together: `sampling.batch_size`, halved until they fit; 1 at least."""
+    rows = work.config.sampling.batch_size
+    while rows > 1 and decoding(work, rows, work.config.evaluation_tokens).total > work.kind.usable:
+        rows //= 2
+    return rows
 
 
 def single_changes(work: Work) -> list[tuple[Change, float]]:

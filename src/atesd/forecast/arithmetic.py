@@ -1,8 +1,9 @@
 """Bytes and seconds of an update as sums and products: of the settings, the model's shape and the contexts' lengths.
 
 Bytes follow what this program allocates and what autograd keeps of a Llama or Qwen layer, tensor by tensor; they were
-held against measured peaks (`benchmarks/memory.py`). Seconds are operations and bytes over the vendors' speeds times a
-share that is assumed to be reached; no run on a GPU has checked them. Neither torch nor transformers is imported.
+held against measured peaks (`benchmarks/memory.py`). Seconds are operations and bytes over the vendors' speeds times
+shares that are assumed to be reached, a high and a low one; no run on a GPU has checked them. Neither torch nor
+transformers is imported.
 """
 
 from __future__ import annotations
@@ -18,10 +19,22 @@ from atesd.maths.divergences import DIVERGENCES
 
 Sharding = Literal["none", "full", "hybrid"]
 
-OF_FLOPS, OF_BANDWIDTH, OF_LINK = 0.45, 0.50, 0.70
-"""Shares of the vendors' speeds that are assumed: matrix products, reading of weights and cache, links in a machine."""
-LAYER_STEP = 40e-6
-"""Seconds that a layer of one decoding step takes at least: about ten kernels in a captured graph; assumed."""
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Shares of the vendors' speeds that are reached: of products, of reading weights and cache, of links in a machine.
+
+    `layer_step`: seconds that a layer of one decoding step takes at least, which is about ten kernels.
+    """
+
+    flops: float
+    bandwidth: float
+    link: float
+    layer_step: float
+
+
+FAST, SLOW = Reached(0.60, 0.75, 0.85, 20e-6), Reached(0.25, 0.30, 0.40, 200e-6)
+"""The ends of the range of seconds, both assumed: well-fed kernels and captured graphs; small ones, launched singly."""
 
 _ENTRY = {"float32": 4, "bfloat16": 2}
 _BLOCK = 256  # tokens; the KV cache grows by whole blocks
@@ -216,8 +229,8 @@ def peak(phases: list[Phase]) -> Phase:
     return max(phases, key=lambda phase: phase.total)
 
 
-def seconds(work: Work) -> dict[str, float]:
-    """Seconds of each phase of an update, at most: every completion is as long as it may be.
+def seconds(work: Work, reached: Reached) -> dict[str, float]:
+    """Seconds of each phase of an update at such speeds; every completion is as long as it may be.
 
     The phases are those of `metrics.jsonl`, and `step`, which is the gradients' sum and AdamW. Empty for a kind whose
     speeds are not known. Probes, evaluations and checkpoints are not in it.
@@ -225,7 +238,7 @@ def seconds(work: Work) -> dict[str, float]:
     kind, shape, lengths = work.kind, work.shape, work.lengths
     if not kind.flops:
         return {}
-    config, flops = work.config, _operations(work)
+    config, flops = work.config, _operations(work, reached)
     completion = lengths.reference_mean if config.train.method == "sft" else config.sampling.completion_tokens
     read = {"student": lengths.student_mean + completion, "teacher": lengths.teacher_mean + completion}
     forward = {who: work.rows * _forward(shape, tokens) for who, tokens in read.items()}
@@ -234,11 +247,12 @@ def seconds(work: Work) -> dict[str, float]:
     backward = 1 if config.model.lora is not None else 2
     products = (2 if config.distils else 1) + (1 if config.model.lora is not None else 2)
     found = {
-        "sample": 0.0 if config.train.method == "sft" else _decoding(work, completion),
+        "sample": 0.0 if config.train.method == "sft" else _decoding(work, completion, reached),
         "teacher": forward["teacher"] / flops if config.distils else 0.0,
         "student": forward["student"] / flops,
         "loss_backward": ((backward + again) * forward["student"] + products * head) / flops,
-        "step": _traffic(work) + 7 * work.master * work.trained / work.shards / (kind.bandwidth * OF_BANDWIDTH),
+        "step": _traffic(work, reached)
+        + 7 * work.master * work.trained / work.shards / (kind.bandwidth * reached.bandwidth),
     }
     return {name: value for name, value in found.items() if value}
 
@@ -262,6 +276,11 @@ def _gathered(work: Work) -> float:
     shape = work.shape
     ends = shape.head_entries * (1 if shape.tied else 2)
     return work.entry * (2 * shape.products / shape.layers + ends)
+
+
+def decoding(work: Work, rows: int, completion: int) -> Phase:
+    """The bytes of an evaluation alone, which has neither optimiser nor gradients, with so many rows together."""
+    return _sampling(work, {**_state(work), "optimiser": 0.0}, "evaluate", rows, completion)
 
 
 def _sampled(work: Work) -> tuple[int, int]:
@@ -400,38 +419,39 @@ def _forward(shape: ModelShape, tokens: float) -> float:
     return 2 * shape.products * tokens + 2 * shape.layers * shape.heads * shape.head_dim * tokens**2
 
 
-def _decoding(work: Work, completion: float) -> float:
+def _decoding(work: Work, completion: float, reached: Reached) -> float:
     """Seconds to write one update's completions: prompts by operations, steps by bytes read, operations or kernels."""
     config, shape, kind = work.config, work.shape, work.kind
     served = config.sampling.engine == "server"
     rows = math.ceil(config.train.batch_size / len(config.sampling.server.urls)) if served else work.rows
     at_once = rows if served else min(rows, config.sampling.batch_size)
-    flops, bandwidth = _operations(work), kind.bandwidth * OF_BANDWIDTH
+    flops, bandwidth = _operations(work, reached), kind.bandwidth * reached.bandwidth
     weights = shape.products + shape.head_entries
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * work.entry
     read = weights * work.entry + at_once * cache * (work.lengths.student_mean + completion / 2)
-    step = max(read / bandwidth, 2 * weights * at_once / flops, LAYER_STEP * shape.layers)
+    step = max(read / bandwidth, 2 * weights * at_once / flops, reached.layer_step * shape.layers)
     prompts = rows * _forward(shape, work.lengths.student_mean) / flops
-    gathering = 0.0 if work.shards == 1 or served else work.entry * shape.parameters / _link(work)
+    gathering = 0.0 if work.shards == 1 or served else work.entry * shape.parameters / _link(work, reached)
     return prompts + math.ceil(rows / at_once) * completion * step + gathering
 
 
-def _operations(work: Work) -> float:
+def _operations(work: Work, reached: Reached) -> float:
     """Operations per second of the model's products; float32 ones are made in float32."""
-    return OF_FLOPS * (work.kind.flops if work.entry == 2 else work.kind.flops32)
+    return reached.flops * (work.kind.flops if work.entry == 2 else work.kind.flops32)
 
 
-def _traffic(work: Work) -> float:
+def _traffic(work: Work, reached: Reached) -> float:
     """Seconds of the gradients' sum; with sharded weights also of gathering them for every pass."""
     if work.devices == 1:
         return 0.0
     if work.shards == 1:
-        return 2 * 4 * work.trained / _link(work)
+        return 2 * 4 * work.trained / _link(work, reached)
     passes = math.ceil(work.rows / work.together) * (3 if work.config.distils else 2)
-    return (passes * work.entry * work.shape.parameters + 4 * work.trained) / _link(work)
+    return (passes * work.entry * work.shape.parameters + 4 * work.trained) / _link(work, reached)
 
 
-def _link(work: Work) -> float:
+def _link(work: Work, reached: Reached) -> float:
     """Bytes per second between the devices that exchange most."""
     within = work.devices <= PER_NODE or sharding_of(work.config) == "hybrid"
-    return work.kind.link * OF_LINK if within else min(BETWEEN_NODES, work.kind.link * OF_LINK)
+    own = work.kind.link * reached.link
+    return own if within else min(BETWEEN_NODES, own)

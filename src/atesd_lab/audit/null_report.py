@@ -22,7 +22,8 @@ NOISE_SEEDS = 100
 NOTES = (
     "The student never learns here, so nothing a controller does can be right: what moves it is an artefact of its "
     "reward. Mean ratio: the mean of the Beta policy over the last quarter of the decisions; it starts at 0.50.",
-    "Pure noise: every signal is a fresh normal draw whatever the ratio; after the last decision, mean ± sd.",
+    "Pure noise: every signal is a fresh normal draw whatever the ratio; after the last decision, mean ± sd (in the "
+    "figure ± 2 sd).",
 )
 
 
@@ -98,12 +99,13 @@ def drift(
 
 @styled
 def draw_null(figures: dict[str, Any], path: Path) -> None:
-    """Write PATH as SVG and PNG: the mean ratio over the decisions, each seed a line, the null band behind."""
+    """Write PATH as SVG and PNG: the mean ratio over the decisions, each seed a line, the null band (± 2 sd) behind."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     mean, deviation = figures["noise"]["mean"], figures["noise"]["deviation"]
-    low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
-    axes.fill_between(range(len(mean)), low, high, color="#7d7f86", alpha=0.2, label="pure noise, mean ± sd")
+    low, high = ([m + sign * 2 * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
+    label = f"pure noise, mean ± 2 sd, {NOISE_SEEDS} seeds"
+    axes.fill_between(range(len(mean)), low, high, color="#7d7f86", alpha=0.2, label=label)
     for index, drawn in enumerate(("paper", "sound")):
         curves = next(d["means"] for d in figures["drifts"] if d["reward"] == drawn)
         for curve in curves:

@@ -7,12 +7,14 @@ floating-point operations per token, a student's pass with its gradient and reco
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, Strict, model_validator
 
 from atesd.config import Component, Config, with_overrides
 from atesd.forecast.devices import kind_named
 from atesd.table import Table
+from atesd.text import span
 from atesd_lab.sweep.jobs import Scoring
 from atesd_lab.sweep.plan import Cell
 
@@ -21,12 +23,15 @@ BYTES = 4  # of a trained parameter and of each of its two moments
 SUNDRIES = 20 * 2**20  # bytes of a run folder's rows, samples and tokenizer; micro's take up to 2.4 MB
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class Card(Component):
-    """One accelerator, and the lengths that nobody knows before a run."""
+    """One accelerator, the shares of its speeds that are reached, lowest first, and lengths not known before a run."""
 
     bytes_per_second: float = Field(gt=0)
     flops_per_second: float = Field(gt=0)
-    efficiency: float = Field(gt=0, le=1)
+    efficiency: Annotated[tuple[Share, Share], Strict(False)]
     benchmark_tokens: int = Field(ge=1)
     teacher_tokens: int = Field(ge=1)
 
@@ -57,12 +62,14 @@ def estimated(groups: Mapping[str, Sequence[Cell]], card: Card, size: Size, proc
         scoring = sum(_scoring_hours(cell, card, size) for cell in cells)
         updates = sum(cell.job.config.train.num_updates for cell in cells)
         disk = sum(disk_bytes(cell.job.config, size) for cell in cells) / GIB
-        hours = (f"{training:,.0f}", f"{scoring:,.0f}", f"{training + scoring:,.0f}")
+        slow, fast = card.efficiency
+        hours = (span(each / fast, each / slow) for each in (training, scoring, training + scoring))
         rows.append((name, str(len(cells)), f"{updates:,}", *hours, f"{disk:,.0f}"))
     columns = ("experiment", "cells", "updates", "training", "benchmarks", "GPU-hours", "disk, GiB")
     speed = f"{card.bytes_per_second / 1e12:g} TB/s and {card.flops_per_second / 1e12:g} TFLOP/s"
     notes = (
-        f"AN ESTIMATE, from arithmetic; nothing of it was measured. A GPU of {speed}, {card.efficiency:.0%} of both;",
+        f"AN ESTIMATE, from arithmetic; nothing of it was measured. A GPU of {speed},",
+        f"between {card.efficiency[1]:.0%} and {card.efficiency[0]:.0%} of both, which is assumed;",
         f"answers on benchmarks of {card.benchmark_tokens:,} tokens, teacher's contexts of {card.teacher_tokens:,},",
         "completions as long as allowed; look-aheads and the checks of answers are not counted.",
         f"Here {processes} at a time: divide by the number of GPUs for the wall clock. Finished cells are counted.",
@@ -71,19 +78,19 @@ def estimated(groups: Mapping[str, Sequence[Cell]], card: Card, size: Size, proc
 
 
 def decoding_seconds(tokens: float, length: float, batch: int, card: Card, size: Size) -> float:
-    """So many tokens in all, in batches of rows that come to `length` tokens each."""
+    """So many tokens in all, in batches of rows that come to `length` tokens each, at the full speed of the card."""
     read = 2 * size.parameters + batch * (length / 2) * size.cache_bytes_per_token
-    return tokens / batch * read / (card.bytes_per_second * card.efficiency)
+    return tokens / batch * read / card.bytes_per_second
 
 
 def training_seconds(config: Config, card: Card, size: Size) -> float:
-    """Rollouts, probes, both passes and the evaluations on the way."""
+    """Rollouts, probes, both passes and the evaluations on the way, at the full speed of the card."""
     train, length = config.train, config.sampling.completion_tokens
     rows = 0.0 if train.method == "sft" else float(train.batch_size)
     if config.decides:
         rows += config.data.probe_size / config.credit.hold_updates
     passed = train.batch_size * (8 * length + (2 * (length + card.teacher_tokens) if config.distils else 0))
-    compute = passed * size.parameters / (card.flops_per_second * card.efficiency)
+    compute = passed * size.parameters / card.flops_per_second
     decode = decoding_seconds(rows * length, length, config.sampling.batch_size, card, size)
     times = train.num_updates // train.evaluate_every + 1 if train.evaluate_every else 0
     answers = times * config.data.validation_size * config.evaluation.samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from atesd.config import AlignedSettings, Config, with_overrides
 from atesd.control.fixed import FixedExposure
 from atesd.data.rows import NO_ANSWER, OTHER_ANSWER
 from atesd.errors import ConfigError
+from atesd.records import Rollout
 from atesd.runs import RunFolder
 from atesd.text import duration
 from atesd.train.components import Components
@@ -81,6 +83,17 @@ class DataProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class Completions:
+    """Lengths of the student's completions, tokens, and the share of them that was cut off at `most`."""
+
+    mean: float
+    p95: int
+    longest: int
+    truncated: float
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateCost:
     """One update of plain distillation at the suggested ratio: seconds by phase, and the peak of memory in bytes.
 
@@ -108,6 +121,7 @@ class Profile:
     rows: tuple[RatioProfile, ...]
     student: Mapping[str, int] | None
     alignment: AlignmentProfile | str
+    completions: Completions
     data: DataProfile
     suggestion: Suggestion
     cost: UpdateCost
@@ -179,11 +193,19 @@ def measure_profile(
         rows=rows,
         student=None if correct is None else {g: sum(correct[i] for i in m) for g, m in groups_of(shown).items()},
         alignment=alignment if isinstance(alignment, str) else alignment[1],
+        completions=completions_of([one.graded.rollout for one in shown], components.config.sampling.completion_tokens),
         data=data,
         suggestion=suggestion,
         cost=cost,
         seconds=watch.laps,
     )
+
+
+def completions_of(rollouts: Sequence[Rollout], most: int) -> Completions:
+    """How long completions are; `most`: the longest that is allowed."""
+    lengths = sorted(len(rollout.completion_ids) for rollout in rollouts)
+    p95 = lengths[math.ceil(0.95 * len(lengths)) - 1]
+    return Completions(fmean(lengths), p95, lengths[-1], fmean(rollout.truncated for rollout in rollouts), most)
 
 
 def data_profile(components: Components) -> DataProfile:

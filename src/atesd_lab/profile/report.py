@@ -156,11 +156,16 @@ def tables(profile: Profile, name: str) -> list[Table]:
 
 
 def reference_lines(profile: Profile) -> list[str]:
-    """Segments, lengths and faults of the references."""
+    """Lengths of the completions; segments, lengths and faults of the references."""
     data = profile.data
     total = sum(data.segments.values())
     few = sum(count for m, count in data.segments.items() if 0 < m <= FEW_SEGMENTS)
-    lines = ["segments in a reference: " + ", ".join(f"{m}: {count}" for m, count in data.segments.items())]
+    made = profile.completions
+    lines = [
+        f"completions: mean {made.mean:.1f} tokens, 95 % up to {made.p95}, longest {made.longest}; "
+        f"{percent(made.truncated)} % cut off at sampling.completion_tokens {made.most}"
+    ]
+    lines += ["segments in a reference: " + ", ".join(f"{m}: {count}" for m, count in data.segments.items())]
     if few:
         lines.append(
             f"{percent(few / total)} % of the references have one or two segments: for them the ratio is a step "
