@@ -9,11 +9,9 @@ the reference solutions) and `shuffled` (correct, but the verdicts belong to oth
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TypedDict, cast, final
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from atesd.aligned.line import FeatureLine, Line, TwoPoints
 from atesd.config import Config
 from atesd.errors import ModelError
+from atesd.maths.advantages import difficulty_advantages
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair, Scored, Scorer
@@ -290,13 +289,8 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
     if settings.success != "centred":
         kept = [a for a, ok in zip(attempts, correct, strict=True) if ok]
         return [Example(a.context, a.completion, advantage=1.0) for a in kept]
-    rewards = defaultdict(list)
-    for attempt, ok in zip(attempts, correct, strict=True):
-        rewards[attempt.difficulty].append(float(ok))
-    rows = [
-        Example(a.context, a.completion, advantage=ok - fmean(rewards[a.difficulty]))
-        for a, ok in zip(attempts, correct, strict=True)
-    ]
+    advantages = difficulty_advantages([float(ok) for ok in correct], [a.difficulty for a in attempts])
+    rows = [Example(a.context, a.completion, advantage=own) for a, own in zip(attempts, advantages, strict=True)]
     return rows if any(row.advantage for row in rows) else []
 
 
