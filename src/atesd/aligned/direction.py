@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypedDict, cast, final
+from typing import NotRequired, TypedDict, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -54,6 +54,7 @@ class DirectionState(TypedDict):
     attempts: list[tuple[int, list[int], list[int], list[int], bool]]
     unit: dict[str, Tensor]
     epsilon: float
+    remembered: NotRequired[float]
 
 
 StepMetric = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -89,6 +90,7 @@ class SuccessDirection:
             )
         self._attempts: list[Attempt] = []
         self._unit: dict[str, Tensor] = {}
+        self._remembered = 0.0
         self.epsilon = 0.0
 
     @property
@@ -113,12 +115,13 @@ class SuccessDirection:
         """Make the direction of the coming hold from what is remembered, and forget it; `known` says if there is one.
 
         u = v / |v|, with v the gradient of sum_i A_i log q(y_i | x_i) / |y_i| over the rollouts of the last hold, and
-        A_i by `alignment.success` (see `weighted_rows`).
+        A_i by `alignment.success` (see `weighted_rows`). With `alignment.memory` m it is w / |w|, w = u + m w_before, in
+        which a hold without a direction leaves nothing.
 
         The gradients of the parameters must be clear, and are clear again afterwards.
         """
         attempts, self._attempts = self._attempts, []
-        self._unit = {}
+        before, self._unit = self._unit, {}
         rows = weighted_rows(attempts, self._config, update)
         if not rows:
             return
@@ -130,9 +133,18 @@ class SuccessDirection:
         if not torch.isfinite(length) or length == 0:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
+        self._remember_direction(before)
         self.epsilon = 1.0 if self._of == "features" else self._scaled_epsilon(rows)
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
+
+    def _remember_direction(self, before: Mapping[str, Tensor]) -> None:
+        """Turn the direction of this hold towards those of the holds before: w = u + m w_before, then w / |w|."""
+        kept = self._config.alignment.memory * self._remembered if before else 0.0
+        if kept:
+            self._unit = {name: value + kept * before[name] for name, value in self._unit.items()}
+        self._remembered = float(_length(self._unit.values()))
+        self._unit = {name: value / self._remembered for name, value in self._unit.items()}
 
     def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
         """The student along the direction, on some completions; `student` is what it makes of them, where known."""
@@ -154,7 +166,7 @@ class SuccessDirection:
         attempts = [
             [a.difficulty, list(a.context), list(a.completion), list(a.reference), a.correct] for a in self._attempts
         ]
-        return {"attempts": attempts, "unit": dict(self._unit), "epsilon": self.epsilon}
+        return {"attempts": attempts, "unit": dict(self._unit), "epsilon": self.epsilon, "remembered": self._remembered}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
@@ -162,6 +174,7 @@ class SuccessDirection:
         self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in kept["attempts"]]
         self._unit = {name: value.to(self._scorer.device) for name, value in kept["unit"].items()}
         self.epsilon = kept["epsilon"]
+        self._remembered = kept.get("remembered", 1.0 if self._unit else 0.0)
 
     def _ascent(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The gradient of the examples' mean log-likelihood, by name, with respect to `alignment.parameters`.

@@ -338,6 +338,13 @@ class AlignmentConfig(Component):
         ge=1,
         description="most rollouts of a hold that give the direction, drawn if there are more; None: all",
     )
+    memory: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="weight of the direction so far beside that of a new hold: against its noise; 0: the last hold "
+        "alone; ours",
+    )
     min_correct: int = Field(8, ge=1, description="correct rollouts that a hold must have to give a direction; ours")
     logit_change: Annotated[float, _DISPLACED] = Field(
         0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
