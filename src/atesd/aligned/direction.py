@@ -115,8 +115,8 @@ class SuccessDirection:
         """Make the direction of the coming hold from what is remembered, and forget it; `known` says if there is one.
 
         u = v / |v|, with v the gradient of sum_i A_i log q(y_i | x_i) / |y_i| over the rollouts of the last hold, and
-        A_i by `alignment.success` (see `weighted_rows`). With `alignment.memory` m it is w / |w|, w = u + m w_before, in
-        which a hold without a direction leaves nothing.
+        A_i by `alignment.success` (see `weighted_rows`). With `alignment.memory` m it is w / |w|, w = u + m w_before,
+        in which a hold without a direction leaves nothing.
 
         The gradients of the parameters must be clear, and are clear again afterwards.
         """
