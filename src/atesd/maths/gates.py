@@ -20,8 +20,9 @@ def soft_weights(alignment: Float[Tensor, " N"], sharpness: float) -> Float[Tens
     weight_n = s_n / mean(s), s_n = sigmoid(sharpness * a_n / rms(a)), with a the alignments and rms their root mean
     square. Without any alignment all are 1; as `sharpness` grows s becomes the cut.
     """
-    scale = alignment.square().mean().sqrt().clamp(min=torch.finfo(alignment.dtype).tiny)
-    gate = torch.sigmoid(sharpness * alignment / scale)
+    least = torch.finfo(alignment.dtype).tiny
+    share = alignment / alignment.abs().amax().clamp(min=least)  # first of the largest: squares of small ones are 0
+    gate = torch.sigmoid(sharpness * share / share.square().mean().sqrt().clamp(min=least))
     return gate / gate.mean()
 
 
