@@ -1,4 +1,4 @@
-"""Token weights by the gap of SDAR, by influence on the policy gradient and by a sigmoid of alignment; their controls."""
+"""Token weights by SDAR's gap, by influence on the policy gradient, by a sigmoid of alignment; and their controls."""
 
 from __future__ import annotations
 
