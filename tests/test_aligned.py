@@ -534,11 +534,18 @@ def test_a_random_gate_keeps_about_its_share_and_draws_by_the_rollout() -> None:
         (*ALIGNED, "exposure.granularity=per_problem", "alignment.metric=optimiser"),
         (*ALIGNED, "exposure.granularity=per_token", "loss.gate=aligned", "alignment.direction_rollouts=4"),
         (*GATED, "alignment.success=centred"),
+        (
+            "exposure.kind=full",
+            "loss.gate.kind=soft",
+            "loss.gate.skip=update",
+            "alignment.min_correct=1",
+            "alignment.memory=0.9",
+        ),
         (*GATED, LORA),
         (*GATED, LORA, FEATURES),
         (*GATED, LORA, LAST),
     ],
-    ids=["ratio", "per-problem", "per-token", "gate", "gate-lora", "gate-features", "gate-last-layer"],
+    ids=["ratio", "per-problem", "per-token", "gate", "soft", "gate-lora", "gate-features", "gate-last-layer"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = quick(*overrides, "train.batch_size=8", "model.path=world:b")

@@ -123,10 +123,8 @@ def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresigh
 
 
 def _compare(components: Components, world: str, checkpoint: str, updates: int) -> Foresight:
-    config, foresight = components.config, components.foresight
-    if not isinstance(foresight, AlignedForesight):
-        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.gate: aligned")
-    scorer, direction = foresight.scorer, foresight.scorer.direction
+    config, scorer = components.config, look_ahead(components)
+    direction = scorer.direction
     cheaper = {one: _direction(components, one) for one in CHEAPER}
     first = config.train.num_updates  # batches beyond those that were trained on
     given = [one for n in range(BATCHES_FOR_DIRECTION) for one in components.sampler.rollouts(first + n)]
@@ -158,6 +156,13 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
         tuple(error for _, error in true),
         by_fewer,
     )
+
+
+def look_ahead(components: Components) -> AlignmentScorer:
+    """The look-ahead of a config that has one."""
+    if not isinstance(components.foresight, AlignedForesight):
+        raise ValueError("the config has no look-ahead; set exposure.kind: aligned or loss.gate: aligned")
+    return components.foresight.scorer
 
 
 def _direction(components: Components, parameters: Part) -> SuccessDirection:

@@ -18,9 +18,13 @@ from atesd.config import (
     Config,
     CorrectGateSettings,
     DataConfig,
+    InfluenceGateSettings,
     LiveTeacher,
+    PermutableGate,
     RandomGateSettings,
     RankedGateSettings,
+    SdarGateSettings,
+    SoftGateSettings,
 )
 from atesd.control.factory import make_exposure
 from atesd.data.answers import Checker, Pair
@@ -46,7 +50,7 @@ from atesd.train.fitting import problems_that_fit
 from atesd.train.foresight import Foresight, NoForesight
 from atesd.train.optimiser import Optimiser
 from atesd.train.rollouts import RolloutSampler, rollout_params
-from atesd.train.selectors import CorrectGate, RandomGate, RankedGate
+from atesd.train.selectors import CorrectGate, InfluenceGate, PermutedGate, RandomGate, RankedGate, SdarGate
 from atesd.train.stopwatch import Stopwatch
 from atesd.train.update import BatchPlan, Distillation, EveryToken, Likelihood, Method, Selector
 from atesd.train.views import TeacherPrompts
@@ -215,9 +219,23 @@ def _selector(config: Config, aligned: AlignmentScorer | None) -> Selector:
     gate = config.loss.gate
     if aligned is not None and config.granularity == "per_token":
         return AlignedChoice(aligned, gated=gate.kind == "aligned")
+    selector = _gate(config, aligned)
+    permuted = isinstance(gate, PermutableGate) and gate.permute
+    return PermutedGate(selector, config.train.seed) if permuted else selector
+
+
+def _gate(config: Config, aligned: AlignmentScorer | None) -> Selector:
+    """The selector of `loss.gate`, before its weights are permuted."""
+    gate, chunk = config.loss.gate, config.loss.chunk_tokens
     match gate:
-        case AlignedGateSettings() if aligned is not None:
-            return AlignedGate(aligned)
+        case AlignedGateSettings(skip=skip) if aligned is not None:
+            return AlignedGate(aligned, skips_rollouts=skip == "rollouts")
+        case SoftGateSettings(sharpness=sharpness, skip=skip) if aligned is not None:
+            return AlignedGate(aligned, sharpness, skips_rollouts=skip == "rollouts")
+        case SdarGateSettings(beta=beta):
+            return SdarGate(beta, config.loss_temperature, chunk)
+        case InfluenceGateSettings(scale=scale, bound=bound):
+            return InfluenceGate(scale, bound, objective(config), chunk)
         case CorrectGateSettings():
             return CorrectGate()
         case RandomGateSettings(share=share):

@@ -28,7 +28,10 @@ class AlignmentRow(TypedDict):
 
 
 class MetricsRow(TypedDict):
-    """One update, in metrics.jsonl. Means per token where nothing else is said, divergences in nats."""
+    """One update, in metrics.jsonl. Means per token where nothing else is said, divergences in nats.
+
+    `token_alignment`: of all tokens, before the gate. `held_back`: no step was taken (`loss.gate.skip: update`).
+    """
 
     update: int
     loss: float | None
@@ -58,6 +61,8 @@ class MetricsRow(TypedDict):
     skipped: str | None
     seconds: Mapping[str, float]
     rollout_drift: NotRequired[float | None]
+    token_alignment: NotRequired[float | None]
+    held_back: NotRequired[bool]
 
 
 class DecisionRow(TypedDict):

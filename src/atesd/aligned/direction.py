@@ -9,12 +9,10 @@ the reference solutions) and `shuffled` (correct, but the verdicts belong to oth
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TypedDict, cast, final
+from typing import NotRequired, TypedDict, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from atesd.aligned.line import HiddenLine, Line, TwoPoints
 from atesd.config import Config
 from atesd.errors import ModelError
+from atesd.maths.advantages import difficulty_advantages
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import MlpTail, Pair, Scored, Scorer, Tail
@@ -56,6 +55,7 @@ class DirectionState(TypedDict):
     attempts: list[tuple[int, list[int], list[int], list[int], bool]]
     unit: dict[str, Tensor]
     epsilon: float
+    remembered: NotRequired[float]
 
 
 StepMetric = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -91,6 +91,7 @@ class SuccessDirection:
             )
         self._attempts: list[Attempt] = []
         self._unit: dict[str, Tensor] = {}
+        self._remembered = 0.0
         self.epsilon = 0.0
 
     @property
@@ -115,12 +116,13 @@ class SuccessDirection:
         """Make the direction of the coming hold from what is remembered, and forget it; `known` says if there is one.
 
         u = v / |v|, with v the gradient of sum_i A_i log q(y_i | x_i) / |y_i| over the rollouts of the last hold, and
-        A_i by `alignment.success` (see `weighted_rows`).
+        A_i by `alignment.success` (see `weighted_rows`). With `alignment.memory` m it is w / |w|, w = u + m w_before,
+        in which a hold without a direction leaves nothing.
 
         The gradients of the parameters must be clear, and are clear again afterwards.
         """
         attempts, self._attempts = self._attempts, []
-        self._unit = {}
+        before, self._unit = self._unit, {}
         rows = weighted_rows(attempts, self._config, update)
         if not rows:
             return
@@ -132,9 +134,18 @@ class SuccessDirection:
         if not torch.isfinite(length) or length == 0:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
+        self._remember_direction(before)
         self.epsilon = self._scaled_epsilon(rows) if self._of in _DISPLACED else 1.0
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
+
+    def _remember_direction(self, before: Mapping[str, Tensor]) -> None:
+        """Turn the direction of this hold towards those of the holds before: w = u + m w_before, then w / |w|."""
+        kept = self._config.alignment.memory * self._remembered if before else 0.0
+        if kept:
+            self._unit = {name: value + kept * before[name] for name, value in self._unit.items()}
+        self._remembered = float(_length(self._unit.values()))
+        self._unit = {name: value / self._remembered for name, value in self._unit.items()}
 
     def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
         """The student along the direction, on some completions; `student` is what it makes of them, where known."""
@@ -159,7 +170,7 @@ class SuccessDirection:
         attempts = [
             [a.difficulty, list(a.context), list(a.completion), list(a.reference), a.correct] for a in self._attempts
         ]
-        return {"attempts": attempts, "unit": dict(self._unit), "epsilon": self.epsilon}
+        return {"attempts": attempts, "unit": dict(self._unit), "epsilon": self.epsilon, "remembered": self._remembered}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
@@ -167,6 +178,7 @@ class SuccessDirection:
         self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in kept["attempts"]]
         self._unit = {name: value.to(self._scorer.device) for name, value in kept["unit"].items()}
         self.epsilon = kept["epsilon"]
+        self._remembered = kept.get("remembered", 1.0 if self._unit else 0.0)
 
     @property
     def _by_id(self) -> dict[int, Tensor]:
@@ -300,13 +312,8 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
     if settings.success != "centred":
         kept = [a for a, ok in zip(attempts, correct, strict=True) if ok]
         return [Example(a.context, a.completion, advantage=1.0) for a in kept]
-    rewards = defaultdict(list)
-    for attempt, ok in zip(attempts, correct, strict=True):
-        rewards[attempt.difficulty].append(float(ok))
-    rows = [
-        Example(a.context, a.completion, advantage=ok - fmean(rewards[a.difficulty]))
-        for a, ok in zip(attempts, correct, strict=True)
-    ]
+    advantages = difficulty_advantages([float(ok) for ok in correct], [a.difficulty for a in attempts])
+    rows = [Example(a.context, a.completion, advantage=own) for a, own in zip(attempts, advantages, strict=True)]
     return rows if any(row.advantage for row in rows) else []
 
 

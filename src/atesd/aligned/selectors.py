@@ -1,7 +1,7 @@
 """Which tokens are distilled, and from which view, by their alignment with success.
 
 They look at one rollout at a time, so that micro-batches and ranks change nothing. Factor 1 keeps a token, 0 leaves it
-out; other weights stay.
+out, others weigh it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,40 @@ from torch import Tensor
 
 from atesd.aligned.scorer import AlignmentScorer
 from atesd.errors import NonFiniteError
+from atesd.maths.gates import soft_weights
 from atesd.models.score import Scored
 from atesd.train.update import EveryToken, Example, Meters, Selection
 
 
 @final
 class AlignedGate:
-    """Keeps the tokens whose step would raise verified success; all of them while success has no direction."""
+    """Keeps the tokens whose step would raise verified success; all of them while success has no direction.
 
-    def __init__(self, scorer: AlignmentScorer) -> None:
-        self._scorer = scorer
+    With `sharpness` it weighs every token by a smooth function of its alignment instead (`maths.gates.soft_weights`).
+    `skips_rollouts`: a rollout whose mean alignment is negative is left out whole.
+    """
+
+    def __init__(
+        self, scorer: AlignmentScorer, sharpness: float | None = None, *, skips_rollouts: bool = False
+    ) -> None:
+        self._scorer, self._sharpness, self._skips_rollouts = scorer, sharpness, skips_rollouts
 
     def select(
         self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
     ) -> Selection:
-        """Factor 1 where the alignment is positive; meters `alignment`, and `curvature` where it is measured."""
+        """The factors of the tokens; meters `alignment`, and `curvature` where it is measured."""
         [teacher] = teachers
         if not self._scorer.direction.known:
             return Selection(teacher, torch.ones(len(tokens), device=tokens.device))
         values, curvature = _measured(self._scorer, examples, student, teachers, tokens)
-        return Selection(teacher, (values[0] > 0).float(), {"alignment": values[0]} | curvature)
+        rows = torch.split(values[0], [len(example.completion) for example in examples])
+        return Selection(teacher, torch.cat([self._weights(row) for row in rows]), {"alignment": values[0]} | curvature)
+
+    def _weights(self, alignment: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Those of one rollout."""
+        if self._skips_rollouts and bool(alignment.mean() < 0):
+            return torch.zeros_like(alignment)
+        return (alignment > 0).float() if self._sharpness is None else soft_weights(alignment, self._sharpness)
 
 
 @final

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from atesd.config import Component, Config, describe_settings, method_name, yaml_value
+from atesd.config import Component, Config, TrainConfig, describe_settings, method_name, yaml_value
 from atesd.control.budget import Learner, affordable, decisions
 from atesd.data.own_checker import checker_line
 from atesd.importing import sha256_of
@@ -95,12 +95,17 @@ def acting_lines(config: Config) -> Iterator[str]:
         yield f"teacher: {_kind(config.teacher, 'weights')}"
     else:
         yield f"exposure: none, as {train.method} has no teacher"
-        trained = {"sft": "the references", "grpo": f"completions by their advantage in groups of {train.group_size}"}
+        trained = {"sft": "the references", "grpo": f"completions by their advantage {_among(train)}"}
         yield f"loss: likelihood of {trained[train.method]}, {loss.reduction} mean"
         yield f"teacher: none ({train.method})"
     warm = f"after {train.warmup_updates} updates of warm-up, " if train.warmup_updates else ""
     yield f"learning rate: {train.learning_rate:g}, {warm}{train.learning_rate_schedule}"
     yield f"seed: {train.seed}"
+
+
+def _among(train: TrainConfig) -> str:
+    """With what a reward is compared."""
+    return f"in groups of {train.group_size}" if train.baseline == "group" else "among those of their difficulty"
 
 
 def _kind(component: Component, tag: str) -> str:

@@ -30,6 +30,7 @@ GENERATED = ("gsm_symbolic", "arithmetic")
 PROCEDURAL = ("world", *GENERATED)
 """Values of `data.source` that make their problems."""
 _FILES = (".jsonl", ".json", ".parquet")
+_PRESETS_WITH_DIFFICULTY = ("deepmath",)
 
 _DISTILS = ActsWhen(lambda c: c.distils, "train.method: distill")
 _SAMPLES = ActsWhen(lambda c: c.train.method != "sft", "train.method: distill or grpo")
@@ -262,6 +263,12 @@ class DataConfig(Component):
         return ", ".join(self.sources)
 
     @property
+    def has_difficulties(self) -> bool:
+        """Whether problems have a difficulty; in a file without that column all have 0."""
+        read = self.columns.difficulty if self.preset is None else self.preset in _PRESETS_WITH_DIFFICULTY
+        return self.source in PROCEDURAL or bool(read)
+
+    @property
     def has_splits(self) -> bool:
         """Whether something is read that has named splits: a `datasets` id or folder."""
         read = [self.test_source, *([] if self.source in PROCEDURAL else self.sources)]
@@ -337,6 +344,13 @@ class AlignmentConfig(Component):
         ge=1,
         description="most rollouts of a hold that give the direction, drawn if there are more; None: all",
     )
+    memory: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="weight of the direction so far beside that of a new hold: against its noise; 0: the last hold "
+        "alone; ours",
+    )
     min_correct: int = Field(8, ge=1, description="correct rollouts that a hold must have to give a direction; ours")
     logit_change: Annotated[float, _DISPLACED] = Field(
         0.05, gt=0, description="nats, root mean square: how far the two points displace the logits; ours"
@@ -379,10 +393,56 @@ class NoGate(Component):
     kind: Literal["none"] = Field("none", description="every token is distilled: OPSD and paper")
 
 
-class AlignedGateSettings(Component):
+class PermutableGate(Component):
+    """A gate whose weights can be dealt to other tokens: the null control of the same weights."""
+
+    permute: bool = Field(False, description="control: each rollout's weights dealt to its tokens at random; ours")
+
+
+class LookAheadGate(PermutableGate):
+    """A gate that reads every token's alignment with success."""
+
+    skip: Literal["none", "rollouts", "update"] = Field(
+        "none", description="what is left out where its mean alignment is negative: no step is taken on it; ours"
+    )
+
+
+class AlignedGateSettings(LookAheadGate):
     """The tokens whose step would raise verified success."""
 
     kind: Literal["aligned"] = Field("aligned", description="tokens whose step would raise verified success; ours")
+
+
+class SoftGateSettings(LookAheadGate):
+    """All tokens, each by how far its step would raise verified success."""
+
+    kind: Literal["soft"] = Field(
+        "soft", description="a sigmoid of the alignment, rescaled so that each rollout keeps its weight; ours"
+    )
+    sharpness: float = Field(
+        4.0, gt=0, description="factor of alignment over its root mean square in the rollout; ours, by a pilot"
+    )
+
+
+class SdarGateSettings(PermutableGate):
+    """All tokens, each by how much likelier the teacher finds it."""
+
+    kind: Literal["sdar"] = Field(
+        "sdar", description="a sigmoid of the sampled token's log-probability, teacher's less student's: SDAR"
+    )
+    beta: float = Field(5.0, gt=0, description="factor of the gap, per nat; SDAR: 5")
+
+
+class InfluenceGateSettings(PermutableGate):
+    """All tokens, each by its first-order influence on the policy-gradient surrogate of its rollout."""
+
+    kind: Literal["influence"] = Field(
+        "influence",
+        description="bounded weights by the influence on the policy gradient's surrogate, read off the logits, that "
+        "keep each rollout's weight: after ICSD",
+    )
+    scale: float = Field(0.1, gt=0, description="influence at which a weight has gone most of its way; ours")
+    bound: float = Field(0.9, gt=0, lt=1, description="how far a weight may go from 1, before rescaling; ours")
 
 
 class CorrectGateSettings(Component):
@@ -421,6 +481,9 @@ class EntropyGateSettings(RankedGateSettings):
 Gate = (
     NoGate
     | AlignedGateSettings
+    | SoftGateSettings
+    | SdarGateSettings
+    | InfluenceGateSettings
     | CorrectGateSettings
     | RandomGateSettings
     | DisagreementGateSettings
@@ -622,10 +685,23 @@ class TrainConfig(Component):
     max_grad_norm: float = Field(0.1, gt=0, description="OPSD: 0.1")
     group_size: Annotated[
         int,
-        ActsWhen(lambda c: c.train.samples_per_problem > 1, "train.method: grpo, or train.grpo_weight above 0"),
+        ActsWhen(
+            lambda c: c.train.samples_per_problem > 1,
+            "train.method: grpo, or train.grpo_weight above 0, with train.baseline: group",
+        ),
     ] = Field(8, ge=2, description="samples per problem")
     grpo_weight: float = Field(
         0.0, ge=0, description="adds GRPO's loss on the same rollouts to distillation; ours: a baseline. 0: none"
+    )
+    baseline: Annotated[
+        Literal["group", "difficulty"],
+        ActsWhen(
+            lambda c: c.train.has_policy_gradient, "train.method: grpo, or train.method: distill with train.grpo_weight"
+        ),
+    ] = Field(
+        "group",
+        description="what a reward is compared with in the policy gradient: the samples of its problem, in units of "
+        "their deviation (GRPO), or the mean of the update's problems of its difficulty, each sampled once; ours",
     )
     evaluate_every: int = Field(25, ge=0, description="updates between validations; 0: never")
     checkpoint_every: int = Field(25, ge=1, description="updates between checkpoints; OPSD: 25")
@@ -647,7 +723,12 @@ class TrainConfig(Component):
     @property
     def samples_per_problem(self) -> int:
         """Rollouts of one problem in an update: a group where advantages are centred in groups, else one."""
-        return self.group_size if self.method == "grpo" or self.grpo_weight else 1
+        return self.group_size if self.has_policy_gradient and self.baseline == "group" else 1
+
+    @property
+    def has_policy_gradient(self) -> bool:
+        """Whether the likelihood of rollouts is weighted by the advantage of their rewards."""
+        return self.method == "grpo" or (self.method == "distill" and self.grpo_weight > 0)
 
 
 class EvaluationConfig(Component):
@@ -675,7 +756,7 @@ class Config(Component):
         ] = LearnedSettings()
     credit: CreditConfig = CreditConfig()
     alignment: Annotated[
-        AlignmentConfig, ActsWhen(lambda c: c.looks_ahead, "exposure.kind: aligned or loss.gate: aligned")
+        AlignmentConfig, ActsWhen(lambda c: c.looks_ahead, "exposure.kind: aligned, or loss.gate: aligned or soft")
     ] = AlignmentConfig()
     loss: LossConfig = LossConfig()
     teacher: Annotated[TeacherConfig, *chosen("weights", "frozen"), _DISTILS] = FrozenTeacher()
@@ -707,11 +788,11 @@ class Config(Component):
                 raise ValueError(f"exposure.kind: {self.exposure.kind} follows verdicts; set data.checker: math")
             if self.looks_ahead:
                 raise ValueError(
-                    "exposure.kind: aligned and loss.gate: aligned need verified rollouts; set data.checker"
+                    "exposure.kind: aligned and loss.gate: aligned or soft need verified rollouts; set data.checker"
                 )
-            if self.distils and self.loss.gate.kind == "correct":
-                raise ValueError("loss.gate: correct needs verified rollouts; set data.checker")
-            if self.train.samples_per_problem > 1:
+            if self.distils and self.loss.gate.kind in ("correct", "influence"):
+                raise ValueError(f"loss.gate: {self.loss.gate.kind} needs verified rollouts; set data.checker")
+            if self.train.has_policy_gradient:
                 raise ValueError("train.method: grpo needs verified rewards, and so does grpo_weight; set data.checker")
         off = self.sampling.filters_off
         if self.decides and self.credit.progress_signal == "probe_gain" and off:
@@ -725,6 +806,19 @@ class Config(Component):
                 f"loss.gate: {self.loss.gate.kind} with exposure.granularity: per_token: a token that chooses "
                 "its ratio is gated by its own alignment or not at all; set loss.gate: none or aligned"
             )
+        if self.centres_by_difficulty and not self.data.has_difficulties:
+            asks = "train.baseline: difficulty" if self.train.has_policy_gradient else "loss.gate: influence"
+            raise ValueError(
+                f"{asks} compares a verdict with those of other problems of its difficulty, and data.source: "
+                f"{self.data.source_name} names none; set data.columns.difficulty, or train.baseline: group with "
+                "train.grpo_weight above 0"
+            )
+        gate = self.loss.gate
+        if isinstance(gate, LookAheadGate) and gate.skip == "update" and self.train.has_policy_gradient:
+            raise ValueError(
+                f"loss.gate.skip: update would skip the policy gradient of train.grpo_weight {self.train.grpo_weight:g}"
+                " too; set loss.gate.skip: rollouts or none"
+            )
         displaced = self.looks_ahead and self.alignment.parameters != "features"
         if displaced and self.model.dtype == "bfloat16" and self.model.lora is None:
             raise ValueError(
@@ -733,8 +827,8 @@ class Config(Component):
             )
         if self.looks_ahead and self.model.sharding != "none":
             raise ValueError(
-                f"model.sharding: {self.model.sharding} does not go with exposure.kind: aligned or loss.gate: aligned, "
-                "whose ranks displace the weights at different times; set model.sharding: none"
+                f"model.sharding: {self.model.sharding} does not go with exposure.kind: aligned or loss.gate: aligned "
+                "or soft, whose ranks displace the weights at different times; set model.sharding: none"
             )
         if self.model.sharding != "none" and self.model.lora is not None and self.publishes_weights:
             raise ValueError(
@@ -763,7 +857,19 @@ class Config(Component):
     @property
     def looks_ahead(self) -> bool:
         """Whether exposure or gate follow the first-order look-ahead."""
-        return self.distils and (isinstance(self.exposure, AlignedSettings) or self.loss.gate.kind == "aligned")
+        return self.distils and (
+            isinstance(self.exposure, AlignedSettings) or isinstance(self.loss.gate, LookAheadGate)
+        )
+
+    @property
+    def reads_advantages(self) -> bool:
+        """Whether each rollout's verdict is compared with others: by a policy gradient, or by the gate."""
+        return self.train.has_policy_gradient or (self.distils and self.loss.gate.kind == "influence")
+
+    @property
+    def centres_by_difficulty(self) -> bool:
+        """Whether it is compared with those of its difficulty, and not with a group of its own problem."""
+        return self.reads_advantages and self.train.samples_per_problem == 1
 
     @property
     def publishes_weights(self) -> bool:

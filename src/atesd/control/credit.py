@@ -19,7 +19,7 @@ CREDIT_PRESETS: dict[str, dict[str, Any]] = {
 _DECIDES = ActsWhen(lambda c: c.decides, "an exposure that decides, such as exposure.kind: learned or bandit")
 _HOLDS = ActsWhen(
     lambda c: c.distils and (c.exposure.holds or c.looks_ahead),
-    "an exposure that holds its ratio (exposure.kind: learned, bandit, random ...) or loss.gate: aligned",
+    "an exposure that holds its ratio (exposure.kind: learned, bandit, random ...) or loss.gate: aligned or soft",
 )
 _LEARNS = ActsWhen(lambda c: c.exposure.learns_from_rewards, "exposure.kind: learned, bandit, control_share or custom")
 _MIXED = ActsWhen(

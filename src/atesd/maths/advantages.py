@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
@@ -20,3 +22,16 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     centred = grouped - grouped.mean(1, keepdim=True)
     advantages: list[float] = (centred / (grouped.std(1, keepdim=True) + EPSILON)).flatten().tolist()
     return advantages
+
+
+def difficulty_advantages(rewards: Sequence[float], difficulties: Sequence[int]) -> list[float]:
+    """The advantage of each rollout without groups: reward - mean(rewards of its difficulty). Ours.
+
+    On average REINFORCE's, but for a factor (n - 1) / n per difficulty of n rollouts, as each is part of its own
+    baseline; 0 for the only rollout of a difficulty.
+    """
+    of_level: dict[int, list[float]] = defaultdict(list)
+    for reward, level in zip(rewards, difficulties, strict=True):
+        of_level[level].append(reward)
+    means = {level: fmean(own) for level, own in of_level.items()}
+    return [reward - means[level] for reward, level in zip(rewards, difficulties, strict=True)]

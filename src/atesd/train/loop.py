@@ -13,7 +13,7 @@ from atesd.train.components import Components
 from atesd.train.listeners import Listener
 from atesd.train.record import Record, UpdateRecord
 from atesd.train.reveal import Batch, Revealed, reveal
-from atesd.train.rows import decision_row, metrics_row, update_stats
+from atesd.train.rows import decision_row, held_back, metrics_row, update_stats
 from atesd.train.signals import StopRequest
 from atesd.train.snapshots import Snapshots
 from atesd.train.update import Example, accumulate
@@ -81,7 +81,7 @@ class Trainer:
         measured["grounding"] = meters.grounding
         with c.method.watch.phase("loss_backward"):
             c.weights.add_up_gradients()
-            step = c.optimiser.step(update, meters.loss)
+            step = c.optimiser.step(update, meters.loss, held_back=held_back(meters, c.config))
             c.teacher.after_update(update + 1)
             c.engine.publish(update + 1)
         c.foresight.after(rollouts)

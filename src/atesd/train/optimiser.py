@@ -28,11 +28,15 @@ def learning_rate(config: TrainConfig, update: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An optimiser step: the gradient's norm before clipping, the learning rate, and whether the step was taken."""
+    """An optimiser step: the gradient's norm before clipping, the learning rate, and whether the step was taken.
+
+    `held_back`: it was not, on purpose.
+    """
 
     grad_norm: float
     learning_rate: float
     taken: bool
+    held_back: bool = False
 
 
 @final
@@ -53,16 +57,19 @@ class Optimiser:
         """The learning rate of an update."""
         return learning_rate(self._config, update)
 
-    def step(self, update: int, loss: float) -> Step:
-        """Clip the gradient, step unless gradient or loss is not finite, and clear the gradient."""
+    def step(self, update: int, loss: float, *, held_back: bool = False) -> Step:
+        """Clip the gradient, step unless gradient or loss is not finite, and clear the gradient.
+
+        `held_back`: nothing moves, nor do the moments.
+        """
         norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
         rate, finite = self.learning_rate(update), math.isfinite(norm) and math.isfinite(loss)
-        if finite:
+        if finite and not held_back:
             for group in self._adam.param_groups:
                 group["lr"] = rate
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        return Step(norm, rate, finite)
+        return Step(norm, rate, finite, held_back)
 
     def preconditioned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each gradient over the root of its second moments, as AdamW would step on it; unchanged before any step."""

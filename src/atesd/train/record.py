@@ -122,6 +122,8 @@ class Record:
 
     def _finish(self, tensors: Mapping[str, Tensor] | None) -> None:
         exposure, config = self._components.exposure, self._components.config
+        if held_back := sum(row.get("held_back", False) for row in self._run.rows("metrics")):
+            self._listener.message(f"{held_back} updates took no step: their mean alignment was negative")
         for reason, count in exposure.dropped.items():
             self._listener.message(f"{count} exposure decisions were dropped without a reward: {reason}")
         if not any(row["status"] == "pending" for row in self._run.rows("decisions")):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from atesd.config import Config
 from atesd.control.interface import Exposure
 from atesd.control.settings import group_of as control_group
-from atesd.maths.advantages import group_advantages
+from atesd.maths.advantages import difficulty_advantages, group_advantages
 from atesd.records import Alignment, Problem, View
 from atesd.train.foresight import Foresight
 from atesd.train.rollouts import GradedRollout
@@ -53,8 +53,10 @@ def reveal(
 ) -> tuple[Revealed, ...]:
     """Ask the exposure for the ratio of each rollout, and write the teacher's context at that ratio."""
     ratios = [exposure.reveal_ratio(update, group_of(graded.problem, config)) for graded in rollouts]
+    outcomes = outcome_advantages(rollouts, config)
+    weights = likelihood_weights(outcomes, config)
     rows = []
-    for graded, ratio, likelihood_weight in zip(rollouts, ratios, likelihood_weights(rollouts, config), strict=True):
+    for graded, ratio, likelihood_weight, outcome in zip(rollouts, ratios, weights, outcomes, strict=True):
         prompt = prompts.view(graded.problem, ratio)
         context, completion = graded.pair
         example = Example(
@@ -65,21 +67,31 @@ def reveal(
             key=(update, graded.rollout.problem_id, graded.rollout.sample),
             correct=graded.verdict == "correct",
             candidates=foresight.candidates(graded.problem),
+            outcome=outcome,
         )
         rows.append(Revealed(graded, ratio, prompt.view, example))
     return tuple(rows)
 
 
-def likelihood_weights(rollouts: Sequence[GradedRollout], config: Config) -> list[float]:
-    """What the log-likelihood of each rollout is weighted by: 0 in plain distillation, 1 in SFT, GRPO's advantage."""
+def outcome_advantages(rollouts: Sequence[GradedRollout], config: Config) -> list[float]:
+    """Each rollout's verdict less its baseline (`train.baseline`); 0 where nothing reads it."""
+    if not config.reads_advantages:
+        return [0.0] * len(rollouts)
+    verified = [float(graded.verdict == "correct") for graded in rollouts]
+    if config.centres_by_difficulty:
+        return difficulty_advantages(verified, [graded.problem.difficulty for graded in rollouts])
+    return group_advantages(verified, config.train.group_size)
+
+
+def likelihood_weights(outcomes: Sequence[float], config: Config) -> list[float]:
+    """What the log-likelihood of each rollout is weighted by: 0 in plain distillation, 1 in SFT, or its advantage."""
     train = config.train
     if train.method == "sft":
-        return [1.0] * len(rollouts)
-    if train.samples_per_problem == 1:
-        return [0.0] * len(rollouts)
+        return [1.0] * len(outcomes)
+    if not train.has_policy_gradient:
+        return [0.0] * len(outcomes)
     weight = 1.0 if train.method == "grpo" else train.grpo_weight
-    verified = [float(graded.verdict == "correct") for graded in rollouts]
-    return [weight * advantage for advantage in group_advantages(verified, train.group_size)]
+    return [weight * outcome for outcome in outcomes]
 
 
 def group_of(problem: Problem, config: Config) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Literal, cast
 
-from atesd.config import Config
+from atesd.config import Config, LookAheadGate
 from atesd.maths.statistics import is_looping
 from atesd.records import FinishedDecision, UpdateStats
 from atesd.rows import AlignmentRow, DecisionRow, MetricsRow, SampleRow
@@ -44,6 +44,12 @@ def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dic
     )
 
 
+def held_back(meters: StepMeters, config: Config) -> bool:
+    """Whether no step is to be taken on an update: its mean alignment is negative under `loss.gate.skip: update`."""
+    gate = config.loss.gate
+    return isinstance(gate, LookAheadGate) and gate.skip == "update" and meters.means.get("alignment", 0.0) < 0
+
+
 def metrics_row(
     update: int, batch: Batch, meters: StepMeters, stats: UpdateStats, step: Step, seconds: Mapping[Phase, float]
 ) -> MetricsRow:
@@ -51,7 +57,7 @@ def metrics_row(
     means, distilled = meters.means, "kl" in meters.means
     rollouts = [row.graded.rollout for row in batch.rows]
     graded = [row.graded.verdict == "correct" for row in batch.rows if row.graded.verdict is not None]
-    return {
+    row: MetricsRow = {
         "update": update,
         "loss": finite_or_none(meters.loss),
         "kl": finite_or_none(stats.kl) if distilled else None,
@@ -80,6 +86,11 @@ def metrics_row(
         "skipped": None if step.taken else "non-finite loss or gradient",
         "seconds": {str(phase): spent for phase, spent in seconds.items()},
     }
+    if "alignment" in means:
+        row["token_alignment"] = finite_or_none(means["alignment"])
+    if step.held_back:
+        row["held_back"] = True
+    return row
 
 
 def decision_row(finished: FinishedDecision, update: int, status: Literal["finished", "pending"]) -> DecisionRow:

@@ -1,24 +1,26 @@
-"""Which tokens of a rollout are distilled, without a look-ahead: the baselines of the aligned gate.
+"""Which tokens of a rollout are distilled, without a look-ahead: the baselines and rivals of the aligned gate.
 
 They look at one rollout at a time, so that micro-batches and ranks change nothing. Factor 1 keeps a token, 0 leaves it
-out; other weights stay.
+out, others weigh it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from atesd.maths import keyed
 from atesd.maths.divergence import Objective
-from atesd.maths.fused import divergence_profile
-from atesd.models.score import Scored
-from atesd.train.update import Example, Selection
+from atesd.maths.fused import chunk_size, divergence_profile
+from atesd.maths.gates import bounded_weights, influence, sdar_weights
+from atesd.models.score import Scored, hidden_logprobs
+from atesd.train.update import Example, Selection, Selector, per_token
 
 
 @final
@@ -85,3 +87,87 @@ class RankedGate:
             kept = values.topk(max(1, math.ceil(self._share * len(values))), largest=self._largest).indices
             factors.append(torch.zeros_like(values).index_fill(0, kept, 1.0))
         return Selection(teacher, torch.cat(factors))
+
+
+@final
+class SdarGate:
+    """Weighs each token by how much likelier the teacher finds it than the student: SDAR's gate."""
+
+    def __init__(self, beta: float, temperature: float, chunk_tokens: int | None) -> None:
+        self._beta, self._temperature, self._chunk_tokens = beta, temperature, chunk_tokens
+
+    def select(
+        self,
+        examples: Sequence[Example],  # noqa: ARG002
+        student: Scored,
+        teachers: Sequence[Scored],
+        tokens: Int[Tensor, " N"],
+    ) -> Selection:
+        """The factor of every token, in (0, 1)."""
+        [teacher] = teachers
+        p, q = (
+            hidden_logprobs(
+                one.head, one.hidden, tokens, temperature=self._temperature, chunk_tokens=self._chunk_tokens
+            )
+            for one in (teacher, student)
+        )
+        return Selection(teacher, sdar_weights(p, q, self._beta))
+
+
+@final
+class InfluenceGate:
+    """Weighs each token by its influence on the policy-gradient surrogate of its rollout, from the logits at hand."""
+
+    def __init__(self, scale: float, bound: float, objective: Objective, chunk_tokens: int | None) -> None:
+        self._scale, self._bound = scale, bound
+        self._objective, self._chunk_tokens = objective, chunk_tokens
+
+    def select(
+        self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
+    ) -> Selection:
+        """Factors of mean 1 in every rollout; meter `influence`."""
+        [teacher] = teachers
+        values = self._influence(examples, student, teacher, tokens)
+        rows = torch.split(values, [len(example.completion) for example in examples])
+        weights = torch.cat([bounded_weights(row, self._scale, self._bound) for row in rows])
+        return Selection(teacher, weights, {"influence": values})
+
+    def _influence(
+        self, examples: Sequence[Example], student: Scored, teacher: Scored, tokens: Int[Tensor, " N"]
+    ) -> Float[Tensor, " N"]:
+        """That of every token, a block of logits at a time."""
+        outcomes = per_token([example.outcome for example in examples], examples, tokens.device).float()
+        size = chunk_size(student.vocabulary, tokens.device, self._chunk_tokens)
+        blocks = [slice(start, start + size) for start in range(0, len(tokens), size)]
+        return torch.cat(
+            [
+                influence(self._objective, teacher.logits(own), student.logits(own), tokens[own], outcomes[own])
+                for own in blocks
+            ]
+        )
+
+
+@final
+class PermutedGate:
+    """The weights of another gate, dealt to the tokens of their rollout at random: its null control.
+
+    Draws belong to (seed, rollout). Every rollout keeps the sum of its weights, and its share of tokens left out.
+    """
+
+    def __init__(self, gate: Selector, seed: int) -> None:
+        self._gate, self._seed = gate, seed
+
+    def select(
+        self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
+    ) -> Selection:
+        """That of the gate, with its factors permuted within each rollout."""
+        chosen = self._gate.select(examples, student, teachers, tokens)
+        if chosen.factors is None:
+            return chosen
+        dealt = []
+        for example, own in zip(
+            examples, torch.split(chosen.factors, [len(e.completion) for e in examples]), strict=True
+        ):
+            order = keyed.generator(self._seed, "permuted gate", *example.key).permutation(len(own))
+            dealt.append(own[torch.from_numpy(order).to(own.device)])
+        return replace(chosen, factors=torch.cat(dealt))

@@ -46,7 +46,8 @@ class Example:
     """One completion of an optimiser step under the student's context and, to distil, under the teacher's.
 
     `advantage` weighs the log-likelihood of the completion: 1 in SFT, GRPO's advantage in GRPO, and in distillation
-    that times `train.grpo_weight`, 0 where no likelihood is added to the divergence. `answer` is a second completion,
+    that times `train.grpo_weight`, 0 where no likelihood is added to the divergence. `outcome` is the verdict less its
+    baseline, which the gate `influence` reads. `answer` is a second completion,
     only measured: the teacher reads it in the same pass, after the context that both share. `key` names the rollout in
     keyed draws, `correct` says that it was verified. With `candidates` the teacher reads the completion under each of
     them instead of `teacher_context`; all examples of a step have as many.
@@ -60,6 +61,7 @@ class Example:
     key: tuple[int | str, ...] = ()
     correct: bool = False
     candidates: tuple[Candidate, ...] = ()
+    outcome: float = 0.0
 
     @property
     def student_pair(self) -> Pair:

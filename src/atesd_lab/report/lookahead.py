@@ -33,7 +33,8 @@ GATE = (
         "kept_share",
         "Tokens kept by the gate",
         "% of tokens",
-        "Share of the student's tokens that were distilled. All of them: with `aligned`, success had no direction yet.",
+        "Share of the student's tokens that were distilled (of a gate that weighs them: their mean "
+        "weight). All of them: with `aligned`, success had no direction yet.",
         share=True,
     ),
     Panel(

@@ -24,7 +24,14 @@ from atesd_lab.report.alarms import Alarm, find_alarms
 from atesd_lab.report.canvas import Chart
 from atesd_lab.report.decisions import LATEST, decisions_table, ridge, timeline
 from atesd_lab.report.rows import Manifest, RunRows, read_runs
-from atesd_lab.report.samples import ALIGNMENT_LEVELS, KL_LEVELS, RATIO_LEVELS, SampleView, sample_views
+from atesd_lab.report.samples import (
+    ALIGNMENT_LEVELS,
+    KL_LEVELS,
+    RATIO_LEVELS,
+    SampleView,
+    cuts_by_alignment,
+    sample_views,
+)
 from atesd_lab.report.seeds import seeds_table
 from atesd_lab.report.tables import changed_settings, differences_table, evaluation_table, results_table
 from atesd_lab.report.worlds import World, worlds_of
@@ -266,7 +273,7 @@ def _run_view(run: RunRows, anchor: str, alone: bool) -> RunView:
         samples_logged=len(run.samples),
         has_alignment=any(row.get("token_alignment") for row in run.samples),
         has_ratio=any(row.get("token_ratio") for row in run.samples),
-        has_gate=run.config.loss.gate.kind == "aligned",
+        has_gate=cuts_by_alignment(run.config),
         settings=changed_settings(run.config),
         config_text=dump_config(run.config),
     )

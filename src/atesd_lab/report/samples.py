@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from atesd.config import AlignedGateSettings, Config
 from atesd.rows import SampleRow
 from atesd.text import MISSING, finite, number, signed, spelt
 from atesd_lab.report.rows import RunRows
@@ -91,7 +92,13 @@ def sample_views(run: RunRows) -> list[SampleView]:
     rows = sorted(run.samples, key=lambda row: int(row["update"]))
     if len(rows) > FIRST_SAMPLES + LAST_SAMPLES:
         rows = rows[:FIRST_SAMPLES] + rows[-LAST_SAMPLES:]
-    return [_view(row, gated=run.config.loss.gate.kind == "aligned") for row in rows]
+    return [_view(row, gated=cuts_by_alignment(run.config)) for row in rows]
+
+
+def cuts_by_alignment(config: Config) -> bool:
+    """Whether a token is kept where its alignment is positive, and left out elsewhere."""
+    gate = config.loss.gate
+    return isinstance(gate, AlignedGateSettings) and not gate.permute and gate.skip != "rollouts"
 
 
 def token_level(kl: float) -> int:
