@@ -45,14 +45,14 @@ class WordRecipe:
 
     hidden_size: int = 192
     layers: int = 5
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 1100
+    batch_size: int = 32
     micro_batch_size: int = 8  # texts of like length
     problems_per_template: int = 1000
     muon_learning_rate: float = 0.02  # matrices
     adamw_learning_rate: float = 3e-3  # embedding and norms
     warmup_steps: int = 50
-    decay_share: float = 0.5  # last share of the steps: linear decay to 0
+    decay_share: float = 0.6  # last share of the steps: linear decay to 0
     acceptance_problems: int = 200
     mixture: WordMixture = field(default_factory=WordMixture)
     acceptance: WordAcceptance = field(default_factory=WordAcceptance)

@@ -2,10 +2,10 @@
 
 What makes this world what it is (and is measured in `gates.json`), as in `world/texts.py`:
 
-- *Unsure steps*: for half of the lines of the templates (which, is drawn once), a text that sees no reference there has
+- *Unsure steps*: for 60 % of the lines of the templates (which, is drawn once), a text that sees no reference there has
   another operation or another quantity in every second case, and goes on from what comes out. More pretraining
   does not help the student.
-- *References*: half of the texts show the first k lines, with the answer or without; there the revealed lines are
+- *References*: 60 % of the texts show the first k lines, with the answer or without; there the revealed lines are
   followed, and the last line comes to an answer that is shown, unless the text has left the track.
 - *Off-track data*: half of those have one wrong step, an operation, a quantity or a sum, that is no target; the text
   goes on from it. This teaches the teacher what to do after a student's mistake.
@@ -40,13 +40,13 @@ _TRIES = 8
 class WordMixture:
     """Shares of the kinds of text."""
 
-    reference: float = 0.5  # texts with a reference
-    whole: float = 0.4  # of those: all of it; the others show k lines, k uniform below their number
+    reference: float = 0.6  # texts with a reference
+    whole: float = 0.5  # of those: all of it; the others show k lines, k uniform below their number
     withheld: float = 0.5  # of the texts with a reference: the answer is not shown
     off_track: float = 0.5  # of the texts with a reference: one wrong step that is no target
     terse: float = 0.2  # of the texts with a reference: the lines that it shows are written as it writes them
     own_terse: float = 0.05  # of the texts without one: terse
-    unsure: float = 0.5  # of the lines of the templates
+    unsure: float = 0.6  # of the lines of the templates
     slip: float = 0.5  # chance that an unsure line goes wrong where no reference shows it
 
 
@@ -174,7 +174,7 @@ def _draw_plan(rng: np.random.Generator, problem: WordProblem, mixture: WordMixt
 
 
 def _written(rng: np.random.Generator, problem: WordProblem, plan: Plan, mixture: WordMixture) -> list[Piece]:
-    """The completion; drawn again where it comes to no whole number in 0 to 999, at last without mistakes."""
+    """The completion; drawn again where it comes to no whole number in 0 to 199, at last without mistakes."""
     for _ in range(_TRIES):
         try:
             return _completion(rng, problem, plan, mixture)

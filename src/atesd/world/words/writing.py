@@ -51,7 +51,7 @@ def states(left: int, operator: str, right: int) -> list[State]:
     """The expressions that lead from `left operator right` to its value, each equal to the one before it.
 
     The second number of a sum or difference is taken apart if both have several digits, the longer factor of a product
-    into one product for each significant digit. Raises `ValueError` for a value that is no whole number from 0 to 999.
+    into one product for each significant digit. Raises `ValueError` for a value that is no whole number from 0 to 199.
     """
     found = [State((left, right), (operator,))]
     if operator in "+-" and left >= 10 and right >= 10 and len(parts(right)) > 1:
