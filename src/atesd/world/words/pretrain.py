@@ -45,7 +45,7 @@ class WordRecipe:
 
     hidden_size: int = 192
     layers: int = 5
-    steps: int = 1100
+    steps: int = 1600
     batch_size: int = 32
     micro_batch_size: int = 8  # texts of like length
     problems_per_template: int = 1000

@@ -44,7 +44,7 @@ class WordMixture:
     whole: float = 0.5  # of those: all of it; the others show k lines, k uniform below their number
     withheld: float = 0.5  # of the texts with a reference: the answer is not shown
     off_track: float = 0.5  # of the texts with a reference: one wrong step that is no target
-    terse: float = 0.2  # of the texts with a reference: the lines that it shows are written as it writes them
+    terse: float = 0.1  # of the texts with a reference: the lines that it shows are written as it writes them
     own_terse: float = 0.05  # of the texts without one: terse
     unsure: float = 0.6  # of the lines of the templates
     slip: float = 0.5  # chance that an unsure line goes wrong where no reference shows it
