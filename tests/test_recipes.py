@@ -73,7 +73,7 @@ def opsd_settings(config: Config) -> dict[str, object]:
 
 def test_the_recipes_are_those_of_the_readme():
     qwen3 = {"qwen3-1.7b", "qwen3-1.7b-paper", "qwen3-4b", "qwen3-8b"}
-    assert set(recipe_names()) == {*MICRO, "smollm2-gsm", "smollm2-sums", *qwen3}
+    assert set(recipe_names()) == {*MICRO, "micro-words", "smollm2-gsm", "smollm2-sums", *qwen3}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -205,7 +205,13 @@ def test_the_sums_show_every_ratio_of_their_look_ahead_another_view():
     assert [shown_segments(ratio, 3) for ratio in config.exposure.ratios] == [0, 1, 2, 3]
 
 
-STAND_INS = {"Qwen/": "qwen3", "smollm2": "llama", "runs/smollm2-sums-start/": "llama"}
+def test_the_word_problems_are_those_that_their_model_was_taught_in_the_contexts_that_it_was_taught():
+    config = load_config("micro-words")
+    assert (config.data.source, config.data.templates, config.data.segmenter) == ("gsm_symbolic", "short", "line")
+    assert config.model.path == "runs/words-a"  # where the command of the first lines writes it
+
+
+STAND_INS = {"Qwen/": "qwen3", "smollm2": "llama", "runs/smollm2-sums-start/": "llama", "runs/words-": "qwen3"}
 """The architecture behind a path that the hub, a fetch or a run of yours fills; world models are packaged."""
 
 

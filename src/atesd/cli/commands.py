@@ -347,26 +347,31 @@ def _models() -> None:
 
 @world.command()
 def pretrain(
-    name: Annotated[str, typer.Argument(help="How: a pretraining recipe, such as good.")] = "good",
+    name: Annotated[str, typer.Argument(help="How: good or bad, or words (extra gsm).")] = "good",
     seed: Annotated[int, typer.Option(min=0, help="First seed to try.")] = 0,
     attempts: Annotated[int, typer.Option(min=1, help="Seeds to try until one is accepted.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Model folder. Default: worlds/NAME.")] = None,
 ) -> None:
-    """Pretrain a world model from a seed, seed after seed until one is accepted. Minutes on one core."""
+    """Pretrain a world model, seed after seed until one is accepted. Minutes on one core; words: most of an hour."""
     import json
 
     from atesd.errors import ConfigError
     from atesd.world.pretrain import RECIPES, pretrain_command
+    from atesd.world.words.pretrain import pretrain_words_command
 
-    if name not in RECIPES:
-        raise ConfigError(f"world pretrain {name}: expected one of {', '.join(RECIPES)}")
+    if name not in (*RECIPES, "words"):
+        raise ConfigError(f"world pretrain {name}: expected one of {', '.join(RECIPES)}, words")
     folder = out or Path("worlds") / name
 
     def show(candidate: int, step: int, loss: float) -> None:
         if step % 100 == 0:
             say(f"seed {candidate}  step {step}  loss {loss:.3f}")
 
-    say(json.dumps(pretrain_command(seed, attempts, folder, name, show), indent=2))
+    if name == "words":
+        record = pretrain_words_command(seed, attempts, folder, show)
+    else:
+        record = pretrain_command(seed, attempts, folder, name, show)
+    say(json.dumps(record, indent=2))
     say(f"model folder: {folder} (use it with --set model.path={folder})")
 
 

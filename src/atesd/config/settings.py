@@ -199,6 +199,14 @@ class DataConfig(Component):
     earlier_turns: Annotated[Literal["refuse", "drop"], _LOOKS_AT_ROWS] = Field(
         "refuse", description="of a row's chat, before its last problem; drop: not read, which is said"
     )
+    templates: Annotated[
+        Literal["all", "short", "short-held-out"],
+        ActsWhen(lambda c: c.data.source == "gsm_symbolic", "data.source: gsm_symbolic"),
+    ] = Field(
+        "all",
+        description="of gsm_symbolic; short: those of few, short lines, which the model of `world pretrain words` was "
+        "taught; short-held-out: of that kind too, but never shown to it",
+    )
     segmenter: Annotated[str, word_or_named("auto", "paragraph", "line", "sentence", "step", "token"), _TEXT] = Field(
         "auto", description="auto (ours): blank lines, else lines, else sentences; or yours, module:function (docs)"
     )

@@ -34,10 +34,11 @@ def gsm_rows(seed: int, count: int) -> Iterator[Row | BadRow]:
     """
     gym = require("reasoning_gym", "gsm", "data.source: gsm_symbolic")
     examples = gym.create_dataset("gsm_symbolic", seed=seed, size=count)
-    return (_row(number, examples[number - 1]) for number in range(1, count + 1))
+    return (gsm_row(number, examples[number - 1]) for number in range(1, count + 1))
 
 
-def _row(number: int, example: dict[str, Any]) -> Row | BadRow:
+def gsm_row(number: int, example: dict[str, Any]) -> Row | BadRow:
+    """A generated example as a row; a bad one if its reasoning is wrong."""
     written, answer = example["metadata"]["answer_cot"], example["answer"]
     line = _ANSWER_LINE.search(written)
     solution = written[: line.start()] if line else written

@@ -30,6 +30,7 @@ from atesd.data.segments import Segmenter, split_reference
 from atesd.data.sizes import require_enough, said, shortages, sizes_of
 from atesd.data.splits import ProblemSets, Shares, fingerprint, shares_of, split_of
 from atesd.data.tables import open_table
+from atesd.data.word_problems import TEMPLATES, short_rows
 from atesd.errors import ConfigError, DataError
 from atesd.records import Problem, Split
 
@@ -207,7 +208,10 @@ def _generate(config: DataConfig) -> Reading:
     if config.source == "arithmetic":
         rows: Iterable[Row | BadRow] = arithmetic_rows(config.seed, count, config.max_difficulty)
         return checked(config.source_name, rows, ARITHMETIC_COLUMNS, config.checker)
-    return checked(config.source_name, gsm_rows(config.seed, count), GSM_COLUMNS, config.checker)
+    if config.templates == "all":
+        return checked(config.source_name, gsm_rows(config.seed, count), GSM_COLUMNS, config.checker)
+    rows = short_rows(config.seed, count, TEMPLATES[config.templates])
+    return checked(config.source_name, rows, GSM_COLUMNS, config.checker)
 
 
 def _settings(columns: ColumnsConfig) -> dict[str, str]:

@@ -75,7 +75,8 @@ def _pretrain(seed: int, recipe: PretrainRecipe, progress: Callable[[int, float]
         torch.manual_seed(int(generator(seed, "pretrain", "weights").integers(2**62)))
         model = Qwen3ForCausalLM(world_config())
     model.train()
-    optimisers = _optimisers(model, recipe)
+    rates = recipe.muon_learning_rate, recipe.adamw_learning_rate
+    optimisers = muon_and_adamw(model, *rates, recipe.muon_weight_decay)
     known = known_facts()
     for step in range(recipe.steps):
         rng = generator(seed, "pretrain", "texts", step)
@@ -102,14 +103,16 @@ def _longest(step: int, recipe: PretrainRecipe) -> int:
     return min(MAX_CLAUSES, MIN_CLAUSES + int(share * (MAX_CLAUSES - MIN_CLAUSES + 1)))
 
 
-def _optimisers(model: Qwen3ForCausalLM, recipe: PretrainRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def muon_and_adamw(
+    model: Qwen3ForCausalLM, muon_learning_rate: float, adamw_learning_rate: float, muon_weight_decay: float
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms, each with its learning rate."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_learning_rate, weight_decay=recipe.muon_weight_decay)
-    adamw = torch.optim.AdamW(others, lr=recipe.adamw_learning_rate, weight_decay=0.0)
-    return [(muon, recipe.muon_learning_rate), (adamw, recipe.adamw_learning_rate)]
+    muon = torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=muon_weight_decay)
+    adamw = torch.optim.AdamW(others, lr=adamw_learning_rate, weight_decay=0.0)
+    return [(muon, muon_learning_rate), (adamw, adamw_learning_rate)]
 
 
 def _text_loss(model: Qwen3ForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:

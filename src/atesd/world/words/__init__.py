@@ -1,0 +1,1 @@
+"""The middle rung: word problems of reasoning-gym, and a small language model that is taught them here."""
