@@ -250,7 +250,7 @@ def test_a_dry_run_says_what_is_planned_and_writes_nothing(atesd: Shell, tmp_pat
         assert expected in lines
     assert any(line.startswith("teacher context at ratio 1: median 41, longest 41 tokens") for line in lines)
     assert any(line.startswith("contexts of the first 24 training problems: student up to ") for line in lines)
-    assert any(line.startswith("it fits: ") for line in lines)
+    assert [line.partition(":")[0] for line in lines[:3]] == ["policy updates", "it fits", "problems"]
     assert lines[-1] == "nothing was trained and nothing was written (--dry-run)"
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from atesd import cli
 from atesd.errors import RunError
 from atesd.runs import RunFolder
-from atesd_lab.cli.comparison import print_rich
+from atesd_lab.cli.comparison import answer_first, print_rich
 from atesd_lab.report.groups import common_updates, group_of, selections
 from atesd_lab.report.honest import Report, compare_groups, comparison_table, markdown, results_table
 from atesd_lab.stats.differences import paired_difference
@@ -133,6 +133,13 @@ def test_one_update_is_common_to_both_groups_and_never_the_first(arms: tuple[lis
     extra.append("evaluations", evaluation_row(30, 0.99, np.random.default_rng(0)))
     groups = [group_of("a", a), group_of("b", b)]
     assert common_updates(groups) == [20, 40, 60]
+
+
+def test_the_answer_is_read_before_the_table_and_once(arms: tuple[list[Path], list[Path]]):
+    report = compared(*arms)
+    answer, table = answer_first(report)
+    assert answer.startswith("Fixed last: ")
+    assert (answer, *table.notes) == comparison_table(report).notes
 
 
 def test_a_peak_is_labelled_too_high_and_gets_no_verdict(arms: tuple[list[Path], list[Path]]):

@@ -18,13 +18,14 @@ from atesd.cli import together
 from atesd.cli.pack import evaluate_benchmarks, pack_table
 from atesd.cli.scores import Scored, evaluate_target
 from atesd.cli.unfinished import FOLDER
-from atesd.config import Config, DataConfig, dump_config
+from atesd.config import Config, DataConfig, EvaluationConfig, ModelConfig, dump_config, with_overrides
 from atesd.data import tables
 from atesd.data.benchmarks import Asked, asked_for, content_hash, family_of, load_content, registry
 from atesd.errors import AtesdError, ConfigError, DataError, RunError
 from atesd.forecast.arithmetic import Lengths, Work, decoding
 from atesd.forecast.devices import RESERVED_ON_CPU, DeviceKind
 from atesd.maths.statistics import detectable_difference
+from atesd.models.ranks import SINGLE_PROCESS
 from atesd.models.shape import described_shape
 from atesd.records import Problem
 from atesd.runs import RunFolder
@@ -379,6 +380,20 @@ def test_a_batch_that_is_asked_for_is_kept_and_what_is_expected_of_it_said(
     said = capsys.readouterr().err
     assert "rows together: 12, as set, though prompts of up to" in said
     assert "3 should fit" in said  # 12, 6, 3
+
+
+def test_the_time_of_a_servers_answer_is_said_by_the_requests_that_wait_together(
+    copy: RunFolder, capsys: pytest.CaptureFixture[str]
+):
+    together.say_time(copy.config, 30, SINGLE_PROCESS)
+    assert capsys.readouterr().err == ""
+    served = with_overrides(copy.config, ["sampling.engine=server", "evaluation.completion_tokens=100"])
+    long = served.model_copy(
+        update={"evaluation": EvaluationConfig(samples=12, completion_tokens=38_912), "model": ModelConfig()}
+    )
+    together.say_time(long, 30, SINGLE_PROCESS)
+    # By hand: of 360 requests lcm(12 samples, 64 rows) = 192 at once; 192 x 38,912 / 500 tokens a second = 14,942 s.
+    assert capsys.readouterr().err == "a server may take 4 h 09 min for an answer (sampling.server.timeout)\n"
 
 
 def test_the_rows_of_a_run_evaluated_by_evaluate_are_those_that_fit_too(

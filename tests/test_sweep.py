@@ -123,11 +123,15 @@ def test_exclude_leaves_out_combinations():
     ]
 
 
-def test_step_sizes_are_tuned_on_seeds_that_no_table_uses() -> None:
-    assert {cell.seed for cell in cells_of(load_plan("aligned-tuning"), OUT)} == {100, 101}
+TUNING = ("aligned-tuning", "gates")
 
 
-@pytest.mark.parametrize("name", [name for name in plan_names() if name != "aligned-tuning"])
+@pytest.mark.parametrize("name", TUNING)
+def test_what_is_tuned_is_tuned_on_seeds_that_no_table_uses(name: str) -> None:
+    assert {cell.seed for cell in cells_of(load_plan(name), OUT)} == {100, 101}
+
+
+@pytest.mark.parametrize("name", [name for name in plan_names() if name not in TUNING])
 def test_packaged_plans_have_at_least_five_paired_seeds_and_configs_that_hold(name: str):
     seeds: dict[tuple, list[int]] = {}
     for cell in cells_of(load_plan(name), OUT, name):

@@ -144,11 +144,11 @@ def _show_plan(
     config: Config, devices: int | None, kind: str | None, problem_tokens: int | None, reference_tokens: int | None
 ) -> None:
     """What was built here and what it needs; or, for devices that are named, what config.json and arithmetic tell."""
-    from atesd.cli.forecast import NOTHING_DONE, Asked, built_lines, described_lines
+    from atesd.cli.forecast import NOTHING_DONE, Asked, built_lines, described_lines, verdicts_first
 
     asked = Asked(devices, kind, problem_tokens, reference_tokens)
     if asked.anything:
-        for line in described_lines(config, asked):
+        for line in verdicts_first([*described_lines(config, asked)]):
             say(line)
         return
 
@@ -157,7 +157,7 @@ def _show_plan(
 
     components = build(config)
     try:
-        for line in (*plan_lines(components), *built_lines(components), NOTHING_DONE):
+        for line in verdicts_first([*plan_lines(components), *built_lines(components), NOTHING_DONE]):
             say(line)
     finally:
         close(components)

@@ -59,6 +59,15 @@ class Asked:
         return any(value is not None for value in (self.devices, self.kind, self.problem_tokens, self.reference_tokens))
 
 
+_VERDICTS = ("it fits: ", "it does not fit: ", "policy updates: ", "seconds per update, an estimate: ")
+"""How the lines begin that a reader wants first: does it fit, can it learn, how long does it take?"""
+
+
+def verdicts_first(lines: Sequence[str]) -> list[str]:
+    """The lines of a plan, its verdicts before all others."""
+    return sorted(lines, key=lambda line: not line.startswith(_VERDICTS))
+
+
 def described_lines(config: Config, asked: Asked) -> Iterator[str]:
     """The plan of a recipe for devices that need not be here. No weights are read and no memory is taken for any.
 
@@ -228,7 +237,8 @@ def _verdict(work: Work) -> Iterator[str]:
 def _times(work: Work) -> Iterator[str]:
     fast, slow = seconds(work, FAST), seconds(work, SLOW)
     if not fast:
-        yield f"seconds per update: not known for {visible(work.kind.name)}; name one that is (--device-kind)"
+        named = visible(work.kind.name)
+        yield f"seconds per update: not known for {named}; atesd profile measures one, --device-kind plans for a card"
         return
     low, high, updates = sum(fast.values()), sum(slow.values()), work.config.train.num_updates
     parts = ", ".join(f"{name} {span(value, slow[name])}" for name, value in fast.items())

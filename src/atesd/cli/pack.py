@@ -153,8 +153,7 @@ def _evaluate(subject: _Subject, fitting: Config, contents: Sequence[Content], r
 def _one(subject: _Subject, content: Content, problems: ProblemSets, components: Components, ranks: Ranks) -> Scored:
     name, run = content.asked.name, subject.run
     key = [subject.key(content), str(ranks.size), str(components.config.sampling.batch_size)]
-    if ranks.first:
-        say_time(components.config, len(problems.test) * components.config.evaluation.samples)
+    say_time(components.config, len(problems.test), ranks)
     with unfinished(run.path if run else None, key, ranks, name) as grades:
         row = components.evaluation.on(problems).evaluate("test", subject.update, grades)
         row = {**row, "split": name, "sampler": {**row["sampler"], **told(subject.config)}}

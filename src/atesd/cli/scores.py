@@ -61,8 +61,7 @@ def evaluate_target(
         problems = benchmark or problem_sets(config.data)
         config = that_fits(config, getattr(problems, wanted), overrides, ranks)
         components = build(config, problems, ranks=ranks)
-        if ranks.first:
-            say_time(config, len(getattr(components.problems, wanted)) * config.evaluation.samples)
+        say_time(config, len(getattr(components.problems, wanted)), ranks)
         key = [dump_config(config), components.problems.fingerprint, wanted, str(update), str(ranks.size)]
         key += [json.dumps(recorded_factories(config))] if config.factories else []
         for note in factory_changes(run.manifest["sessions"][-1].get("factories"), config) if run else ():

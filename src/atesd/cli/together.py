@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from atesd.build import make_renderer
@@ -32,11 +33,12 @@ def that_fits(config: Config, problems: Sequence[Problem], overrides: Sequence[s
     return config.model_copy(update={"sampling": sampling})
 
 
-def say_time(config: Config, requests: int) -> None:
-    """How long a server may take for one answer of so many that it is asked for."""
-    if config.sampling.engine == "server":
-        server = config.sampling.server
-        seconds = server.answer_seconds(config.evaluation_tokens, min(requests / len(server.urls), 256))
+def say_time(config: Config, problems: int, ranks: Ranks) -> None:
+    """How long a server may take for one answer, of as many as an evaluation asks for at once."""
+    if ranks.first and config.sampling.engine == "server":
+        server, samples = config.sampling.server, config.evaluation.samples
+        at_once = min(problems * samples, math.lcm(samples, ranks.size * config.sampling.batch_size))
+        seconds = server.answer_seconds(config.evaluation_tokens, at_once / len(server.urls))
         say(f"a server may take {duration(seconds)} for an answer (sampling.server.timeout)", err=True)
 
 

@@ -34,8 +34,9 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
     if config.data.on_bad_row == "refuse":
         listed = "\n  ".join(list(reasons.values())[:_LISTED])
         raise DataError(
-            f"{len(reasons)} problems do not fit model.max_context_tokens {config.model.max_context_tokens}:\n  "
-            f"{listed}\nRaise it, lower the completion_tokens of sampling or evaluation, or set data.on_bad_row: skip"
+            f"{len(reasons)} problems do not fit model.max_context_tokens {config.model.max_context_tokens}; raise it, "
+            "lower the completion_tokens of sampling or evaluation, or set data.on_bad_row: skip\n  "
+            f"{listed}"
         )
     return replace(
         problems,

@@ -58,15 +58,15 @@ def readings_table(audit: Audit) -> Table:
     return Table(title, columns, rows)
 
 
+def verdict_lines(audit: Audit) -> list[str]:
+    """What is to be read first: the verdict, and what mends it."""
+    mends = (f"  mend: --set {mend.setting}  ({mend.why})" for mend in audit.mends)
+    return [f"Verdict on this recipe: {audit.verdict}.", *mends]
+
+
 def sentences(audit: Audit) -> list[str]:
-    """Budget, effect, notes, mends and, last, the verdict."""
-    return [
-        _budget(audit.budget),
-        _effect(audit.effect, audit.budget),
-        *audit.notes,
-        f"Verdict on this recipe: {audit.verdict}.",
-        *(f"  mend: --set {mend.setting}  ({mend.why})" for mend in audit.mends),
-    ]
+    """Budget, effect and notes."""
+    return [_budget(audit.budget), _effect(audit.effect, audit.budget), *audit.notes]
 
 
 def _budget(budget: Budget) -> str:

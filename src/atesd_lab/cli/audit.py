@@ -14,7 +14,7 @@ from atesd.config import Config
 from atesd.table import render_text
 from atesd.text import visible
 from atesd_lab.audit.audit import Audit, run_audit
-from atesd_lab.audit.text import readings_table, rewards_table, sentences
+from atesd_lab.audit.text import readings_table, rewards_table, sentences, verdict_lines
 from atesd_lab.cli.rich_table import rich_table
 
 WIDTH = 120
@@ -46,15 +46,20 @@ def print_audit(
     elif sys.stdout.isatty():
         print_rich(audit, Console())
     else:
-        for table in (readings_table(audit), rewards_table(audit)):
+        for line in verdict_lines(audit):
+            say(textwrap.fill(line, WIDTH, subsequent_indent="  "))
+        say("")
+        for table in (rewards_table(audit), readings_table(audit)):
             say(render_text(table))
         for line in sentences(audit):
             say(textwrap.fill(line, WIDTH, subsequent_indent="  "))
 
 
 def print_rich(audit: Audit, console: Console) -> None:
-    """Both tables, the verdicts in colour, and the sentences."""
-    for table in (readings_table(audit), rewards_table(audit)):
+    """The verdict, both tables with theirs in colour, and the sentences."""
+    for line in verdict_lines(audit):
+        console.print(Text(visible(line)))
+    for table in (rewards_table(audit), readings_table(audit)):
         console.print(rich_table(table, COLOURS))
         for note in table.notes:
             console.print(Text(visible(note)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.text import Text
 from atesd.cli.options import say
 from atesd.config import method_name
 from atesd.errors import ConfigError
-from atesd.table import render_text
+from atesd.table import Table, render_text
 from atesd.text import visible
 from atesd_lab.cli.rich_table import rich_table
 from atesd_lab.report.groups import group_of
@@ -41,7 +42,16 @@ def print_comparison(
     elif sys.stdout.isatty():
         print_rich(report, Console())
     else:
-        say(render_text(comparison_table(report)), nl=False)
+        answer, table = answer_first(report)
+        say(f"{answer}\n" if answer else "", nl=bool(answer))
+        say(render_text(table), nl=False)
+
+
+def answer_first(report: Report) -> tuple[str, Table]:
+    """The verdict at the last update, or the first that there is, and the table without it; empty where none is."""
+    table = comparison_table(report)
+    verdicts = sum(one.honest for one in report.comparisons)
+    return (table.notes[0], replace(table, notes=table.notes[1:])) if verdicts else ("", table)
 
 
 def group_names(baseline: Path, candidate: Path) -> tuple[str, str]:
@@ -51,8 +61,9 @@ def group_names(baseline: Path, candidate: Path) -> tuple[str, str]:
 
 
 def print_rich(report: Report, console: Console) -> None:
-    """The table with its verdicts in colour, and the notes below."""
-    table = comparison_table(report)
+    """The answer, the table with its verdicts in colour, and the notes below."""
+    answer, table = answer_first(report)
+    console.print(Text(visible(answer)))
     verdicts = {row[-1]: COLOURS.get(row[-1].partition(",")[0], "yellow") for row in table.rows}
     console.print(rich_table(table, verdicts))
     for note in table.notes:
