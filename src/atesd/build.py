@@ -43,6 +43,7 @@ from atesd.runs import recorded_ratios
 from atesd.train.components import Components
 from atesd.train.fitting import problems_that_fit
 from atesd.train.foresight import Foresight, NoForesight
+from atesd.train.hinted import HintRatio, require_references
 from atesd.train.optimiser import Optimiser
 from atesd.train.rollouts import RolloutSampler, rollout_params
 from atesd.train.selectors import CorrectGate, RandomGate, RankedGate
@@ -75,6 +76,7 @@ def build(
     engine = configured_engine(loaded, config, weights)
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
+    require_references(problems.train, config)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
     keeps_tail = config.looks_ahead and config.alignment.parameters == "last_layer"
     scorer, teacher = Scorer(loaded, weights, keeps_tail=keeps_tail), Teacher(weights, config.teacher)
@@ -95,8 +97,15 @@ def build(
         teacher=teacher,
         checker=checker,
         sampler=RolloutSampler(
-            problems.train, config, engine=engine, encoder=encoder, renderer=renderer, checker=checker
+            problems.train,
+            config,
+            engine=engine,
+            encoder=encoder,
+            renderer=renderer,
+            prompts=prompts,
+            checker=checker,
         ),
+        hints=HintRatio(config),
         exposure=make_exposure(config, config.train.num_updates, config.train.seed, *recorded_ratios(config)),
         probes=ProbeSet(
             engine=engine,

@@ -27,6 +27,15 @@ class AlignmentRow(TypedDict):
     rollouts: int
 
 
+class HintedRow(TypedDict):
+    """The hinted rollouts of an update: how many, at which ratio, the verified share; see `train.hinted`."""
+
+    rollouts: int
+    reveal_ratio: float
+    effective_ratio: float
+    accuracy: float
+
+
 class MetricsRow(TypedDict):
     """One update, in metrics.jsonl. Means per token where nothing else is said, divergences in nats."""
 
@@ -58,6 +67,7 @@ class MetricsRow(TypedDict):
     skipped: str | None
     seconds: Mapping[str, float]
     rollout_drift: NotRequired[float | None]
+    hinted: NotRequired[HintedRow]
 
 
 class DecisionRow(TypedDict):
@@ -164,6 +174,6 @@ def late_mean(ratios: Sequence[float]) -> float:
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:
     """The row of an update that never came to a step: nothing measured, and why."""
-    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - {"rollout_drift"})
+    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - {"rollout_drift", "hinted"})
     known = {"update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
     return cast(MetricsRow, {**unknown, **known})

@@ -30,6 +30,7 @@ class RunState(TypedDict):
     exposure: dict[str, object]
     probes: Mapping[str, object]
     success: Mapping[str, object]
+    hints: Mapping[str, object]
     skipped_in_a_row: int
 
 
@@ -72,6 +73,7 @@ class Snapshots:
             "exposure": c.exposure.state_dict(),
             "probes": c.probes.state_dict(),
             "success": c.foresight.state_dict(),
+            "hints": c.hints.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
@@ -84,6 +86,7 @@ class Snapshots:
         c.exposure.load_state_dict(kept["exposure"])
         c.probes.load_state_dict(kept["probes"])
         c.foresight.load_state_dict(kept["success"])
+        c.hints.load_state_dict(kept.get("hints", {}))  # a checkpoint of earlier versions has none
         self.skipped_in_a_row = kept["skipped_in_a_row"]
 
     def _load_newest(self) -> tuple[int, str | None]:
