@@ -13,7 +13,8 @@ import torch
 
 from atesd.aligned.direction import Attempt, weighted_rows
 from atesd.build import build, close
-from atesd.config import Config, dump_config, load_config
+from atesd.cli.plan import acting_lines
+from atesd.config import Config, dump_config, load_config, method_name
 from atesd.errors import ConfigError, DataError
 from atesd.maths.advantages import group_advantages
 from atesd.records import Problem, Rollout, View
@@ -268,3 +269,12 @@ def test_problems_without_a_reference_are_refused_and_named() -> None:
 def test_what_a_hint_shows_may_be_set_without_a_teacher_and_is_kept() -> None:
     config = quick(*GRPO, "views.answer=withhold")
     assert "answer: withhold" in dump_config(config)
+
+
+def test_a_run_is_named_by_its_hinted_rollouts_and_says_who_reads_them() -> None:
+    assert method_name(quick(*GRPO)) == "GRPO, 4 of 16 rollouts hinted"
+    assert method_name(quick(*HINTED)).endswith("aligned tokens (correct), 6 of 16 rollouts hinted")
+    assert "hinted" not in method_name(quick(*GATED))
+    lines = {name: "\n".join(acting_lines(quick(*words))) for name, words in (("gate", HINTED), ("grpo", GRPO))}
+    assert "hinted: 6 of 16 rollouts an update, for the success direction; the ratio moves until 50%" in lines["gate"]
+    assert "hinted: 4 of 16 rollouts an update, for GRPO, under the hinted prompt" in lines["grpo"]

@@ -14,8 +14,9 @@ from atesd.config.settings import (
 
 def method_name(config: Config) -> str:
     """What was trained, in the words of the papers: OPSD, ATESD, a fixed ratio, a baseline or a control."""
+    hinted = [f"{config.hinted.rollouts} of {config.train.batch_size} rollouts hinted"] * (config.hinted.rollouts > 0)
     if not config.distils:
-        return config.train.method.upper()
+        return ", ".join([config.train.method.upper(), *hinted])
     exposure = config.exposure
     extras = [f"control: {exposure.reference_ablation}"] if exposure.reference_ablation != "off" else []
     if config.train.grpo_weight:
@@ -23,7 +24,7 @@ def method_name(config: Config) -> str:
     if not isinstance(config.loss.gate, NoGate):
         extras.append(_gate(config))
     extras += ["shuffled rewards"] if config.decides and config.credit.shuffle_rewards else []
-    return ", ".join([exposure.label(config.credit), *extras])
+    return ", ".join([exposure.label(config.credit), *extras, *hinted])
 
 
 def _gate(config: Config) -> str:
