@@ -43,13 +43,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "loss.reduction=token",
     ),
     "grpo": ("train.method=grpo", "train.group_size=5"),
-    "hinted": (
-        "exposure.kind=full",
-        "loss.gate=aligned",
-        "alignment.min_correct=1",
-        "hinted.rollouts=2",
-        "hinted.importance_cap=1",
-    ),
+    "hinted": ("train.method=grpo", "train.group_size=5", "hinted.rollouts=2"),
     "fewer rows than ranks": ("train.method=sft", "train.batch_size=1"),
     "divided": (
         "model.sharding=full",
