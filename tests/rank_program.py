@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "loss.reduction=token",
     ),
     "grpo": ("train.method=grpo", "train.group_size=5"),
+    "hinted": ("train.method=grpo", "train.group_size=5", "hinted.rollouts=2"),
     "fewer rows than ranks": ("train.method=sft", "train.batch_size=1"),
     "divided": (
         "model.sharding=full",
@@ -112,10 +113,10 @@ def stopped_by_rank_1(ranks: Ranks, out: Path) -> str:
     """Train until rank 1, and only rank 1, gets SIGTERM within update `STOPPED_IN`."""
     drawn = RolloutSampler.rollouts
 
-    def draw_and_ask(sampler: RolloutSampler, update: int) -> list[GradedRollout]:
+    def draw_and_ask(sampler: RolloutSampler, update: int, hint_ratio: float | None) -> list[GradedRollout]:
         if ranks.rank == 1 and update == STOPPED_IN:
             signal.raise_signal(signal.SIGTERM)
-        return drawn(sampler, update)
+        return drawn(sampler, update, hint_ratio)
 
     with mock.patch.object(RolloutSampler, "rollouts", draw_and_ask):
         return train(config_of("learned"), out).status

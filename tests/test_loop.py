@@ -106,10 +106,10 @@ def test_a_student_that_cannot_write_costs_its_update_and_not_the_run(
 ) -> None:
     drawn = RolloutSampler.rollouts
 
-    def failing(sampler: RolloutSampler, update: int) -> list[GradedRollout]:
+    def failing(sampler: RolloutSampler, update: int, hint_ratio: float | None) -> list[GradedRollout]:
         if update == 2:
             raise NonFiniteError("the model's logits are not finite while it completes p7")
-        return drawn(sampler, update)
+        return drawn(sampler, update, hint_ratio)
 
     monkeypatch.setattr(RolloutSampler, "rollouts", failing)
     run = finished(quick("train.num_updates=6"), tmp_path / "run")
@@ -117,5 +117,5 @@ def test_a_student_that_cannot_write_costs_its_update_and_not_the_run(
     assert [row["update"] for row in rows] == list(range(6))
     assert [row["skipped"] is None for row in rows] == [True, True, False, True, True, True]
     assert "p7" in rows[2]["skipped"]
-    assert set(rows[2]) == set(rows[3]) == set(MetricsRow.__annotations__) - {"rollout_drift"}
+    assert set(rows[2]) == set(rows[3]) == set(MetricsRow.__annotations__) - {"rollout_drift", "hinted"}
     assert (run.path / "skipped" / "update-000002.json").exists()

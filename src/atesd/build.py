@@ -48,6 +48,7 @@ from atesd.runs import recorded_ratios
 from atesd.train.components import Components
 from atesd.train.fitting import problems_that_fit
 from atesd.train.foresight import Foresight, NoForesight
+from atesd.train.hinted import HintRatio, require_references
 from atesd.train.optimiser import Optimiser
 from atesd.train.rollouts import RolloutSampler, rollout_params
 from atesd.train.selectors import CorrectGate, InfluenceGate, PermutedGate, RandomGate, RankedGate, SdarGate
@@ -80,6 +81,7 @@ def build(
     engine = configured_engine(loaded, config, weights)
     encoder, renderer = PromptEncoder(loaded.tokenizer, config.model, loaded.end_ids), make_renderer(config)
     problems = problems_that_fit(problems, config, encoder, renderer)
+    require_references(problems.train, config)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
     scorer = Scorer(loaded, weights, keeps=_read_again(config))
     teacher = Teacher(weights, config.teacher if config.train.method == "distill" else LiveTeacher())  # unread: no copy
@@ -100,8 +102,15 @@ def build(
         teacher=teacher,
         checker=checker,
         sampler=RolloutSampler(
-            problems.train, config, engine=engine, encoder=encoder, renderer=renderer, checker=checker
+            problems.train,
+            config,
+            engine=engine,
+            encoder=encoder,
+            renderer=renderer,
+            prompts=prompts,
+            checker=checker,
         ),
+        hints=HintRatio(config),
         exposure=make_exposure(config, config.train.num_updates, config.train.seed, *recorded_ratios(config)),
         probes=ProbeSet(
             engine=engine,

@@ -27,6 +27,15 @@ class AlignmentRow(TypedDict):
     rollouts: int
 
 
+class HintedRow(TypedDict):
+    """The hinted rollouts of an update: how many, at which ratio, the verified share; see `train.hinted`."""
+
+    rollouts: int
+    reveal_ratio: float
+    effective_ratio: float
+    accuracy: float
+
+
 class MetricsRow(TypedDict):
     """One update, in metrics.jsonl. Means per token where nothing else is said, divergences in nats.
 
@@ -63,6 +72,7 @@ class MetricsRow(TypedDict):
     rollout_drift: NotRequired[float | None]
     token_alignment: NotRequired[float | None]
     held_back: NotRequired[bool]
+    hinted: NotRequired[HintedRow]
 
 
 class DecisionRow(TypedDict):
@@ -169,6 +179,6 @@ def late_mean(ratios: Sequence[float]) -> float:
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:
     """The row of an update that never came to a step: nothing measured, and why."""
-    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - {"rollout_drift"})
+    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - {"rollout_drift", "hinted"})
     known = {"update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
     return cast(MetricsRow, {**unknown, **known})

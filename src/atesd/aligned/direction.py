@@ -24,7 +24,7 @@ from atesd.errors import ModelError
 from atesd.maths.advantages import difficulty_advantages
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
-from atesd.models.score import MlpTail, Pair, Scored, Scorer, Tail
+from atesd.models.score import MlpTail, Pair, Scored, Scorer, Tail, completion_logprobs
 from atesd.models.weights import Weights, fixed
 from atesd.train.rollouts import GradedRollout
 from atesd.train.stopwatch import Stopwatch
@@ -40,19 +40,23 @@ _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A graded rollout of the last hold; `reference` is its problem's as a completion, empty where it is not read."""
+    """A graded rollout of the last hold; `reference` is its problem's as a completion, empty where it is not read.
+
+    `context` is the problem alone. `hinted_logprob`: of a hinted rollout, its log-probability as it was written, nats.
+    """
 
     difficulty: int
     context: tuple[int, ...]
     completion: tuple[int, ...]
     reference: tuple[int, ...]
     correct: bool
+    hinted_logprob: float | None = None
 
 
 class DirectionState(TypedDict):
-    """What a checkpoint holds of a direction; an attempt is its fields in order."""
+    """What a checkpoint holds of a direction; an attempt is its fields in order, the last only if it is hinted."""
 
-    attempts: list[tuple[int, list[int], list[int], list[int], bool]]
+    attempts: list[tuple[int, list[int], list[int], list[int], bool, *tuple[float, ...]]]
     unit: dict[str, Tensor]
     epsilon: float
     remembered: NotRequired[float]
@@ -110,7 +114,8 @@ class SuccessDirection:
         for graded in rollouts:
             reference = self._encoder.completion(graded.problem.reference) if read else ()
             correct = graded.verdict == "correct"
-            self._attempts.append(Attempt(graded.problem.difficulty, *graded.pair, reference, correct=correct))
+            hinted = sum(graded.rollout.logprobs) if graded.hint else None
+            self._attempts.append(Attempt(graded.problem.difficulty, *graded.unhinted_pair, reference, correct, hinted))
 
     def renew(self, update: int) -> None:
         """Make the direction of the coming hold from what is remembered, and forget it; `known` says if there is one.
@@ -123,7 +128,7 @@ class SuccessDirection:
         """
         attempts, self._attempts = self._attempts, []
         before, self._unit = self._unit, {}
-        rows = weighted_rows(attempts, self._config, update)
+        rows = weighted_rows(attempts, self._config, update, self._importance(attempts))
         if not rows:
             return
         rows = drawn(rows, self._config, update)
@@ -168,14 +173,16 @@ class SuccessDirection:
     def state_dict(self) -> dict[str, object]:
         """The remembered rollouts, the direction and its step."""
         attempts = [
-            [a.difficulty, list(a.context), list(a.completion), list(a.reference), a.correct] for a in self._attempts
+            [a.difficulty, list(a.context), list(a.completion), list(a.reference), a.correct]
+            + ([] if a.hinted_logprob is None else [a.hinted_logprob])
+            for a in self._attempts
         ]
         return {"attempts": attempts, "unit": dict(self._unit), "epsilon": self.epsilon, "remembered": self._remembered}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
         kept = cast(DirectionState, state)
-        self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok) for d, c, y, r, ok in kept["attempts"]]
+        self._attempts = [Attempt(d, tuple(c), tuple(y), tuple(r), ok, *p) for d, c, y, r, ok, *p in kept["attempts"]]
         self._unit = {name: value.to(self._scorer.device) for name, value in kept["unit"].items()}
         self.epsilon = kept["epsilon"]
         self._remembered = kept.get("remembered", 1.0 if self._unit else 0.0)
@@ -212,6 +219,27 @@ class SuccessDirection:
         for parameter in trained.values():
             parameter.grad = None
         return ascent
+
+    def _importance(self, attempts: Sequence[Attempt]) -> list[float]:
+        """Weight of each attempt: 1, or of a hinted one min(q(y | x) / q(y | x, hint), `hinted.importance_cap`).
+
+        The probabilities are those of the whole completion at the temperature of the rollouts, without its filters.
+        """
+        config, cap = self._config, self._config.hinted.importance_cap
+        weights = [1.0] * len(attempts)
+        if cap is None:
+            return weights
+        written = {i: a.hinted_logprob for i, a in enumerate(attempts) if a.hinted_logprob is not None}
+        logprobs = completion_logprobs(
+            self._scorer,
+            [(attempts[i].context, attempts[i].completion) for i in written],
+            temperature=config.sampling.temperature,
+            micro_batch_size=config.train.micro_batch_size,
+            chunk_tokens=config.loss.chunk_tokens,
+        )
+        for (i, then), now in zip(written.items(), logprobs, strict=True):
+            weights[i] = math.exp(min(float(now.sum()) - then, math.log(cap)))
+        return weights
 
     def _unit_gain(self, example: Example) -> Tensor:
         with torch.no_grad():
@@ -295,11 +323,15 @@ class ScaledLikelihood:
         return self.likelihood.loss(examples, Scored(scaled, student.head.detached()), tokens, weights, targets)
 
 
-def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> list[Example]:
-    """The rollouts (or references) whose likelihood is to rise, each with its advantage.
+def weighted_rows(
+    attempts: Sequence[Attempt], config: Config, update: int, importance: Sequence[float] | None = None
+) -> list[Example]:
+    """The rollouts (or references) whose likelihood is to rise, each with its advantage times its importance.
 
-    Empty if fewer than `alignment.min_correct` are correct, or none is wrong where success is centred.
+    Empty if fewer than `alignment.min_correct` are correct, or none is wrong where success is centred. Verdicts are
+    shuffled, and centred, among the hinted and among the others.
     """
+    weights = importance or [1.0] * len(attempts)
     settings = config.alignment
     correct = [attempt.correct for attempt in attempts]
     if sum(correct) < settings.min_correct:
@@ -307,14 +339,32 @@ def weighted_rows(attempts: Sequence[Attempt], config: Config, update: int) -> l
     if settings.success == "references":
         return [Example(attempt.context, attempt.reference, advantage=1.0) for attempt in attempts]
     if settings.success == "shuffled":
-        order = generator(config.train.seed, "success", update).permutation(len(correct))
-        correct = [correct[i] for i in order]
-    if settings.success != "centred":
-        kept = [a for a, ok in zip(attempts, correct, strict=True) if ok]
-        return [Example(a.context, a.completion, advantage=1.0) for a in kept]
-    advantages = difficulty_advantages([float(ok) for ok in correct], [a.difficulty for a in attempts])
-    rows = [Example(a.context, a.completion, advantage=own) for a, own in zip(attempts, advantages, strict=True)]
+        correct = _shuffled(attempts, config, update)
+    centred, rewards = settings.success == "centred", [float(ok) for ok in correct]
+    advantages = difficulty_advantages(rewards, [_baseline(a) for a in attempts]) if centred else rewards
+    rows = [
+        Example(attempt.context, attempt.completion, advantage=weight * own)
+        for attempt, own, ok, weight in zip(attempts, advantages, correct, weights, strict=True)
+        if centred or ok
+    ]
     return rows if any(row.advantage for row in rows) else []
+
+
+def _baseline(attempt: Attempt) -> tuple[int, bool]:
+    """Which attempts share a mean reward."""
+    return attempt.difficulty, attempt.hinted_logprob is not None
+
+
+def _shuffled(attempts: Sequence[Attempt], config: Config, update: int) -> list[bool]:
+    """Verdicts that belong to other attempts of the same kind."""
+    correct = [attempt.correct for attempt in attempts]
+    for hinted in (False, True):
+        places = [i for i, attempt in enumerate(attempts) if (attempt.hinted_logprob is not None) == hinted]
+        key = ("success", update, "hinted") if hinted else ("success", update)
+        order = generator(config.train.seed, *key).permutation(len(places))
+        for place, i in zip(places, order, strict=True):
+            correct[place] = attempts[places[i]].correct
+    return correct
 
 
 def drawn(rows: list[Example], config: Config, update: int) -> list[Example]:

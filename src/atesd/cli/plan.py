@@ -98,6 +98,12 @@ def acting_lines(config: Config) -> Iterator[str]:
         trained = {"sft": "the references", "grpo": f"completions by their advantage {_among(train)}"}
         yield f"loss: likelihood of {trained[train.method]}, {loss.reduction} mean"
         yield f"teacher: none ({train.method})"
+    if config.hinted.rollouts:
+        reader = {"distill": "the success direction", "grpo": f"GRPO, under the {config.hinted.prompt} prompt"}
+        yield (
+            f"hinted: {config.hinted.rollouts} of {train.batch_size} rollouts an update, for {reader[train.method]}; "
+            f"the ratio moves until {config.hinted.target_success:.0%} of them are right"
+        )
     warm = f"after {train.warmup_updates} updates of warm-up, " if train.warmup_updates else ""
     yield f"learning rate: {train.learning_rate:g}, {warm}{train.learning_rate_schedule}"
     yield f"seed: {train.seed}"

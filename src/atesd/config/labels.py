@@ -20,8 +20,9 @@ def method_name(config: Config) -> str:
     """What was trained, in the words of the papers: OPSD, ATESD, a fixed ratio, a baseline or a control."""
     by_level = config.train.has_policy_gradient and config.train.baseline == "difficulty"
     gradient = "REINFORCE with a baseline per difficulty" if by_level else "GRPO"
+    hinted = [f"{config.hinted.rollouts} of {config.train.batch_size} rollouts hinted"] * (config.hinted.rollouts > 0)
     if not config.distils:
-        return gradient if config.train.has_policy_gradient else config.train.method.upper()
+        return ", ".join([gradient if config.train.has_policy_gradient else config.train.method.upper(), *hinted])
     exposure = config.exposure
     extras = [f"control: {exposure.reference_ablation}"] if exposure.reference_ablation != "off" else []
     if config.train.grpo_weight:
@@ -30,7 +31,7 @@ def method_name(config: Config) -> str:
         permuted = isinstance(config.loss.gate, PermutableGate) and config.loss.gate.permute
         extras.append(_gate(config) + ", permuted" * permuted)
     extras += ["shuffled rewards"] if config.decides and config.credit.shuffle_rewards else []
-    return ", ".join([exposure.label(config.credit), *extras])
+    return ", ".join([exposure.label(config.credit), *extras, *hinted])
 
 
 def _gate(config: Config) -> str:

@@ -33,6 +33,9 @@ _FILES = (".jsonl", ".json", ".parquet")
 _PRESETS_WITH_DIFFICULTY = ("deepmath",)
 
 _DISTILS = ActsWhen(lambda c: c.distils, "train.method: distill")
+_SHOWS = ActsWhen(
+    lambda c: c.distils or c.hinted.rollouts > 0, "train.method: distill, or with hinted.rollouts above 0"
+)
 _SAMPLES = ActsWhen(lambda c: c.train.method != "sft", "train.method: distill or grpo")
 _WORLD = ActsWhen(lambda c: c.data.source == "world", "data.source: world")
 _TEXT = ActsWhen(
@@ -45,6 +48,7 @@ _LOOKS_AT_ROWS = ActsWhen(
 )
 _OWN_CHECKER = ActsWhen(lambda c: is_named(c.data.checker), "data.checker: module:function")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
+_HINTED = ActsWhen(lambda c: c.hinted.rollouts > 0, "hinted.rollouts above 0")
 _DISPLACED = ActsWhen(
     lambda c: c.alignment.parameters in {"all", "last_layer"}, "alignment.parameters: all or last_layer"
 )
@@ -306,10 +310,10 @@ class DataConfig(Component):
 class ViewsConfig(Component):
     """What the teacher's message says around the visible reference. Texts are ours; the order of parts is OPSD's."""
 
-    answer: Annotated[Literal["keep", "withhold", "only"], _DISTILS] = Field(
+    answer: Annotated[Literal["keep", "withhold", "only"], _SHOWS] = Field(
         "keep", description="paper: keep, at every ratio"
     )
-    wording: Annotated[Literal["adaptive", "constant"], _DISTILS, _TEXT] = Field(
+    wording: Annotated[Literal["adaptive", "constant"], _SHOWS, _TEXT] = Field(
         "adaptive",
         description="adaptive (ours): only a cut reference is called partial; constant: one text for all",
     )
@@ -317,17 +321,17 @@ class ViewsConfig(Component):
     instruction: Annotated[str, _TEXT] = Field(
         "Reason step by step and put the final answer inside \\boxed{}.", description="closes both contexts"
     )
-    reference_begin: Annotated[str, _DISTILS, _TEXT] = Field(
+    reference_begin: Annotated[str, _SHOWS, _TEXT] = Field(
         "Reference solution:\n<<<\n", description="opens the reference"
     )
-    reference_end: Annotated[str, _DISTILS, _TEXT] = Field("\n>>>", description="closes the reference")
+    reference_end: Annotated[str, _SHOWS, _TEXT] = Field("\n>>>", description="closes the reference")
     partial_note: Annotated[
-        str, _DISTILS, _TEXT, ActsWhen(lambda c: c.views.wording == "adaptive", "views.wording: adaptive")
+        str, _SHOWS, _TEXT, ActsWhen(lambda c: c.views.wording == "adaptive", "views.wording: adaptive")
     ] = Field("[The reference may be incomplete from here on.]", description="said when the reference is cut")
     answer_text: Annotated[
-        str, _DISTILS, _TEXT, ActsWhen(lambda c: c.views.answer != "withhold", "views.answer: keep or only")
+        str, _SHOWS, _TEXT, ActsWhen(lambda c: c.views.answer != "withhold", "views.answer: keep or only")
     ] = Field("Final answer: \\boxed{{{answer}}}", description="the answer when the closing is not shown")
-    transition: Annotated[str, _DISTILS, _TEXT] = Field(
+    transition: Annotated[str, _SHOWS, _TEXT] = Field(
         "Study the reference until you see why it is right. Then solve the problem yourself, in your own words.",
         description="between the reference and the instruction",
     )
@@ -365,6 +369,37 @@ class AlignmentConfig(Component):
     )
     metric: Annotated[Literal["plain", "optimiser"], _BY_PARAMETERS] = Field(
         "plain", description="in which the step is measured; optimiser: the root of AdamW's second moments divides it"
+    )
+
+
+class HintedConfig(Component):
+    """Rollouts that the student writes with part of the reference in its prompt, where it is seldom right alone."""
+
+    rollouts: int = Field(
+        0,
+        ge=0,
+        description="how many of train.batch_size; they give the success direction alone and are not distilled, or "
+        "join GRPO's groups, equally many each; 0: none",
+    )
+    target_success: Annotated[float, _HINTED] = Field(
+        0.5, gt=0, lt=1, description="share of them that shall be right: the ratio of what they see follows; SEELE: 0.5"
+    )
+    importance_cap: Annotated[
+        float | None,
+        ActsWhen(lambda c: c.hinted.rollouts > 0 and c.looks_ahead, "hinted.rollouts above 0 and a look-ahead"),
+    ] = Field(
+        None,
+        gt=0,
+        description="largest weight of one in the direction: its probability without the hint over that with it; "
+        "None: all weigh 1; ours",
+    )
+    prompt: Annotated[
+        Literal["hinted", "student"],
+        ActsWhen(lambda c: c.hinted.rollouts > 0 and c.train.method == "grpo", "hinted.rollouts above 0 and GRPO"),
+    ] = Field(
+        "hinted",
+        description="under which prompt GRPO reads them: the one they were written under (SEELE, SAGE, POPE), or the "
+        "problem alone",
     )
 
 
@@ -766,6 +801,13 @@ class Config(Component):
     alignment: Annotated[
         AlignmentConfig, ActsWhen(lambda c: c.looks_ahead, "exposure.kind: aligned, or loss.gate: aligned or soft")
     ] = AlignmentConfig()
+    hinted: Annotated[
+        HintedConfig,
+        ActsWhen(
+            lambda c: c.looks_ahead or c.train.method == "grpo",
+            "exposure.kind: aligned, loss.gate: aligned or soft, or train.method: grpo",
+        ),
+    ] = HintedConfig()
     loss: LossConfig = LossConfig()
     teacher: Annotated[TeacherConfig, *chosen("weights", "frozen"), _DISTILS] = FrozenTeacher()
     sampling: SamplingConfig = SamplingConfig()
@@ -843,6 +885,8 @@ class Config(Component):
                 f"sampling.server.publish: weights merges the adapter in a copy of the model, and model.sharding: "
                 f"{self.model.sharding} leaves no rank all of it; set sampling.server.publish: adapter"
             )
+        if self.hinted.rollouts:
+            self._require_hints()
         if self.data.source != "world" and self.model.path.startswith("world:"):
             raise ValueError(f"model.path: {self.model.path} speaks only the world's language; set data.source: world")
         if self.sampling.completion_tokens >= self.model.max_context_tokens:
@@ -851,6 +895,27 @@ class Config(Component):
                 f"model.max_context_tokens {self.model.max_context_tokens}"
             )
         return self
+
+    def _require_hints(self) -> None:
+        """Raise `ValueError` where hinted rollouts would leave nothing to train on, or mean nothing."""
+        train, hinted = self.train, f"hinted.rollouts {self.hinted.rollouts}"
+        most = train.batch_size if train.method == "grpo" else train.batch_size - 1
+        if self.hinted.rollouts > most:
+            raise ValueError(f"{hinted} is more than {most} of train.batch_size {train.batch_size}; lower it")
+        groups = train.batch_size // train.samples_per_problem
+        if train.method == "grpo" and self.hinted.rollouts % groups:
+            raise ValueError(f"{hinted} is not a multiple of the {groups} groups of an update, which share it equally")
+        if train.grpo_weight:
+            raise ValueError(f"{hinted} does not go with train.grpo_weight, whose groups they would tear; set it to 0")
+        if self.views.answer == "only":
+            raise ValueError(f"{hinted} needs a view that grows with its ratio; set views.answer: keep or withhold")
+        if self.distils and self.exposure.reference_ablation != "off":
+            raise ValueError(
+                f"{hinted} shows the student the reference of which exposure.reference_ablation: "
+                f"{self.exposure.reference_ablation} deprives the teacher; set it to off, or hinted.rollouts: 0"
+            )
+        if self.looks_ahead and self.alignment.success == "references":
+            raise ValueError(f"{hinted} is not read by alignment.success: references; set hinted.rollouts: 0")
 
     @property
     def distils(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import fmean
 
 import torch
@@ -24,13 +24,13 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     return advantages
 
 
-def difficulty_advantages(rewards: Sequence[float], difficulties: Sequence[int]) -> list[float]:
+def difficulty_advantages(rewards: Sequence[float], difficulties: Sequence[Hashable]) -> list[float]:
     """The advantage of each rollout without groups: reward - mean(rewards of its difficulty). Ours.
 
     On average REINFORCE's, but for a factor (n - 1) / n per difficulty of n rollouts, as each is part of its own
     baseline; 0 for the only rollout of a difficulty.
     """
-    of_level: dict[int, list[float]] = defaultdict(list)
+    of_level: dict[Hashable, list[float]] = defaultdict(list)
     for reward, level in zip(rewards, difficulties, strict=True):
         of_level[level].append(reward)
     means = {level: fmean(own) for level, own in of_level.items()}

@@ -20,6 +20,7 @@ from atesd.models.weights import Weights
 from atesd.records import Graded, Split
 from atesd.rows import EvaluationRow
 from atesd.train.foresight import Foresight
+from atesd.train.hinted import HintRatio
 from atesd.train.optimiser import Optimiser
 from atesd.train.rollouts import RolloutSampler
 from atesd.train.update import BatchPlan, Method
@@ -87,6 +88,7 @@ class Components:
     teacher: Teacher
     checker: Checker | None
     sampler: RolloutSampler
+    hints: HintRatio
     exposure: Exposure
     probes: Probes
     foresight: Foresight

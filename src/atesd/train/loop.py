@@ -70,12 +70,14 @@ class Trainer:
         measured: dict[str, float | None] = {**c.probes.measure(wanted)}
         c.foresight.before(update)
         with c.method.watch.phase("sample"):
-            rollouts = c.sampler.rollouts(update)
+            written = c.sampler.rollouts(update, c.hints.ratio)
+        hinted = c.hints.observe(written)
+        rollouts = [g for g in written if g.hint is None] if c.config.distils else written
         drift = c.sampler.drift
         alignment = c.foresight.look(update, rollouts, c.exposure)
         with c.method.watch.phase("sample"):
             rows = reveal(rollouts, c.exposure, update, prompts=c.prompts, foresight=c.foresight, config=c.config)
-        batch = Batch(rows, alignment)
+        batch = Batch(rows, alignment, tuple(g for g in written if g.hint) if c.config.distils else ())
         self._require_one_controller(update, batch)
         meters = accumulate(c.method, self._asked(rows) if "grounding" in wanted else batch.examples, c.plan)
         measured["grounding"] = meters.grounding
@@ -84,13 +86,15 @@ class Trainer:
             step = c.optimiser.step(update, meters.loss, held_back=held_back(meters, c.config))
             c.teacher.after_update(update + 1)
             c.engine.publish(update + 1)
-        c.foresight.after(rollouts)
+        c.foresight.after(written)
         stats = update_stats(batch, meters, c.config, measured)
         learned_from = c.exposure.observe(update, stats)
         decisions = [decision_row(finished, update, "finished") for finished in learned_from]
         row = metrics_row(update, batch, meters, stats, step, c.method.watch.seconds())
         if drift is not None:
             row["rollout_drift"] = drift
+        if hinted is not None:
+            row["hinted"] = hinted
         return UpdateRecord(update, row, decisions, batch, meters)
 
     def _without_step(self, update: int, error: NonFiniteError) -> UpdateRecord:

@@ -31,10 +31,14 @@ class Revealed:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rollouts of one update with what the teacher sees of each, and what was foreseen of them."""
+    """The rollouts of one update with what the teacher sees of each, and what was foreseen of them.
+
+    `aside` are the hinted ones of a distilled batch, which no loss reads.
+    """
 
     rows: tuple[Revealed, ...]
     alignment: Alignment | None = None
+    aside: tuple[GradedRollout, ...] = ()
 
     @property
     def examples(self) -> list[Example]:
@@ -58,7 +62,7 @@ def reveal(
     rows = []
     for graded, ratio, likelihood_weight, outcome in zip(rollouts, ratios, weights, outcomes, strict=True):
         prompt = prompts.view(graded.problem, ratio)
-        context, completion = graded.pair
+        context, completion = graded.unhinted_pair if config.hinted.prompt == "student" else graded.pair
         example = Example(
             context,
             completion,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import final
 
@@ -19,7 +19,16 @@ from atesd.engine.interface import Engine, Request, SamplingParams
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
 from atesd.models.score import Pair
-from atesd.records import Problem, Rollout, Verdict
+from atesd.records import Problem, Rollout, Verdict, View
+from atesd.train.views import TeacherPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What the writer of a hinted rollout read of its problem, and the context of the problem alone."""
+
+    view: View
+    unhinted: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +38,17 @@ class GradedRollout:
     problem: Problem
     rollout: Rollout
     verdict: Verdict | None
+    hint: Hint | None = None
 
     @property
     def pair(self) -> Pair:
-        """The rollout as the student reads it: context and completion."""
+        """The rollout as its writer read it: context and completion."""
         return self.rollout.prompt_ids, self.rollout.completion_ids
+
+    @property
+    def unhinted_pair(self) -> Pair:
+        """The problem alone and the completion: `pair`, but of a hinted rollout."""
+        return self.hint.unhinted if self.hint else self.rollout.prompt_ids, self.rollout.completion_ids
 
 
 @final
@@ -51,19 +66,26 @@ class RolloutSampler:
         engine: Engine,
         encoder: PromptEncoder,
         renderer: Renderer,
+        prompts: TeacherPrompts,
         checker: Checker | None,
     ) -> None:
-        self._problems, self._config = problems, config
+        self._problems, self._config, self._prompts = problems, config, prompts
         self._engine, self._encoder, self._renderer, self._checker = engine, encoder, renderer, checker
 
-    def rollouts(self, update: int) -> list[GradedRollout]:
-        """The graded rollouts of an update. SFT takes the references as completions, and nothing is checked there."""
+    def rollouts(self, update: int, hint_ratio: float | None = None) -> list[GradedRollout]:
+        """The graded rollouts of an update. SFT takes the references as completions, and nothing is checked there.
+
+        With a `hint_ratio`, those of `hinted_places` are written under a view of that ratio.
+        """
         problems, numbers = self.batch(update)
         if self._config.train.method == "sft":
             return [GradedRollout(problem, self._reference(problem), None) for problem in problems]
         requests = self.requests(problems, numbers, [update] * len(problems))
-        rollouts = self._engine.complete(requests, rollout_params(self._config))
-        return self.graded(problems, rollouts)
+        hints = self._hints(problems, requests, hint_ratio)
+        asked = [replace(r, prompt_ids=hints[i][1]) if i in hints else r for i, r in enumerate(requests)]
+        rollouts = self._engine.complete(asked, rollout_params(self._config))
+        graded = self.graded(problems, rollouts)
+        return [replace(one, hint=hints[i][0]) if i in hints else one for i, one in enumerate(graded)]
 
     @property
     def drift(self) -> float | None:
@@ -91,11 +113,29 @@ class RolloutSampler:
             verdicts = self._checker.check(pairs_of(problems, texts))
         return [GradedRollout(*row) for row in zip(problems, rollouts, verdicts, strict=True)]
 
+    def _hints(
+        self, problems: Sequence[Problem], requests: Sequence[Request], ratio: float | None
+    ) -> dict[int, tuple[Hint, tuple[int, ...]]]:
+        """By its place: the hint of a rollout, and the context with it."""
+        if ratio is None:
+            return {}
+        places = hinted_places(self._config)
+        prompts = {place: self._prompts.hint(problems[place], ratio) for place in places}
+        return {i: (Hint(prompt.view, requests[i].prompt_ids), prompt.context) for i, prompt in prompts.items()}
+
     def _reference(self, problem: Problem) -> Rollout:
         """The reference as if the student had written it."""
         prompt = self._encoder.student(self._renderer.student(problem))
         completion = self._encoder.completion(problem.reference)
         return Rollout(problem.id, 0, prompt, completion, (0.0,) * len(completion), truncated=False)
+
+
+def hinted_places(config: Config) -> list[int]:
+    """Which rollouts of an update are hinted: the last of the batch; with GRPO the last of each group, equally many."""
+    train = config.train
+    size = train.group_size if train.method == "grpo" else train.batch_size
+    hinted = config.hinted.rollouts * size // train.batch_size
+    return [place for place in range(train.batch_size) if place % size >= size - hinted]
 
 
 def batch_at(problems: Sequence[Problem], config: Config, update: int) -> tuple[list[Problem], list[int]]:

@@ -24,7 +24,7 @@ def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dic
     graded = [
         (row.graded.problem, float(row.graded.verdict == "correct"))
         for row in batch.rows
-        if row.graded.verdict is not None
+        if row.graded.verdict is not None and row.graded.hint is None
     ]
     means = meters.means
     beside = "kept" in means or (config.train.method == "distill" and config.train.grpo_weight > 0)
@@ -55,8 +55,9 @@ def metrics_row(
 ) -> MetricsRow:
     """A row of metrics.jsonl. What was not measured, or is not finite, is None."""
     means, distilled = meters.means, "kl" in meters.means
-    rollouts = [row.graded.rollout for row in batch.rows]
-    graded = [row.graded.verdict == "correct" for row in batch.rows if row.graded.verdict is not None]
+    rollouts = [graded.rollout for graded in (*(row.graded for row in batch.rows), *batch.aside)]
+    own = [row.graded.verdict for row in batch.rows if row.graded.hint is None]
+    graded = [verdict == "correct" for verdict in own if verdict is not None]
     row: MetricsRow = {
         "update": update,
         "loss": finite_or_none(meters.loss),
@@ -121,14 +122,14 @@ def sample_rows(update: int, batch: Batch, meters: StepMeters, components: Compo
     """The first rollouts of an update with both contexts, as rows of samples.jsonl."""
     encoder = components.encoder
     for place, row in enumerate(batch.rows[: components.config.train.log_samples]):
-        problem, rollout, view = row.graded.problem, row.graded.rollout, row.view
+        problem, rollout, view, hint = row.graded.problem, row.graded.rollout, row.view, row.graded.hint
         yield {
             "update": update,
             "problem_id": problem.id,
             "difficulty": problem.difficulty,
             "reveal_ratio": row.reveal_ratio,
             "effective_ratio": view.effective_ratio,
-            "student_context": encoder.student_text(components.renderer.student(problem)),
+            "student_context": encoder.student_text(hint.view.text if hint else components.renderer.student(problem)),
             "teacher_context": encoder.teacher_text(view.text) if view.text else "",
             "completion": encoder.decode(rollout.completion_ids),
             "verdict": row.graded.verdict,

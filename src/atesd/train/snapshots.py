@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, cast, final
+from typing import NotRequired, TypedDict, cast, final
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class RunState(TypedDict):
     probes: Mapping[str, object]
     success: Mapping[str, object]
     skipped_in_a_row: int
+    hints: NotRequired[Mapping[str, object]]
 
 
 @final
@@ -65,7 +66,7 @@ class Snapshots:
     def state_dict(self) -> RunState:
         """The state after the last update."""
         c = self._components
-        return {
+        state: RunState = {
             "student": c.weights.parts(),
             "optimiser": cast("dict[str, object]", _parted(c.optimiser.state_dict(), c.weights)),
             "teacher": {"values": _like(c.weights.parts(), c.teacher.state_dict())},
@@ -74,6 +75,9 @@ class Snapshots:
             "success": c.foresight.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
+        if hints := c.hints.state_dict():
+            state["hints"] = hints
+        return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore `state_dict`."""
@@ -84,6 +88,7 @@ class Snapshots:
         c.exposure.load_state_dict(kept["exposure"])
         c.probes.load_state_dict(kept["probes"])
         c.foresight.load_state_dict(kept["success"])
+        c.hints.load_state_dict(kept.get("hints", {}))
         self.skipped_in_a_row = kept["skipped_in_a_row"]
 
     def _load_newest(self) -> tuple[int, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -47,9 +47,11 @@ class TeacherPrompts:
         shown = problem
         if config.exposure.reference_ablation != "off":
             shown = ablated(problem, config.exposure.reference_ablation, self._others, config.train.seed)
-        fitting = _Fitting(self._encoder, config.model.max_context_tokens - config.sampling.completion_tokens)
-        view = make_view(shown, reveal_ratio, self._renderer, fitting.fits)
-        return TeacherPrompt(view, fitting.read[view.text])
+        return self._fitted(shown, reveal_ratio, self._encoder.teacher)
+
+    def hint(self, problem: Problem, reveal_ratio: float) -> TeacherPrompt:
+        """The view of a ratio in the student's template: what the writer of a hinted rollout reads."""
+        return self._fitted(problem, reveal_ratio, self._encoder.student)
 
     def with_answer(self, example: Example, problem: Problem, view: View) -> Example:
         """The example with what g_t is measured on under the teacher's view: the answer (paper) or what is withheld."""
@@ -57,15 +59,20 @@ class TeacherPrompts:
         text = f"\\boxed{{{problem.answer}}}" if self._config.credit.grounding == "answer" else withheld
         return replace(example, answer=self._encoder.completion(text)[:-1])  # the end token is no answer
 
+    def _fitted(self, problem: Problem, ratio: float, encode: Callable[[str], tuple[int, ...]]) -> TeacherPrompt:
+        fitting = _Fitting(encode, self._config.model.max_context_tokens - self._config.sampling.completion_tokens)
+        view = make_view(problem, ratio, self._renderer, fitting.fits)
+        return TeacherPrompt(view, fitting.read[view.text])
+
 
 @final
 class _Fitting:
     """Says whether a message leaves room for a completion, and keeps the ids of every message asked for."""
 
-    def __init__(self, encoder: PromptEncoder, room: int) -> None:
-        self._encoder, self._room = encoder, room
+    def __init__(self, encode: Callable[[str], tuple[int, ...]], room: int) -> None:
+        self._encode, self._room = encode, room
         self.read: dict[str, tuple[int, ...]] = {}
 
     def fits(self, message: str) -> bool:
-        self.read[message] = self._encoder.teacher(message)
+        self.read[message] = self._encode(message)
         return len(self.read[message]) <= self._room
