@@ -31,6 +31,7 @@ Floats = NDArray[np.float64]
 BEST_FIXED = "best fixed"
 GRPO = "grpo"
 GATE = "gate"
+SDAR = "sdar"
 NULL_CONTROLS = ("gate-shuffled", "gate-random")
 NOT_ANSWERED = "not answered"
 Word = Literal["ahead", "behind", "not distinguishable", "one seed, no verdict"]
@@ -308,6 +309,10 @@ def _verdicts(scored: Scored) -> Iterator[Answer]:
     yield _against(
         scored, GATE, scored.best_fixed, "gate, against the best fixed ratio at equal time (validation)", timed=True
     )
+    if SDAR in groups:
+        yield _against(scored, SDAR, scored.best_fixed, "SDAR's gate, against the best fixed ratio")
+        yield _against(scored, SDAR, GRPO, "SDAR's gate, against GRPO at equal time (validation)", timed=True)
+        yield _against(scored, GATE, SDAR, "gate, against SDAR's gate at equal rollouts")
 
 
 def _against(
