@@ -36,6 +36,10 @@ class HintedRow(TypedDict):
     accuracy: float
 
 
+NOT_ALWAYS = frozenset({"rollout_drift", "hinted", "token_alignment", "held_back"})
+"""What a row of metrics.jsonl has only where something made it."""
+
+
 class MetricsRow(TypedDict):
     """One update, in metrics.jsonl. Means per token where nothing else is said, divergences in nats.
 
@@ -179,6 +183,6 @@ def late_mean(ratios: Sequence[float]) -> float:
 
 def skipped_row(update: int, reason: str, learning_rate: float) -> MetricsRow:
     """The row of an update that never came to a step: nothing measured, and why."""
-    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - {"rollout_drift", "hinted"})
+    unknown: Mapping[str, Any] = dict.fromkeys(MetricsRow.__annotations__.keys() - NOT_ALWAYS)
     known = {"update": update, "learning_rate": learning_rate, "skipped": reason, "seconds": {}}
     return cast(MetricsRow, {**unknown, **known})
