@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from atesd_lab.paper.aligned_measure import BEST_FIXED, GATE, GRPO, NULL_CONTROLS, ArmResult, Gap, WorldResult
+from atesd_lab.paper.aligned_measure import BEST_FIXED, GATE, GRPO, NULL_CONTROLS, SDAR, ArmResult, Gap, WorldResult
 from atesd_lab.report.canvas import colour, plain, save_figure, styled
 from atesd_lab.report.svg import INK
 
 DESIGNED = "The leap worlds are designed so that exposure matters. They show a mechanism, nothing of language models."
-KINDS = ("OPSD, fixed, ATESD", "GRPO", "looks ahead", "null control of the gate")
+KINDS = ("OPSD, fixed, ATESD, SDAR", "GRPO", "looks ahead", "null control of the gate")
 LABELS = {
     BEST_FIXED: "best fixed ratio",
     "sound": "ATESD (sound)",
@@ -23,6 +23,8 @@ LABELS = {
     GATE: "aligned token gate",
     "gate-shuffled": "gate, shuffled verdicts",
     "gate-random": "gate, random tokens",
+    "gate-one-hold": "gate without memory",
+    SDAR: "SDAR's gate",
 }
 BEHIND_TO_AHEAD = LinearSegmentedColormap.from_list("behind to ahead", ("#e58f3c", "#ffffff", "#4d9bd6"))
 NARROWEST = 8.4  # inches, for the lines below
@@ -34,6 +36,7 @@ FULL_COLOUR = 0.4  # a gap of 40 points has the full colour
 def draw_main(worlds: Sequence[WorldResult], names: Mapping[str, str], baseline: str, path: Path) -> None:
     """Write the README's comparison: a panel for every world, those in which the gate loses too."""
     rows = {baseline: "full exposure (OPSD)", **LABELS}
+    rows = {name: label for name, label in rows.items() if any(world.arm(name) for world in worlds)}
     columns = min(COLUMNS, len(worlds))
     lines = -(-len(worlds) // columns)
     size = max(NARROWEST, 1.9 + 1.9 * columns), 0.9 + 2.9 * lines
@@ -47,7 +50,7 @@ def draw_main(worlds: Sequence[WorldResult], names: Mapping[str, str], baseline:
         axes.set_visible(False)
     first = panels[0][0]
     first.set_yticks(range(len(rows)), list(rows.values()))
-    first.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 50, 100))
+    first.set(xlim=(0, 102), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 50, 100))
     for index, kind in enumerate(KINDS):
         first.plot([], [], "o", color=colour(index), markersize=5, label=kind)
     first.plot([], [], color=INK, linestyle=":", linewidth=1, label="before training")
@@ -77,7 +80,7 @@ def _draw_world(axes: Axes, world: WorldResult, rows: Sequence[str]) -> None:
 def _kind(name: str) -> int:
     if name in NULL_CONTROLS:
         return 3
-    return 1 if name == GRPO else 2 if name in (GATE, "aligned") else 0
+    return 1 if name == GRPO else 2 if name in (GATE, "gate-one-hold", "aligned") else 0
 
 
 @styled
