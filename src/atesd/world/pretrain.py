@@ -7,11 +7,12 @@ measured: `pretrain_until_accepted` tries seed after seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,14 @@ from atesd.maths.keyed import generator
 from atesd.records import Problem
 from atesd.world.acceptance import Acceptance, AcceptanceFigures, measure_acceptance
 from atesd.world.model import save_world_model, world_config
-from atesd.world.problems import COMPLETION_WORDS, MAX_CLAUSES, MESSAGE_WORDS, MIN_CLAUSES, known_facts
+from atesd.world.problems import COMPLETION_WORDS, MAX_CLAUSES, MESSAGE_WORDS, MIN_CLAUSES, Bools, known_facts
 from atesd.world.texts import Mixture, draw_texts
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Made = TypeVar("Made")
+Found = TypeVar("Found", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -62,39 +69,74 @@ def pretrain(
     Weights and texts are functions of the seed alone; one thread, so that the bits do not depend on the number of
     cores. Raises `TrainingError` on a non-finite loss.
     """
+    with one_thread():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator(seed, "pretrain", "weights").integers(2**62)))
+            model = Qwen3ForCausalLM(world_config())
+        rates = recipe.muon_learning_rate, recipe.adamw_learning_rate
+        optimisers = muon_and_adamw(model, *rates, recipe.muon_weight_decay)
+        gradient = partial(_add_gradient, model, seed, recipe, known_facts())
+        descend(model, optimisers, Descent(seed, recipe.steps, recipe.decay_share), gradient, progress)
+    return model
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How long a model is pretrained, and how its learning rates rise to their height and fall to 0, linearly."""
+
+    seed: int
+    steps: int
+    decay_share: float  # the last share of the steps
+    warmup_steps: int = 1
+
+    def factor(self, step: int) -> float:
+        """That of the learning rates at a step."""
+        falling = (self.steps - step) / max(1.0, self.decay_share * self.steps)
+        return min(1.0, (step + 1) / self.warmup_steps, falling)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in one thread, so that the bits do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _pretrain(seed, recipe, progress)
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _pretrain(seed: int, recipe: PretrainRecipe, progress: Callable[[int, float], None] | None) -> Qwen3ForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(generator(seed, "pretrain", "weights").integers(2**62)))
-        model = Qwen3ForCausalLM(world_config())
+def descend(
+    model: Qwen3ForCausalLM,
+    optimisers: Sequence[tuple[torch.optim.Optimizer, float]],
+    descent: Descent,
+    gradient: Callable[[int], float],
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    """Train a new model; `gradient(step)` adds the gradient of a step's loss and returns it. Ends in eval mode.
+
+    Raises `TrainingError` on a non-finite loss.
+    """
     model.train()
-    rates = recipe.muon_learning_rate, recipe.adamw_learning_rate
-    optimisers = muon_and_adamw(model, *rates, recipe.muon_weight_decay)
-    known = known_facts()
-    for step in range(recipe.steps):
-        rng = generator(seed, "pretrain", "texts", step)
-        texts = draw_texts(rng, recipe.batch_size, _longest(step, recipe), recipe.mixture, known)
-        loss = _text_loss(model, torch.from_numpy(texts.ids), torch.from_numpy(texts.targets))
-        loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
+    for step in range(descent.steps):
+        value = gradient(step)
         if not math.isfinite(value):
-            raise TrainingError(f"pretraining seed {seed}: loss {value} at step {step}; try another seed")
-        factor = min(1.0, (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps))
+            raise TrainingError(f"pretraining seed {descent.seed}: loss {value} at step {step}; try another seed")
         for optimiser, learning_rate in optimisers:
-            optimiser.param_groups[0]["lr"] = learning_rate * factor
+            optimiser.param_groups[0]["lr"] = learning_rate * descent.factor(step)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         if progress:
             progress(step, value)
     model.eval()  # type: ignore[no-untyped-call]
-    return model
+
+
+def _add_gradient(model: Qwen3ForCausalLM, seed: int, recipe: PretrainRecipe, known: Bools, step: int) -> float:
+    rng = generator(seed, "pretrain", "texts", step)
+    texts = draw_texts(rng, recipe.batch_size, _longest(step, recipe), recipe.mixture, known)
+    loss = _text_loss(model, torch.from_numpy(texts.ids), torch.from_numpy(texts.targets))
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def _longest(step: int, recipe: PretrainRecipe) -> int:
@@ -133,15 +175,40 @@ def pretrain_until_accepted(
     Figures are those of `measure_acceptance`. Calls `progress(seed, step, loss)`. Raises `TrainingError` that lists
     every attempt's figures.
     """
+    attempt = partial(_attempt, recipe, problems, progress)
+    passes = partial(_passes, recipe.acceptance)
+    return first_accepted(range(seed, seed + attempts), attempt, passes, recipe.acceptance)
+
+
+def _attempt(
+    recipe: PretrainRecipe,
+    problems: Sequence[Problem],
+    progress: Callable[[int, int, float], None] | None,
+    seed: int,
+) -> tuple[Qwen3ForCausalLM, AcceptanceFigures]:
+    model = pretrain(seed, recipe, partial(progress, seed) if progress else None)
+    return model, measure_acceptance(model, problems)
+
+
+def _passes(acceptance: Acceptance, figures: AcceptanceFigures) -> bool:
+    return figures.passed(acceptance)
+
+
+def first_accepted(
+    seeds: Sequence[int], attempt: Callable[[int], tuple[Made, Found]], passes: Callable[[Found], bool], asked: object
+) -> tuple[Made, int, Found]:
+    """What the first seed makes whose figures pass, that seed and its figures.
+
+    Raises `TrainingError` with what was `asked` and the figures of every attempt.
+    """
     failures = []
-    for candidate in range(seed, seed + attempts):
-        model = pretrain(candidate, recipe, partial(progress, candidate) if progress else None)
-        figures = measure_acceptance(model, problems)
-        if figures.passed(recipe.acceptance):
-            return model, candidate, figures
-        failures.append(f"seed {candidate}: {asdict(figures)}")
+    for seed in seeds:
+        made, figures = attempt(seed)
+        if passes(figures):
+            return made, seed, figures
+        failures.append(f"seed {seed}: {asdict(figures)}")
     raise TrainingError(
-        f"no checkpoint passed {recipe.acceptance} in {attempts} attempts; raise --attempts\n" + "\n".join(failures)
+        f"no checkpoint passed {asked} in {len(seeds)} attempts; raise --attempts\n" + "\n".join(failures)
     )
 
 

@@ -25,7 +25,6 @@ from atesd.records import Problem
 
 Ids = tuple[int, ...]
 _RESULT = re.compile(r"=(\d+)(?!.*=)")
-_BATCH = 50
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -19,10 +18,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from atesd.config import Config, load_config
 from atesd.data.views import TextRenderer
 from atesd.data.word_problems import TEMPLATES
-from atesd.errors import TrainingError
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
-from atesd.world.pretrain import muon_and_adamw
+from atesd.records import Problem
+from atesd.world.pretrain import Descent, descend, first_accepted, muon_and_adamw, one_thread
 from atesd.world.words.acceptance import (
     WordAcceptance,
     WordFigures,
@@ -102,42 +101,21 @@ def pretrain_words(
     Weights are float32 meanwhile; the passes are in bfloat16 where the processor computes in it, so the bits depend on
     the processor. One thread. Raises `TrainingError` on a non-finite loss.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _pretrain(seed, recipe, taught, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _pretrain(
-    seed: int, recipe: WordRecipe, taught: Teaching, progress: Callable[[int, float], None] | None
-) -> Qwen3ForCausalLM:
     config = words_config(taught.tokenizer, recipe.hidden_size, recipe.layers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(generator(seed, "words", "weights").integers(2**62)))
-        config._attn_implementation = "eager"  # on a processor the faster one at these lengths
-        model = Qwen3ForCausalLM(config)
-    model.train()
-    optimisers = muon_and_adamw(model, recipe.muon_learning_rate, recipe.adamw_learning_rate, 0.0)
-    for step in range(recipe.steps):
-        texts = taught.texts(generator(seed, "words", "texts", step), recipe.batch_size, recipe.mixture)
-        value = _accumulate(model, texts, recipe.micro_batch_size, int(taught.tokenizer.pad_token_id))
-        if not math.isfinite(value):
-            raise TrainingError(f"pretraining seed {seed}: loss {value} at step {step}; try another seed")
-        factor = min(
-            1.0,
-            (step + 1) / recipe.warmup_steps,
-            (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps),
-        )
-        for optimiser, learning_rate in optimisers:
-            optimiser.param_groups[0]["lr"] = learning_rate * factor
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        if progress:
-            progress(step, value)
-    model.eval()  # type: ignore[no-untyped-call]
+    with one_thread():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator(seed, "words", "weights").integers(2**62)))
+            config._attn_implementation = "eager"  # on a processor the faster one at these lengths
+            model = Qwen3ForCausalLM(config)
+        optimisers = muon_and_adamw(model, recipe.muon_learning_rate, recipe.adamw_learning_rate, 0.0)
+        descent = Descent(seed, recipe.steps, recipe.decay_share, recipe.warmup_steps)
+        descend(model, optimisers, descent, partial(_add_gradient, model, seed, recipe, taught), progress)
     return model.bfloat16()
+
+
+def _add_gradient(model: Qwen3ForCausalLM, seed: int, recipe: WordRecipe, taught: Teaching, step: int) -> float:
+    texts = taught.texts(generator(seed, "words", "texts", step), recipe.batch_size, recipe.mixture)
+    return _accumulate(model, texts, recipe.micro_batch_size, int(taught.tokenizer.pad_token_id))
 
 
 def _accumulate(model: Qwen3ForCausalLM, texts: list[tuple[list[int], list[int]]], size: int, pad: int) -> float:
@@ -182,19 +160,31 @@ def pretrain_words_command(
     """
     config = load_config("micro-words", [])
     known, held_out = acceptance_problems(config.data, recipe.acceptance_problems)
-    failures = []
-    for candidate in range(seed, seed + attempts):
-        taught = teaching(candidate, recipe, config)
-        model = pretrain_words(candidate, recipe, taught, partial(progress, candidate) if progress else None)
-        figures = measure_words(reader_of(_in_float32(model), taught.tokenizer, config), known, held_out)
-        if figures.passed(recipe.acceptance):
-            record = words_record(recipe, candidate, figures)
-            save_words_model(model, taught.tokenizer, out, record)
-            return record
-        failures.append(f"seed {candidate}: {asdict(figures)}")
-    raise TrainingError(
-        f"no checkpoint passed {recipe.acceptance} in {attempts} attempts; raise --attempts\n" + "\n".join(failures)
-    )
+    attempt = partial(_attempt, recipe, config, known, held_out, progress)
+    passes = partial(_passes, recipe.acceptance)
+    seeds = range(seed, seed + attempts)
+    (model, tokenizer), passed, figures = first_accepted(seeds, attempt, passes, recipe.acceptance)
+    record = words_record(recipe, passed, figures)
+    save_words_model(model, tokenizer, out, record)
+    return record
+
+
+def _attempt(
+    recipe: WordRecipe,
+    config: Config,
+    known: Sequence[Problem],
+    held_out: Sequence[Problem],
+    progress: Callable[[int, int, float], None] | None,
+    seed: int,
+) -> tuple[tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast], WordFigures]:
+    taught = teaching(seed, recipe, config)
+    model = pretrain_words(seed, recipe, taught, partial(progress, seed) if progress else None)
+    figures = measure_words(reader_of(_in_float32(model), taught.tokenizer, config), known, held_out)
+    return (model, taught.tokenizer), figures
+
+
+def _passes(acceptance: WordAcceptance, figures: WordFigures) -> bool:
+    return figures.passed(acceptance)
 
 
 def _in_float32(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
