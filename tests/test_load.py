@@ -277,3 +277,11 @@ def test_an_unknown_world_lists_the_ones_there_are(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match=r"world:zz; there are: a"):
         load_model(ModelConfig(path="world:zz"))
     assert torch.equal(logits(load_model(ModelConfig(path="world:a"))), logits(tiny_model()))
+
+
+def test_the_models_of_word_problems_come_with_a_clone(monkeypatch, tmp_path):
+    monkeypatch.setattr(load.importlib.resources, "files", lambda _: tmp_path / "src" / "atesd")
+    with pytest.raises(ModelError, match=r"no words:a; there are: none.*checkpoints/words.*atesd world pretrain words"):
+        load_model(ModelConfig(path="words:a"))
+    tiny_folder(tmp_path / "checkpoints" / "words" / "a")
+    assert torch.equal(logits(load_model(ModelConfig(path="words:a"))), logits(tiny_model()))

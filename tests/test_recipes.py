@@ -208,18 +208,18 @@ def test_the_sums_show_every_ratio_of_their_look_ahead_another_view():
 def test_the_word_problems_are_those_that_their_model_was_taught_in_the_contexts_that_it_was_taught():
     config = load_config("micro-words")
     assert (config.data.source, config.data.templates, config.data.segmenter) == ("gsm_symbolic", "short", "line")
-    assert config.model.path == "runs/words-a"  # where the command of the first lines writes it
+    assert config.model.path == "words:a"
 
 
-STAND_INS = {"Qwen/": "qwen3", "smollm2": "llama", "runs/smollm2-sums-start/": "llama", "runs/words-": "qwen3"}
-"""The architecture behind a path that the hub, a fetch or a run of yours fills; world models are packaged."""
+STAND_INS = {"Qwen/": "qwen3", "smollm2": "llama", "runs/smollm2-sums-start/": "llama"}
+"""The architecture behind a path that the hub, a fetch or a run of yours fills; the others come with the code."""
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_gets_the_builtin_engine(name: str, tmp_path: Path):
     config = load_config(name)
     found = [architecture for start, architecture in STAND_INS.items() if config.model.path.startswith(start)]
-    assert bool(found) is not config.model.path.startswith("world:")
+    assert bool(found) is not config.model.path.startswith(("world:", "words:"))
     path = str(tiny_folder(tmp_path / "model", architecture=found[0])) if found else config.model.path
     loaded = load_model(config.model.model_copy(update={"path": path, "device": "cpu"}))
     assert type(engine_for(loaded, config.sampling.engine, config.sampling.batch_size)) is BuiltinEngine

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from atesd.data.word_problems import (
     template_row,
 )
 from atesd.errors import DataError, TrainingError
+from atesd.models.load import model_source
 from atesd.world.words import pretrain as module
 from atesd.world.words.acceptance import (
     WordAcceptance,
@@ -40,7 +42,7 @@ from atesd.world.words.acceptance import (
     renderers_of,
 )
 from atesd.world.words.model import END, words_config, words_tokenizer
-from atesd.world.words.pretrain import Teaching, WordRecipe, pretrain_words, pretrain_words_command
+from atesd.world.words.pretrain import Teaching, WordRecipe, pretrain_words, pretrain_words_command, words_record
 from atesd.world.words.texts import WordMixture, WordProblem, draw_word_texts, is_unsure, word_problem_of
 from atesd.world.words.writing import Equation, computed_places, states, written_out
 
@@ -285,6 +287,16 @@ def test_a_gate_asks_for_a_student_that_can_learn_and_a_teacher_that_reads():
         {"kl_after_mistake": 0.5},
     ):
         assert not replace(FIGURES, **worse).passed(WordAcceptance())
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_model_that_comes_with_the_code_passed_the_gates_of_its_command(name):
+    folder = Path(model_source(f"words:{name}"))
+    record = json.loads((folder / "gates.json").read_text("utf-8"))
+    assert WordFigures(**record["figures"]).passed(WordRecipe().acceptance)
+    asked = json.loads(json.dumps(words_record(WordRecipe(), record["seed"], WordFigures(**record["figures"]))))
+    assert asked == record
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 2_000_000
 
 
 def test_the_first_mistake_ends_with_the_first_line_that_states_another_result():

@@ -71,11 +71,16 @@ class LoraConfig(Component):
 class ModelConfig(Component):
     """Which model is student and teacher, and how its prompts are written."""
 
-    path: str = Field("world:a", description="folder, hub id, `smollm2`, or an embedded world model: world:a|b|c|bad")
+    path: str = Field(
+        "world:a",
+        description="folder, hub id, `smollm2`, an embedded world model: world:a|b|c|bad, or one of word problems that "
+        "a clone of the repository holds: words:a|b",
+    )
     revision: Annotated[
         str | None,
         ActsWhen(
-            lambda c: not c.model.path.startswith("world:") and c.model.path != "smollm2", "a model.path on the hub"
+            lambda c: not c.model.path.startswith(("world:", "words:")) and c.model.path != "smollm2",
+            "a model.path on the hub",
         ),
     ] = Field(None, description="hub revision; None: the newest")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -63,6 +63,10 @@ from atesd.refusals import replacing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """The types of `model.dtype`."""
+NO_WORDS = (
+    ". They are in a clone of the repository, in its folder checkpoints/words, and not in the package; or make one in "
+    "half an hour: atesd world pretrain words --seed 0 --attempts 1 --out FOLDER, and set model.path: FOLDER"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def load_model(config: ModelConfig, seed: int = 0, *, divided: bool = False) -> 
 
     `divided`: ranks are about to divide the weights. They stay on the CPU, or, of a folder whose files name them as the
     model does, in the files (`Deferred`), for `weights_of` to read a layer at a time.
-    A folder, `world:NAME` and `smollm2` never touch the network. Raises `ModelError` that names the setting or the fix.
+    A folder, `world:NAME`, `words:NAME` and `smollm2` never touch the network. Raises `ModelError` that names the
+    setting or the fix.
     """
     source, local = _resolve(config.path)
     device = _device(config.device)
@@ -199,8 +204,11 @@ def _resolve(path: str) -> tuple[str, bool]:
     """What transformers should read, and whether it is a local folder."""
     if path == "smollm2":
         return str(smollm2_folder()), True
-    if path.startswith("world:"):
-        return str(_world_folder(path.removeprefix("world:"))), True
+    kind, _, name = path.partition(":")
+    if kind == "world":
+        return str(_one_of(_package() / "world_models", name, f"embedded model {path}")), True
+    if kind == "words":
+        return str(_one_of(_package().parents[1] / "checkpoints" / "words", name, path, NO_WORDS)), True
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file() and not (folder / ADAPTER).is_file():
@@ -209,7 +217,9 @@ def _resolve(path: str) -> tuple[str, bool]:
         _require_no_code(folder)
         return str(folder), True
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"model.path: there is no folder {path}; give a model folder, a hub id, smollm2 or world:NAME")
+        raise ModelError(
+            f"model.path: there is no folder {path}; give a model folder, a hub id, smollm2, world:NAME or words:NAME"
+        )
     return path, False
 
 
@@ -224,14 +234,15 @@ def _require_no_code(folder: Path) -> None:
             raise ModelError(f"{folder / file}: {setting}: {name!r} {NEEDS_CODE}")
 
 
-def _world_folder(name: str) -> Path:
-    worlds = Path(str(importlib.resources.files("atesd"))) / "world_models"
-    names = sorted(folder.name for folder in worlds.iterdir() if folder.is_dir()) if worlds.is_dir() else []
+def _package() -> Path:
+    return Path(str(importlib.resources.files("atesd")))
+
+
+def _one_of(folder: Path, name: str, what: str, otherwise: str = "") -> Path:
+    names = sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
     if name not in names:
-        raise ModelError(
-            f"model.path: there is no embedded model world:{name}; there are: {', '.join(names) or 'none'}"
-        )
-    return worlds / name
+        raise ModelError(f"model.path: there is no {what}; there are: {', '.join(names) or 'none'}{otherwise}")
+    return folder / name
 
 
 def _device(setting: str) -> torch.device:

@@ -201,7 +201,7 @@ def reproduce(
 
     from atesd_lab.paper.reproduce import named
 
-    names = named(experiment)
+    names = named(experiment, grid)
     folder = out or Path("runs") / ("reproduce" if scale == "micro" else f"reproduce-{scale}")
     asked = asked_of(grid, benchmark, expect_hash or [])
     cells = cells_for(grid, names, folder, settings or [], seeds, asked)

@@ -21,6 +21,7 @@ from atesd_lab.paper import (
     policy,
     sweep,
     tokens,
+    words,
 )
 from atesd_lab.paper.bench import Bench, Findings, pooling_for, read_bench
 from atesd_lab.paper.claims import Claim, Verdict
@@ -42,6 +43,7 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], Findings]] = {
     "clocks": clocks.report,
     "granularity": granularity.report,
     "controllers": controllers.report,
+    "words": words.report,
 }
 RULE = (
     "Verdict: agrees if every 95 % interval of the claim's differences is above 0, disagrees if one is below "
@@ -62,12 +64,12 @@ class Written:
     missing: str = ""
 
 
-def named(name: str) -> list[str]:
-    """One experiment, or all of them. Raises `ConfigError` for an unknown name."""
+def named(name: str, scale: Scale) -> list[str]:
+    """One experiment of a scale, or all of them. Raises `ConfigError` for an unknown name."""
     if name == "all":
-        return list(EXPERIMENTS)
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"reproduce {name}: expected all or one of {', '.join(EXPERIMENTS)}")
+        return list(scale.experiments)
+    if name not in scale.experiments:
+        raise ConfigError(f"reproduce {name}: expected all or one of {', '.join(scale.experiments)}")
     return [name]
 
 

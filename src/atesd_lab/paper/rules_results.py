@@ -37,7 +37,7 @@ from atesd_lab.sweep.pivot import SweptTable, read_tables
 
 CLOSE = 0.15
 """A late ratio this far from the best fixed one, or from one that cannot be told from it, has found it (ours)."""
-NULL = "-shuffled"
+NULL, NULL_REWARD = "-shuffled", "-shuffled-reward"
 LEVEL = 0.05  # to which the success before training is rounded, so that worlds share their null bands
 NOTES = (
     "Accuracy: Average@k on test after the last update, with its 95 % interval over problems and seeds. Differences in "
@@ -106,19 +106,23 @@ def write_results(folder: Path, baseline: str, band_seeds: int, path: Path) -> s
     return text
 
 
-def measure(table: SweptTable, baseline: str, band_seeds: int) -> WorldOfRules:
+def measure_arms(arms: Arms, baseline: str, band_seeds: int, notes: Sequence[str] = ()) -> WorldOfRules:
     """Everything of one world. Raises `RunError` without a finished baseline, or where evaluations do not compare."""
-    if baseline not in table.groups:
-        raise RunError(f"{table.name}: the baseline {baseline!r} has no finished run; finish it first")
-    arms = Arms(table.name, table.groups)
-    ratios = fixed_ratios(table.groups, baseline)
+    if baseline not in arms.groups:
+        raise RunError(f"{arms.name}: the baseline {baseline!r} has no finished run; finish it first")
+    ratios = fixed_ratios(arms.groups, baseline)
     best = arms.best_fixed(ratios)
     level = LEVEL * round(fmean(map(average, arms.base_test())) / LEVEL)
     good = [arm for arm in ratios if arm == best or _difference(arms, best, arm, without=("below",)) is not None]
     as_good = tuple(sorted(ratios[arm] for arm in good))
-    rows = tuple(_arm(arms, arm, best, as_good, level, band_seeds) for arm in table.groups)
-    absent = tuple(f"{arm}: no run is finished." for arm in table.wanted if arm not in table.groups)
-    return WorldOfRules(table.name, best, as_good, rows, (*absent, *table.notes))
+    rows = tuple(_arm(arms, arm, best, as_good, level, band_seeds) for arm in arms.groups)
+    return WorldOfRules(arms.name, best, as_good, rows, tuple(notes))
+
+
+def measure(table: SweptTable, baseline: str, band_seeds: int) -> WorldOfRules:
+    """The same of a world of a sweep, with what is absent among its notes."""
+    absent = (f"{arm}: no run is finished." for arm in table.wanted if arm not in table.groups)
+    return measure_arms(Arms(table.name, table.groups), baseline, band_seeds, (*absent, *table.notes))
 
 
 def _arm(arms: Arms, arm: str, best: str, as_good: Sequence[float], level: float, band_seeds: int) -> ArmOfRules:
@@ -134,7 +138,7 @@ def _arm(arms: Arms, arm: str, best: str, as_good: Sequence[float], level: float
         group.seeds,
         mean_share(shares_at([group], "test", {arm: group.last})[arm]),
         None if arm == best else _difference(arms, best, arm),
-        _difference(arms, f"{arm}{NULL}", arm),
+        _difference(arms, f"{arm}{NULL}" if f"{arm}{NULL}" in arms.groups else f"{arm}{NULL_REWARD}", arm),
         late,
         band,
         near and not inside if decides else None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Scale(Component):
     common: dict[str, Any] = Field(alias="set")
     seeds: int = Field(ge=1)
     cpu_seconds_per_update: float | None = Field(None, gt=0)
+    cpu_seconds_by_world: dict[str, float] = Field(default_factory=dict)
     benchmarks: Scored | None = None
     estimate: Card | None = None
     models: dict[str, Size] = Field(default_factory=dict)
@@ -109,12 +111,14 @@ def cells_for(
     worlds = list(dict.fromkeys(world for world, _ in pairs))
     arms = [arm for arm in scale.arms if any(arm == wanted for _, wanted in pairs)]
     left_out = {world: [arm for arm in arms if (world, arm) not in pairs] for world in worlds}
+    given = {override.partition("=")[0].strip() for override in overrides}
+    shared = {world: {**scale.common, **scale.worlds[world]} for world in worlds}
+    own = {world: {name: value for name, value in some.items() if name not in given} for world, some in shared.items()}
     plan = plan_from_mapping(
         {
             "recipe": scale.recipe,
-            "set": scale.common,
             "axes": {
-                "world": {world: scale.worlds[world] for world in worlds},
+                "world": own,
                 "arm": {arm: scale.arms[arm] for arm in arms},
             },
             "seeds": scale.seeds if seeds is None else seeds,
@@ -157,19 +161,19 @@ def budget(scale: Scale, experiments: Sequence[str], cells: Sequence[Cell], proc
     groups["all, shared cells once"] = list(cells)
     if scale.estimate is not None:
         return estimated(groups, scale.estimate, scale.models[scale.recipe], processes)
-    seconds = scale.cpu_seconds_per_update or 0.0
-    rows = [(name, *_costs(list(map(_updates, some)), seconds, processes)) for name, some in groups.items()]
+    rows = [(name, *_costs(scale, some, processes)) for name, some in groups.items()]
+    others = "".join(f", {seconds:g} in {world}" for world, seconds in scale.cpu_seconds_by_world.items())
     notes = (
-        f"Expected at {seconds:g} CPU seconds per update (measured; evaluations included) and {processes} processes,",
+        f"Expected at {scale.cpu_seconds_per_update or 0:g} CPU seconds per update{others} (measured; evaluations "
+        f"included) and {processes} processes,",
         "each with a core of its own. Cells that are finished already are not left out.",
     )
     return Table("What it takes", ("experiment", "cells", "updates", "CPU", "wall"), tuple(rows), notes)
 
 
-def _updates(cell: Cell) -> int:
-    return cell.job.config.train.num_updates
-
-
-def _costs(updates: Sequence[int], seconds_each: float, processes: int) -> tuple[str, str, str, str]:
-    seconds = sum(updates) * seconds_each
+def _costs(scale: Scale, cells: Sequence[Cell], processes: int) -> tuple[str, str, str, str]:
+    updates = [cell.job.config.train.num_updates for cell in cells]
+    usual = scale.cpu_seconds_per_update or 0.0
+    each = [scale.cpu_seconds_by_world.get(cell.points["world"], usual) for cell in cells]
+    seconds = sum(map(mul, updates, each))
     return str(len(updates)), f"{sum(updates):,}", duration(seconds), duration(seconds / processes)
