@@ -33,7 +33,6 @@ from atesd.train.update import BatchPlan, Example, Likelihood, Meters, Targets, 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
 _ENLARGEMENTS = 6
-_DISPLACED = ("all", "last_layer")  # the others have an exact derivative
 _FEATURES = "features"  # the one part of such a direction
 _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
@@ -140,7 +139,7 @@ class SuccessDirection:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
         self._remember_direction(before)
-        self.epsilon = self._scaled_epsilon(rows) if self._of in _DISPLACED else 1.0
+        self.epsilon = self._scaled_epsilon(rows) if self._config.alignment.displaces else 1.0
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
 
