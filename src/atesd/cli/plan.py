@@ -136,7 +136,7 @@ def _contexts(components: Components) -> Iterator[str]:
     some = components.problems.train[:MEASURED]
     student = [len(encoder.student(renderer.student(problem))) for problem in some]
     yield f"student context: {_lengths(student)} (first {len(some)} training problems)"
-    if config.train.method == "distill":
+    if config.distils:
         prompts = [components.prompts.view(problem, 1.0) for problem in some]
         short = sum(prompt.view.effective_ratio < 1 for prompt in prompts)
         note = f", {short} references do not fit whole" * bool(short)

@@ -146,7 +146,7 @@ def run_audit(
     config: Config, *, rollouts: int, repeats: int, decisions: int, seeds: int, effect: float | None, say: Say
 ) -> Audit:
     """Measure the recipe's frozen student and audit its reward. Raises `ConfigError` where there is no teacher."""
-    if config.train.method != "distill":
+    if not config.distils:
         raise ConfigError(f"audit: train.method: {config.train.method} has no teacher to expose; set it to distill")
     parts = build(config)
     try:
