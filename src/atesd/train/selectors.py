@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atesd.maths import keyed
 from atesd.maths.divergence import Objective
-from atesd.maths.fused import chunk_size, divergence_profile
+from atesd.maths.fused import divergence_profile, token_blocks
 from atesd.maths.gates import bounded_weights, influence, sdar_weights
 from atesd.models.score import Scored, hidden_logprobs
 from atesd.train.update import Example, Selection, Selector, by_example, per_token
@@ -137,8 +137,7 @@ class InfluenceGate:
     ) -> Float[Tensor, " N"]:
         """That of every token, a block of logits at a time."""
         outcomes = per_token([example.outcome for example in examples], examples, tokens.device).float()
-        size = chunk_size(student.vocabulary, tokens.device, self._chunk_tokens)
-        blocks = [slice(start, start + size) for start in range(0, len(tokens), size)]
+        blocks = token_blocks(len(tokens), student.vocabulary, tokens.device, self._chunk_tokens)
         return torch.cat(
             [
                 influence(self._objective, teacher.logits(own), student.logits(own), tokens[own], outcomes[own])
