@@ -153,10 +153,9 @@ class SuccessDirection:
 
     def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
         """The student along the direction, on some completions; `student` is what it makes of them, where known."""
-        if self._of == "features":
-            read = student or self._scorer.scored(batch)
-            return HiddenLine(read, read.hidden * self._unit[_FEATURES])
-        here = student if self._of == "all" else student or self._scorer.scored(batch)
+        here = student if student or self._of == "all" else self._scorer.scored(batch)
+        if here is not None and self._of == "features":
+            return HiddenLine(here, here.hidden * self._unit[_FEATURES])
         if here is not None and isinstance(here.tail, MlpTail):
             return HiddenLine(here, here.tail.change(self._by_id))
         plus, minus = self._sides(batch, self.epsilon, here)
