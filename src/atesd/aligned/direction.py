@@ -148,6 +148,7 @@ class SuccessDirection:
         kept = self._config.alignment.memory * self._remembered if before else 0.0
         if kept:
             self._unit = {name: value + kept * before[name] for name, value in self._unit.items()}
+        # Also without memory, where |u| is 1 up to the rounding of its entries: another division may change last bits.
         self._remembered = float(_length(self._unit.values()))
         self._unit = {name: value / self._remembered for name, value in self._unit.items()}
 
