@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"evaluation/grader.py", "prime_math/grader.py"}  # of other projects
 SPAN = re.compile(r"`([^`\n]+)`")
-BLOCK = re.compile(r"^ *```.*?^ *```|(?<=\n\n)(?:    .*\n)+", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^ *```.*?^ *```|(?<=\n\n)(?:    [^\n]*\n)+", re.DOTALL | re.MULTILINE)
 FORMER = re.compile(r"^\| before \|.*?\n\n", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HOMES = [ROOT, ROOT / "src", ROOT / "src/atesd", ROOT / "src/atesd_lab"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_the_slurm_array_says_how_long_it_is_and_refuses_what_is_beyond(stand_in
     beyond = run(stand_ins, SLURM, "commands.txt", SLURM_ARRAY_TASK_ID="2")
     assert (beyond.returncode, beyond.stderr) == (2, "task 2: stage 0 of commands.txt has 2 commands, 0 to 1\n")
     assert "start it with sbatch --array" in run(stand_ins, SLURM, "commands.txt").stderr
+
+
+def test_the_arrays_of_the_page_are_as_long_as_the_plan(tmp_path: Path) -> None:
+    sweep = [sys.executable, "-m", "atesd.cli", "sweep", "micro-exposure", "--out", str(tmp_path), "--print-commands"]
+    (tmp_path / "commands.txt").write_text(subprocess.run(sweep, capture_output=True, text=True, check=True).stdout)
+    page = (EXAMPLES.parent / "docs" / "scale.md").read_text("utf-8")
+    last = [int(found) + 1 for found in re.findall(r"sbatch --array=0-(\d+)[^\n]*sweep_slurm", page)]
+    assert last == [int(run(tmp_path, SLURM, "commands.txt", stage, "count").stdout) for stage in ("0", "1")]
 
 
 def test_ray_runs_stage_after_stage_and_begins_none_that_would_read_a_run_that_failed(stand_ins: Path) -> None:

@@ -84,7 +84,7 @@ def build(
     require_references(problems.train, config)
     prompts = TeacherPrompts(config, encoder, renderer, problems.train)
     scorer = Scorer(loaded, weights, keeps=_read_again(config))
-    teacher = Teacher(weights, config.teacher if config.train.method == "distill" else LiveTeacher())  # unread: no copy
+    teacher = Teacher(weights, config.teacher if config.distils else LiveTeacher())  # unread: no copy
     if checker is not None and ranks.size > 1:
         checker = SharedChecker(checker, ranks)
     optimiser = Optimiser(weights.trained, config.train)
@@ -218,7 +218,7 @@ def _foresight(aligned: AlignmentScorer | None, prompts: TeacherPrompts, config:
 def _method(config: Config, scorer: Scorer, teacher: Teacher, aligned: AlignmentScorer | None) -> Method:
     """The loss of `train.method`."""
     watch, chunk = Stopwatch(scorer.device), config.loss.chunk_tokens
-    if config.train.method == "distill":
+    if config.distils:
         return Distillation(scorer, watch, teacher, objective(config), _selector(config, aligned), chunk)
     return Likelihood(scorer, watch, 1.0 if config.train.method == "sft" else config.loss_temperature, chunk)
 

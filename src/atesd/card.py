@@ -45,7 +45,7 @@ def model_card(config: Config, run: RunFolder, *, adapter: bool | None = None) -
         _data(config, manifest),
         "## Recipe",
         _recipe(config, manifest),
-        *(["## Exposure", _exposure(metrics)] if config.train.method == "distill" else []),
+        *(["## Exposure", _exposure(metrics)] if config.distils else []),
         "## Scores",
         _scores(config, evaluations),
         "## Read with care",
@@ -159,7 +159,7 @@ def _recipe(config: Config, manifest: Row) -> str:
         ("updates", f"{train.num_updates:,} of {train.batch_size} rollouts"),
         ("learning rate", f"{train.learning_rate:g}, {train.learning_rate_schedule}"),
     ]
-    if train.method == "distill":
+    if config.distils:
         rows += [
             ("exposure of the teacher", plain(method_name(config))),
             ("teacher weights", config.teacher.weights),

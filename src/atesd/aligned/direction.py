@@ -33,7 +33,6 @@ from atesd.train.update import BatchPlan, Example, Likelihood, Meters, Targets, 
 _TRIAL = 1e-3  # of |theta|: the first displacement, from which the one in force is scaled
 _CALIBRATION_TOKENS = 256
 _ENLARGEMENTS = 6
-_DISPLACED = ("all", "last_layer")  # the others have an exact derivative
 _FEATURES = "features"  # the one part of such a direction
 _NEAR = 0.75  # of the change that is wanted; curvature alone takes off less
 
@@ -140,7 +139,7 @@ class SuccessDirection:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
         self._remember_direction(before)
-        self.epsilon = self._scaled_epsilon(rows) if self._of in _DISPLACED else 1.0
+        self.epsilon = self._scaled_epsilon(rows) if self._config.alignment.displaces else 1.0
         if not math.isfinite(self.epsilon) or self.epsilon == 0:
             self._unit = {}
 
@@ -149,15 +148,15 @@ class SuccessDirection:
         kept = self._config.alignment.memory * self._remembered if before else 0.0
         if kept:
             self._unit = {name: value + kept * before[name] for name, value in self._unit.items()}
+        # Also without memory, where |u| is 1 up to the rounding of its entries: another division may change last bits.
         self._remembered = float(_length(self._unit.values()))
         self._unit = {name: value / self._remembered for name, value in self._unit.items()}
 
     def line(self, batch: Sequence[Pair], student: Scored | None = None) -> Line:
         """The student along the direction, on some completions; `student` is what it makes of them, where known."""
-        if self._of == "features":
-            read = student or self._scorer.scored(batch)
-            return HiddenLine(read, read.hidden * self._unit[_FEATURES])
-        here = student if self._of == "all" else student or self._scorer.scored(batch)
+        here = student if student or self._of == "all" else self._scorer.scored(batch)
+        if here is not None and self._of == "features":
+            return HiddenLine(here, here.hidden * self._unit[_FEATURES])
         if here is not None and isinstance(here.tail, MlpTail):
             return HiddenLine(here, here.tail.change(self._by_id))
         plus, minus = self._sides(batch, self.epsilon, here)

@@ -16,7 +16,7 @@ from torch import Tensor
 from atesd.aligned.direction import SuccessDirection
 from atesd.maths.alignment import alignments
 from atesd.maths.divergence import Objective
-from atesd.maths.fused import chunk_size
+from atesd.maths.fused import token_blocks
 from atesd.models.score import Pair, Scored, Scorer, completion_tokens, micro_batches, pair_length
 from atesd.models.shared_prefix import shared_hidden
 from atesd.models.teacher import Teacher
@@ -69,7 +69,7 @@ class AlignmentScorer:
         found, bends = [], []
         with torch.no_grad():
             line = self.direction.line(batch, student)
-            for block in self._blocks(line.vocabulary, len(tokens)):
+            for block in token_blocks(len(tokens), line.vocabulary, tokens.device, self._chunk_tokens):
                 own = line.tangent(block)
                 logits = [teacher.logits(block) for teacher in teachers]
                 found.append(alignments(self._objective, logits, own.logits, own.slope, tokens[block]))
@@ -90,10 +90,6 @@ class AlignmentScorer:
             by_row = torch.split(values.double(), [len(completion) for _, completion in pairs], dim=1)
             found.update(zip(indices, [row.mean(1).tolist() for row in by_row], strict=True))
         return [found[i] for i in range(len(rows))]
-
-    def _blocks(self, vocabulary: int, count: int) -> list[slice]:
-        size = chunk_size(vocabulary, self._scorer.device, self._chunk_tokens)
-        return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def grouped(ratios: Sequence[float], rows: Sequence[Sequence[float]], groups: Sequence[str]) -> Mapping[str, Alignment]:

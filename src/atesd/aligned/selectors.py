@@ -17,7 +17,7 @@ from atesd.aligned.scorer import AlignmentScorer
 from atesd.errors import NonFiniteError
 from atesd.maths.gates import soft_weights
 from atesd.models.score import Scored
-from atesd.train.update import EveryToken, Example, Meters, Selection
+from atesd.train.update import EveryToken, Example, Meters, Selection, by_example
 
 
 @final
@@ -41,7 +41,7 @@ class AlignedGate:
         if not self._scorer.direction.known:
             return Selection(teacher, torch.ones(len(tokens), device=tokens.device))
         values, curvature = _measured(self._scorer, examples, student, teachers, tokens)
-        rows = torch.split(values[0], [len(example.completion) for example in examples])
+        rows = by_example(values[0], examples)
         return Selection(teacher, torch.cat([self._weights(row) for row in rows]), {"alignment": values[0]} | curvature)
 
     def _weights(self, alignment: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -98,7 +98,7 @@ def _measured(
     Raises `NonFiniteError` that names the first rollout without a number.
     """
     values, curvature = scorer.tokens([e.student_pair for e in examples], teachers, tokens, student)
-    for example, own in zip(examples, torch.split(values, [len(e.completion) for e in examples], dim=1), strict=True):
+    for example, own in zip(examples, by_example(values, examples, dim=1), strict=True):
         if not bool(own.isfinite().all()):
             raise NonFiniteError(f"the look-ahead gives numbers that are not finite on rollout {example.key}")
     return values, {} if curvature is None else {"curvature": curvature}

@@ -148,16 +148,17 @@ def _show_plan(
 
     asked = Asked(devices, kind, problem_tokens, reference_tokens)
     if asked.anything:
-        for line in verdicts_first([*described_lines(config, asked)]):
+        for line in described_lines(config, asked):
             say(line)
         return
 
     from atesd.build import build, close
-    from atesd.cli.plan import plan_lines
+    from atesd.cli.plan import learning_verdict, plan_lines
 
     components = build(config)
     try:
-        for line in verdicts_first([*plan_lines(components), *built_lines(components), NOTHING_DONE]):
+        lines = (*plan_lines(components), *learning_verdict(components.config), *built_lines(components), NOTHING_DONE)
+        for line in verdicts_first(lines):
             say(line)
     finally:
         close(components)

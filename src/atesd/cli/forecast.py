@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 
 from atesd.build import make_renderer, problem_sets
-from atesd.cli.plan import MEASURED, acting_lines
+from atesd.cli.plan import MEASURED, Verdict, acting_lines
 from atesd.config import Config
 from atesd.data.views import Renderer
 from atesd.errors import AtesdError, ConfigError, ModelError
@@ -59,20 +59,21 @@ class Asked:
         return any(value is not None for value in (self.devices, self.kind, self.problem_tokens, self.reference_tokens))
 
 
-_VERDICTS = ("it fits: ", "it does not fit: ", "policy updates: ", "seconds per update, an estimate: ")
-"""How the lines begin that a reader wants first: does it fit, can it learn, how long does it take?"""
-
-
-def verdicts_first(lines: Sequence[str]) -> list[str]:
+def verdicts_first(lines: Iterable[str | Verdict]) -> list[str]:
     """The lines of a plan, its verdicts before all others."""
-    return sorted(lines, key=lambda line: not line.startswith(_VERDICTS))
+    said = list(lines)
+    return [line.text for line in said if isinstance(line, Verdict)] + [line for line in said if isinstance(line, str)]
 
 
-def described_lines(config: Config, asked: Asked) -> Iterator[str]:
+def described_lines(config: Config, asked: Asked) -> list[str]:
     """The plan of a recipe for devices that need not be here. No weights are read and no memory is taken for any.
 
     Raises `ConfigError` for an unknown kind, `ModelError` for a model without a readable config.json.
     """
+    return verdicts_first(_described(config, asked))
+
+
+def _described(config: Config, asked: Asked) -> Iterator[str | Verdict]:
     devices = asked.devices or 1
     kind = kind_named(asked.kind) if asked.kind is not None else this_machine(config, devices)
     shape = described_shape(config.model)
@@ -88,7 +89,7 @@ def described_lines(config: Config, asked: Asked) -> Iterator[str]:
     yield NOTHING_DONE
 
 
-def built_lines(components: Components) -> Iterator[str]:
+def built_lines(components: Components) -> Iterator[str | Verdict]:
     """The plan of what was built, on this machine, for as many ranks as torchrun has started."""
     config = components.config
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,7 +99,7 @@ def built_lines(components: Components) -> Iterator[str]:
     yield from forecast_lines(work, f"of the first {min(MEASURED, len(components.problems.train))} training problems")
 
 
-def forecast_lines(work: Work, origin: str) -> Iterator[str]:
+def forecast_lines(work: Work, origin: str) -> Iterator[str | Verdict]:
     """Devices, contexts, the bytes of every phase, whether they fit or what makes them fit, and the seconds."""
     kind, lengths = work.kind, work.lengths
     named = f"{work.devices} x {visible(kind.name)}, {kind.memory / _GB:,.1f} GB each"
@@ -210,14 +211,14 @@ def _gb(size: float) -> str:
     )
 
 
-def _verdict(work: Work) -> Iterator[str]:
+def _verdict(work: Work) -> Iterator[str | Verdict]:
     """Whether it fits; if not, the settings that make it fit."""
     most, usable = peak(memory(work)), work.kind.usable
     said = f"{_gb(most.total)} GB in {most.name}, of {_gb(usable)} GB that may be filled"
     if fits(work):
-        yield f"it fits: {said} ({work.kind.reserved:.0%} are left for the device's own needs)"
+        yield Verdict(f"it fits: {said} ({work.kind.reserved:.0%} are left for the device's own needs)")
         return
-    yield f"it does not fit: {said} ({work.kind.reserved:.0%} are left for the device's own needs)"
+    yield Verdict(f"it does not fit: {said} ({work.kind.reserved:.0%} are left for the device's own needs)")
     singles = single_changes(work)
     if singles:
         yield "any one of these makes it fit:"
@@ -234,7 +235,7 @@ def _verdict(work: Work) -> Iterator[str]:
     yield f"kinds on which it fits as it is: {', '.join(kinds) or 'none of those known; take a smaller model'}"
 
 
-def _times(work: Work) -> Iterator[str]:
+def _times(work: Work) -> Iterator[str | Verdict]:
     fast, slow = seconds(work, FAST), seconds(work, SLOW)
     if not fast:
         named = visible(work.kind.name)
@@ -243,7 +244,7 @@ def _times(work: Work) -> Iterator[str]:
     low, high, updates = sum(fast.values()), sum(slow.values()), work.config.train.num_updates
     parts = ", ".join(f"{name} {span(value, slow[name])}" for name, value in fast.items())
     hours = span(updates * low / 3600, updates * high / 3600)
-    yield f"seconds per update, an estimate: {span(low, high)}; {parts}"
+    yield Verdict(f"seconds per update, an estimate: {span(low, high)}; {parts}")
     yield (
         f"  so {updates:,} updates take {hours} hours, without evaluations, checkpoints and the controller's probes; "
         "every completion is taken to be as long as it may, and shorter ones take less"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 from atesd.config import Component, Config, TrainConfig, describe_settings, method_name, yaml_value
@@ -19,6 +20,13 @@ from atesd.train.components import Components
 MEASURED = 512  # training problems whose contexts are measured
 LISTED = 5  # skipped rows that are shown
 MANY_DECISIONS = 128  # beyond them one simulated controller is enough, and takes its time
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a reader wants first: whether it fits, whether it can learn, how long it takes."""
+
+    text: str
 
 
 def plan_lines(components: Components) -> Iterator[str]:
@@ -49,12 +57,17 @@ def plan_lines(components: Components) -> Iterator[str]:
         yield f"  an answer may take {duration(waits[0])}, in evaluation {duration(waits[1])}, longer where many wait"
     yield _evaluations(components)
     if config.decides:
-        finished, updates = affordable(train.num_updates, config.credit, config.policy)
+        finished, _ = affordable(train.num_updates, config.credit, config.policy)
         yield f"exposure decisions: {decisions(train.num_updates, config.credit)}, {finished} of them rewarded in time"
-    if config.decides and config.exposure.kind == "learned":
-        yield f"policy updates: {updates}; {budget_line(config)}"
     if config.rule_note:
         yield config.rule_note
+
+
+def learning_verdict(config: Config) -> Iterator[Verdict]:
+    """How often a learned exposure's policy is updated, and whether that is enough; nothing for other kinds."""
+    if config.decides and config.exposure.kind == "learned":
+        _, updates = affordable(config.train.num_updates, config.credit, config.policy)
+        yield Verdict(f"policy updates: {updates}; {budget_line(config)}")
 
 
 def own_lines(components: Components) -> Iterator[str]:
@@ -136,7 +149,7 @@ def _contexts(components: Components) -> Iterator[str]:
     some = components.problems.train[:MEASURED]
     student = [len(encoder.student(renderer.student(problem))) for problem in some]
     yield f"student context: {_lengths(student)} (first {len(some)} training problems)"
-    if config.train.method == "distill":
+    if config.distils:
         prompts = [components.prompts.view(problem, 1.0) for problem in some]
         short = sum(prompt.view.effective_ratio < 1 for prompt in prompts)
         note = f", {short} references do not fit whole" * bool(short)

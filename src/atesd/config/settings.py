@@ -49,9 +49,7 @@ _LOOKS_AT_ROWS = ActsWhen(
 _OWN_CHECKER = ActsWhen(lambda c: is_named(c.data.checker), "data.checker: module:function")
 _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other than none")
 _HINTED = ActsWhen(lambda c: c.hinted.rollouts > 0, "hinted.rollouts above 0")
-_DISPLACED = ActsWhen(
-    lambda c: c.alignment.parameters in {"all", "last_layer"}, "alignment.parameters: all or last_layer"
-)
+_DISPLACED = ActsWhen(lambda c: c.alignment.displaces, "alignment.parameters: all or last_layer")
 _BY_PARAMETERS = ActsWhen(
     lambda c: c.alignment.parameters != "features", "alignment.parameters: all, last_layer or last_mlp"
 )
@@ -375,6 +373,11 @@ class AlignmentConfig(Component):
     metric: Annotated[Literal["plain", "optimiser"], _BY_PARAMETERS] = Field(
         "plain", description="in which the step is measured; optimiser: the root of AdamW's second moments divides it"
     )
+
+    @property
+    def displaces(self) -> bool:
+        """Whether weights are displaced to find the derivative along the direction; of the other parts it is exact."""
+        return self.parameters in ("all", "last_layer")
 
 
 class HintedConfig(Component):

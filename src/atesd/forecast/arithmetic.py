@@ -178,7 +178,7 @@ class Work:
     @property
     def has_copy(self) -> bool:
         """Whether the teacher keeps values of its own."""
-        if self.config.train.method != "distill":
+        if not self.config.distils:
             return False
         weights = self.config.teacher.weights
         return weights != "live" and not (weights == "frozen" and self.config.model.lora is not None)

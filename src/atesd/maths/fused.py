@@ -126,6 +126,12 @@ def chunk_size(vocabulary: int, device: torch.device, chunk_tokens: int | None =
     return max(64, CUDA_LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
 
 
+def token_blocks(count: int, vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> Iterator[slice]:
+    """Blocks of `chunk_size` of the `count` tokens, in order; the last may reach beyond them."""
+    size = chunk_size(vocabulary, device, chunk_tokens)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkedPass:
     """One pass over all tokens against none, one or several teachers."""

@@ -66,7 +66,7 @@ def _perhaps_too_long(
     problems: Sequence[Problem], config: Config, encoder: PromptEncoder, renderer: Renderer
 ) -> Sequence[Problem]:
     """The problems whose shortest teacher context is too long; all of them where an ablation changes what it holds."""
-    if config.train.method != "distill" or config.exposure.reference_ablation != "off":
+    if not config.distils or config.exposure.reference_ablation != "off":
         return problems
     room = config.model.max_context_tokens - config.sampling.completion_tokens
     shortest = encoder.teachers([renderer.teacher(problem, 0, False) for problem in problems])

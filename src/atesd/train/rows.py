@@ -27,7 +27,7 @@ def update_stats(batch: Batch, meters: StepMeters, config: Config, measured: dic
         if row.graded.verdict is not None and row.graded.hint is None
     ]
     means = meters.means
-    beside = "kept" in means or (config.train.method == "distill" and config.train.grpo_weight > 0)
+    beside = "kept" in means or (config.distils and config.train.grpo_weight > 0)
     return UpdateStats(
         reveal_ratio=means.get("token_ratio", statistics.fmean(row.reveal_ratio for row in batch.rows)),
         effective_ratio=means.get(

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from atesd.maths import keyed
 from atesd.maths.divergence import Objective
-from atesd.maths.fused import chunk_size, divergence_profile
+from atesd.maths.fused import divergence_profile, token_blocks
 from atesd.maths.gates import bounded_weights, influence, sdar_weights
 from atesd.models.score import Scored, hidden_logprobs
-from atesd.train.update import Example, Selection, Selector, per_token
+from atesd.train.update import Example, Selection, Selector, by_example, per_token
 
 
 @final
@@ -83,7 +83,7 @@ class RankedGate:
             self._objective, student.hidden, student.head, [teacher.hidden], teacher.head, tokens
         )
         factors = []
-        for values in torch.split(meters[0][self._meter], [len(example.completion) for example in examples]):
+        for values in by_example(meters[0][self._meter], examples):
             kept = values.topk(max(1, math.ceil(self._share * len(values))), largest=self._largest).indices
             factors.append(torch.zeros_like(values).index_fill(0, kept, 1.0))
         return Selection(teacher, torch.cat(factors))
@@ -128,7 +128,7 @@ class InfluenceGate:
         """Factors of mean 1 in every rollout; meter `influence`."""
         [teacher] = teachers
         values = self._influence(examples, student, teacher, tokens)
-        rows = torch.split(values, [len(example.completion) for example in examples])
+        rows = by_example(values, examples)
         weights = torch.cat([bounded_weights(row, self._scale, self._bound) for row in rows])
         return Selection(teacher, weights, {"influence": values})
 
@@ -137,8 +137,7 @@ class InfluenceGate:
     ) -> Float[Tensor, " N"]:
         """That of every token, a block of logits at a time."""
         outcomes = per_token([example.outcome for example in examples], examples, tokens.device).float()
-        size = chunk_size(student.vocabulary, tokens.device, self._chunk_tokens)
-        blocks = [slice(start, start + size) for start in range(0, len(tokens), size)]
+        blocks = token_blocks(len(tokens), student.vocabulary, tokens.device, self._chunk_tokens)
         return torch.cat(
             [
                 influence(self._objective, teacher.logits(own), student.logits(own), tokens[own], outcomes[own])
@@ -165,9 +164,7 @@ class PermutedGate:
         if chosen.factors is None:
             return chosen
         dealt = []
-        for example, own in zip(
-            examples, torch.split(chosen.factors, [len(e.completion) for e in examples]), strict=True
-        ):
+        for example, own in zip(examples, by_example(chosen.factors, examples), strict=True):
             order = keyed.generator(self._seed, "permuted gate", *example.key).permutation(len(own))
             dealt.append(own[torch.from_numpy(order).to(own.device)])
         return replace(chosen, factors=torch.cat(dealt))

@@ -341,6 +341,13 @@ def per_token(values: Sequence[float], examples: Sequence[Example], device: torc
     return torch.tensor(repeated, dtype=torch.float64, device=device)
 
 
+def by_example(
+    values: Float[Tensor, "*K N"], examples: Sequence[Example], dim: int = 0
+) -> tuple[Float[Tensor, "*K n"], ...]:
+    """The numbers of each example's completion tokens, out of those of all, which lie along `dim`; views, no copies."""
+    return torch.split(values, [len(example.completion) for example in examples], dim=dim)
+
+
 def _least(example: Example) -> Example:
     """The shortest example of the same kind: one token each of contexts and completion."""
     return replace(
@@ -377,7 +384,7 @@ def _backpropagate(method: Method, batches: Sequence[_MicroBatch], count: int, f
             continue
         total += loss.detach()
         for name, values in meters.items():
-            split = torch.split(values.float(), [len(example.completion) for example in batch.examples])
+            split = by_example(values.float(), batch.examples)
             by_place.setdefault(name, {}).update(zip(batch.places, [row.tolist() for row in split], strict=True))
         by_place.setdefault(_ANSWER, {}).update(zip(batch.places, targets.answers, strict=True))
     return float(total), {name: [rows[i] for i in range(count)] for name, rows in by_place.items()}

@@ -39,7 +39,7 @@ class TeacherPrompts:
         baselines (SFT, GRPO) have no teacher: their views are empty. Raises `DataError` if not even the answer fits.
         """
         config = self._config
-        if config.train.method != "distill":
+        if not config.distils:
             return TeacherPrompt(View("", 0, len(problem.segments)), ())
         if config.exposure.reference_ablation == "none":
             message = self._renderer.student(problem)

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from atesd.build import build, close
 from atesd.config import Config, CreditConfig, PolicyConfig, ProgressSignal
-from atesd.control.budget import Learner, affordable, decisions, one_signal
+from atesd.control.budget import ENOUGH_MOVE, Learner, affordable, decisions, one_signal
 from atesd.control.simulation import Driven, Stats, drive
 from atesd.errors import ConfigError
 from atesd.maths.credit import SAME_REWARD
@@ -146,7 +146,7 @@ def run_audit(
     config: Config, *, rollouts: int, repeats: int, decisions: int, seeds: int, effect: float | None, say: Say
 ) -> Audit:
     """Measure the recipe's frozen student and audit its reward. Raises `ConfigError` where there is no teacher."""
-    if config.train.method != "distill":
+    if not config.distils:
         raise ConfigError(f"audit: train.method: {config.train.method} has no teacher to expose; set it to distill")
     parts = build(config)
     try:
@@ -354,7 +354,9 @@ def budget_mends(config: Config, budget: Budget) -> Iterator[Mend]:
     """More updates, or the setting that keeps any number of them from teaching anything."""
     if budget.verdict == "too few decisions":
         yield Mend(
-            f"train.num_updates={budget.needed_updates}", "then a reward without noise can move the mean by 0.25"
+            f"train.num_updates={budget.needed_updates}",
+            f"instead of {budget.updates}: enough for a reward without noise to move the mean ratio by {ENOUGH_MOVE}; "
+            "a noisy one needs more",
         )
     if budget.verdict != "cannot learn":
         return

@@ -30,7 +30,7 @@ from atesd.text import MISSING, duration, percent, percent_interval
 from atesd_lab.paper.aligned_figure import draw_main, draw_worlds
 from atesd_lab.paper.aligned_measure import BEST_FIXED, GRPO, ArmResult, TimedGap, WorldResult, measure, paces_of
 from atesd_lab.report.honest import capital, markdown
-from atesd_lab.sweep.pivot import SweptTable, commits_of, machine_of, read_cells, read_tables
+from atesd_lab.sweep.pivot import SweptTable, commits_of, machine_of, read_cells, read_tables, seconds_of
 
 WORLDS = {
     "steps": "steps",
@@ -243,7 +243,7 @@ def _provenance(table: SweptTable) -> str:
     runs = table.runs
     commits = dict.fromkeys(commit for run in runs for commit in commits_of(run))
     machines = dict.fromkeys(map(machine_of, runs))
-    seconds = sum(sum(row["seconds"].values()) for run in runs for row in run.metrics if row.get("seconds"))
+    seconds = seconds_of(row for run in runs for row in run.metrics)
     places: dict[str, list[int]] = {}
     for seed, block in table.blocks.items():
         places.setdefault(block, []).append(seed)

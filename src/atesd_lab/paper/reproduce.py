@@ -46,8 +46,9 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], Findings]] = {
     "words": words.report,
 }
 RULE = (
-    "Verdict: agrees if every 95 % interval of the claim's differences is above 0, disagrees if one is below "
-    "0, otherwise not distinguishable. Where a claim has several differences no allowance is made for their number."
+    "Each row is one claim: of the paper, with its number, or ours. Beside it stand our difference or differences with "
+    "their 95 % intervals. The claim *agrees* if all intervals are above 0, and *disagrees* if one is below 0; "
+    "otherwise it is *not distinguishable*. The intervals are not widened where a claim has several."
 )
 TOYS = (
     "The worlds are embedded toys of a 101,056-parameter model; the leap world is made so that its best ratio is "
@@ -127,7 +128,7 @@ def about(cells: Sequence[Cell]) -> str:
 
 def summary(written: Sequence[Written], subject: str = TOYS) -> str:
     """What was claimed and what came out, experiment after experiment, as Markdown."""
-    parts = ["# Reproduction", f"- {RULE}", f"- {subject}", f"- Paper: {source()}."]
+    parts = ["# The claims of the paper, and what came out here", RULE, subject, f"The paper is {source()}."]
     for one in written:
         if one.findings is None:
             parts.append(f"## {one.name}\n\nNot written: {one.missing}")

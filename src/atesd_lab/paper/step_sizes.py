@@ -19,7 +19,7 @@ from atesd.runs import RunFolder
 from atesd.table import Table
 from atesd.text import MISSING, duration, percent
 from atesd_lab.report.honest import markdown
-from atesd_lab.sweep.pivot import SweptCell, read_cells
+from atesd_lab.sweep.pivot import SweptCell, read_cells, seconds_of
 
 Figures = dict[str, dict[str, dict[float, float]]]
 """By world, arm and learning rate."""
@@ -48,9 +48,7 @@ def page(cells: Sequence[SweptCell]) -> str:
     if not done:
         raise RunError("no run is finished; run the sweep first")
     tables = [markdown(_table(world, arms)) for world, arms in figures(done).items()]
-    spent = sum(
-        sum((row["seconds"] or {}).values()) for cell in done for row in RunFolder.open(cell.folder).rows("metrics")
-    )
+    spent = seconds_of(row for cell in done for row in RunFolder.open(cell.folder).rows("metrics"))
     return "\n".join([*tables, f"{len(done)} of {len(cells)} runs are finished; {duration(spent)} of runs."])
 
 

@@ -133,7 +133,7 @@ def profiled_config(config: Config) -> Config:
 
     Raises `ConfigError` for a method without a teacher.
     """
-    if config.train.method != "distill":
+    if not config.distils:
         raise ConfigError(f"profile: train.method: {config.train.method} has no teacher; set train.method: distill")
     return with_overrides(config, PLAIN).model_copy(update={"alignment": config.alignment})
 

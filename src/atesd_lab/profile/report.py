@@ -284,7 +284,7 @@ def _draw_alignment(axes: Axes, alignment: AlignmentProfile | str, groups: Mappi
         ratios = [ratio + beside for ratio in found.ratios]
         axes.errorbar(ratios, found.values, yerr=reach, capsize=2, linewidth=_width(group), color=colour(index))
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_ylabel("per unit of |v| and rate")
+    axes.set_ylabel("gain in success per unit of\nlearning rate and gradient length")
 
 
 def _say(axes: Axes, text: str) -> None:

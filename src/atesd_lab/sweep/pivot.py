@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.errors import RunError
+from atesd.rows import MetricsRow
 from atesd.runs import RunFolder
 from atesd.text import visible
 from atesd_lab.report.groups import RunGroup, group_of
@@ -224,6 +225,11 @@ def machine_of(run: RunRows) -> str:
     """The processor, the threads, and the torch that trained it."""
     manifest = run.manifest
     return f"{manifest['cpu']}, threads {manifest['threads']}, torch {manifest['versions']['torch']}"
+
+
+def seconds_of(rows: Iterable[MetricsRow]) -> float:
+    """Seconds of all phases of these updates together; an update that was skipped has none."""
+    return sum(sum((row.get("seconds") or {}).values()) for row in rows)
 
 
 def _short(commit: str) -> str:
