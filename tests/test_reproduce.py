@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from atesd.config import parse_yaml
-from atesd.errors import ConfigError, RunError
+from atesd.errors import ConfigError, DataError, RunError
 from atesd.runs import RunFolder, new_manifest
 from atesd.text import MISSING, duration
 from atesd_lab.cli.reproduce import run_experiments
@@ -323,6 +324,14 @@ def test_an_experiment_is_trained_and_written_end_to_end(scale: Scale, tmp_path:
     page = (tmp_path / "granularity.md").read_text("utf-8")
     assert "| per-problem | 1 |" in page
     assert (tmp_path / "figures" / "granularity-accuracy.png").stat().st_size > 1000
+
+
+def test_without_reasoning_gym_nothing_is_trained_first(scale: Scale, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    cells = cells_for(scale, ["words", "policy"], tmp_path, FEW, seeds=1)
+    with pytest.raises(DataError, match=r"atesd\[gsm\]"):
+        run_experiments(scale, ["words", "policy"], cells, 1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_of_panels_is_no_wider_than_three():
