@@ -99,15 +99,17 @@ def test_the_whole_fits_two_hours_and_a_half_on_two_cores(scale: Scale):
     assert [row[:3] for row in table.rows[:3]] == [
         ("credit", "20", "3,200"),
         ("policy", "10", "1,600"),
-        ("words", "90", "2,700"),
+        ("words", "80", "1,600"),
     ]
     assert table.rows[-1][3] == duration(seconds)
 
 
 def test_the_word_problems_have_a_recipe_of_their_own_and_what_is_set_beats_the_worlds_own(scale: Scale):
-    shared, given = (cells_for(scale, ["words"], Path("out"), some, seeds=1)[0].job.config for some in ([], FEW))
+    shared, given = (
+        cells_for(scale, ["words"], Path("out"), some, seeds=1)[0].job.config for some in ([], ["train.num_updates=30"])
+    )
     assert (shared.data.source, shared.model.path, shared.train.keep_checkpoints) == ("gsm_symbolic", "words:a", 1)
-    assert (shared.train.num_updates, given.train.num_updates) == (30, UPDATES)
+    assert (shared.train.num_updates, given.train.num_updates) == (20, 30)
     leaps = cells_for(scale, ["policy"], Path("out"), seeds=1)[0].job.config
     assert (leaps.data.source, leaps.train.num_updates) == ("world", 160)
 
@@ -225,7 +227,7 @@ def test_the_word_problems_end_in_a_claim_per_question_and_what_each_rule_found(
     matters = found["words: full exposure ends above the answer alone: exposure matters"]
     assert matters.contrasts[0].value == pytest.approx(np.mean(last["full"]) - np.mean(last["fixed-0"]))
     interior = next(one for text, one in found.items() if "the optimum is interior" in text)
-    assert interior.contrasts[0].name in {f"{arm} - full" for arm in ("fixed-0.34", "fixed-0.5", "fixed-0.75")}
+    assert interior.contrasts[0].name in {f"{arm} - full" for arm in ("fixed-0.5", "fixed-0.75")}
     for arm in (*words.RULES, *words.GATES):
         assert any(f"{words.NAMES[arm]} ends above the best fixed ratio" in text for text in found)
     _, rules = words.report({"words": arms}).tables
