@@ -271,7 +271,8 @@ def fixed_ratios(groups: Mapping[str, RunGroup], baseline: str) -> dict[str, flo
     for name, group in groups.items():
         config = group.runs[0].config
         exposure = config.exposure
-        if isinstance(exposure, FullSettings | FixedSettings) and _apart_from_exposure(group.runs[0]) == reference:
+        fixed = isinstance(exposure, FullSettings | FixedSettings) and exposure.reference_ablation == "off"
+        if fixed and _apart_from_exposure(group.runs[0]) == reference:
             found[name] = exposure.reveal_ratio if isinstance(exposure, FixedSettings) else 1.0
     if baseline not in found:
         raise RunError(f"{baseline} has exposure.kind {groups[baseline].runs[0].config.exposure.kind}; expected full")

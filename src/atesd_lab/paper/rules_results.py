@@ -138,7 +138,7 @@ def _arm(arms: Arms, arm: str, best: str, as_good: Sequence[float], level: float
         group.seeds,
         mean_share(shares_at([group], "test", {arm: group.last})[arm]),
         None if arm == best else _difference(arms, best, arm),
-        _difference(arms, f"{arm}{NULL}" if f"{arm}{NULL}" in arms.groups else f"{arm}{NULL_REWARD}", arm),
+        _difference(arms, f"{arm}{NULL}", arm),
         late,
         band,
         near and not inside if decides else None,
