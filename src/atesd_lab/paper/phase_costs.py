@@ -1,0 +1,200 @@
+"""Equal time at the prices of a language model: who is ahead if an update costs what its phases cost there.
+
+    python -m atesd_lab.paper.phase_costs OUT... [--times FOLDER] [--model FOLDER] [--baseline full]
+
+Accuracies are those of the runs in OUT; another model gives only the seconds of an update. Three lists of prices: the
+seconds of OUT (or of `--times`, cells that were trained alone), those of a few updates of a language model (`--model`,
+the --out of `atesd sweep smollm2-costs`), and those of a model of 8 billion parameters by arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from atesd.config import Config, FixedSettings, FullSettings, load_config
+from atesd.errors import AtesdError, RunError
+from atesd.forecast.arithmetic import Lengths, ModelShape, Reached, Work, seconds
+from atesd.forecast.devices import KINDS
+from atesd.rows import Estimate
+from atesd.runs import RunFolder
+from atesd.table import Table
+from atesd.text import MISSING
+from atesd_lab.paper.aligned_measure import BEST_FIXED, GATE, GRPO, SDAR, Scored
+from atesd_lab.paper.aligned_results import WORLDS
+from atesd_lab.report.honest import capital, markdown
+from atesd_lab.sweep.pivot import SweptCell, SweptTable, read_cells, read_tables
+
+PHASES: Mapping[str, tuple[str, ...]] = {
+    "sampling": ("sample",),
+    "teacher": ("teacher",),
+    "student and step": ("student", "loss_backward", "step"),
+    "look-ahead": ("control",),
+}
+"""The columns, and the phases of `metrics.jsonl` or of the arithmetic in each."""
+Prices = Mapping[str, Mapping[str, float]]
+"""Seconds of an update of each arm, by the columns of `PHASES`."""
+
+PROBLEM, REFERENCE, COMPLETION, ROLLOUTS = 200, 2048, 2048, 64
+"""Tokens of each, and the rollouts of an update: assumed."""
+REACHED = Reached(flops=0.45, bandwidth=0.50, link=1.0, layer_step=20e-6)
+"""Shares of an H100's data sheet, assumed."""
+CORRECT = 1.0
+"""Share of the rollouts that give the gate's direction: all of them, the most that it can cost."""
+GATE_PRODUCTS = {"none": 0, "correct": 0, "random": 0, "sdar": 2, "aligned": 3}
+"""Products with the output head for each token, beside those of the loss: log-probabilities of student and teacher
+(SDAR); both logits and their derivative along the direction (`alignment.parameters: features`)."""
+
+
+def qwen3_8b() -> ModelShape:
+    """The shape of Qwen3-8B."""
+    layers, hidden, inner, heads, keys, width, vocabulary = 36, 4096, 12288, 32, 8, 128, 151936
+    ends = {"q_proj": (hidden, heads * width), "o_proj": (heads * width, hidden)}
+    ends |= dict.fromkeys(("k_proj", "v_proj"), (hidden, keys * width))
+    ends |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    linears = tuple((f"{layer}.{name}", *sizes) for layer in range(layers) for name, sizes in ends.items())
+    norms = layers * (2 * hidden + 2 * width) + hidden
+    parameters = sum(i * o for _, i, o in linears) + 2 * vocabulary * hidden + norms
+    return ModelShape(layers, hidden, heads, keys, width, inner, vocabulary, False, True, parameters, linears)
+
+
+@dataclass(frozen=True, slots=True)
+class PriceList:
+    """Prices with their name, and what they rest on."""
+
+    name: str
+    source: str
+    prices: Prices
+
+    @property
+    def whole(self) -> dict[str, float]:
+        """Seconds of an update of each arm."""
+        return {arm: sum(phases.values()) for arm, phases in self.prices.items()}
+
+    @property
+    def paces(self) -> dict[str, Estimate]:
+        """The same without an interval: at equal time only their ratios count."""
+        return {arm: Estimate(value=one, low=one, high=one) for arm, one in self.whole.items()}
+
+
+def measured(cells: Sequence[SweptCell], *, first_hold: bool) -> Prices:
+    """Seconds of each phase: means over a run's updates without evaluations, medians over the runs of an arm.
+
+    Without the `first_hold`, in which no arm looks ahead, where a run is too short for it not to count.
+    """
+    spent: dict[str, list[dict[str, float]]] = {}
+    for cell in cells:
+        if cell.state == "finished":
+            run = RunFolder.open(cell.folder)
+            after = 0 if first_hold else run.config.credit.hold_updates
+            rows = [row["seconds"] for row in run.rows("metrics") if row["seconds"] and row["update"] >= after]
+            if not rows:
+                raise RunError(f"{run.path}: no update from {after} on has `seconds`; its phases have no price")
+            means = {name: fmean(_sum(row, phases) for row in rows) for name, phases in PHASES.items()}
+            spent.setdefault(cell.points["arm"], []).append(means)
+    return {arm: {name: median(run[name] for run in runs) for name in PHASES} for arm, runs in spent.items()}
+
+
+def _sum(spent: Mapping[str, float], phases: Sequence[str]) -> float:
+    return sum(spent.get(phase, 0.0) for phase in phases)
+
+
+def by_arithmetic(config: Config) -> Mapping[str, float] | None:
+    """What an update of this arm takes of one H100 at 8 billion parameters, LoRA of rank 64; None if it is not known.
+
+    Known are GRPO, and full or fixed exposure with a gate of `GATE_PRODUCTS`. The gate that looks ahead reads the
+    rollouts of its direction once more without gradient, two products with the head for each of their tokens.
+    """
+    exposure, gate = config.exposure, config.loss.gate.kind if config.distils else "none"
+    plain = config.train.method == "grpo" or (config.distils and isinstance(exposure, FullSettings | FixedSettings))
+    if not plain or gate not in GATE_PRODUCTS or (gate == "aligned" and config.alignment.parameters != "features"):
+        return None
+    words = ["exposure.kind=full" if config.distils else "train.method=grpo", f"train.batch_size={ROLLOUTS}"]
+    words += [f"sampling.batch_size={ROLLOUTS}", f"sampling.completion_tokens={COMPLETION}"]
+    view = PROBLEM + (exposure.reveal_ratio if isinstance(exposure, FixedSettings) else 1.0) * REFERENCE
+    lengths = Lengths(PROBLEM, PROBLEM, round(view), view, REFERENCE, REFERENCE)
+    shape, kind = qwen3_8b(), KINDS["h100-80gb"]
+    found = seconds(Work(load_config("qwen3-8b", words), shape, lengths, kind), REACHED)
+    product = 2 * shape.head_entries * ROLLOUTS * COMPLETION / (REACHED.flops * kind.flops)
+    again = CORRECT * (found["student"] + 2 * product) if gate == "aligned" else 0.0
+    found["control"] = GATE_PRODUCTS[gate] * product + again
+    return {name: _sum(found, phases) for name, phases in PHASES.items()}
+
+
+def price_table(given: PriceList) -> Table:
+    """An arm per row: seconds by phase, and the whole over that of GRPO."""
+    whole, rows = given.whole, []
+    for arm, phases in given.prices.items():
+        over = f"{whole[arm] / whole[GRPO]:.2f}" if GRPO in whole else MISSING
+        rows.append((arm, *(f"{phases[name]:.3g}" for name in PHASES), f"{whole[arm]:.3g}", over))
+    columns = ("arm", *PHASES, "an update, seconds", "over GRPO")
+    return Table(f"Prices: {given.name}", columns, tuple(rows), (given.source,))
+
+
+def answer_table(tables: Sequence[SweptTable], given: Sequence[PriceList], rival: str, baseline: str) -> Table:
+    """The gate less a rival on validation at equal time: a row per price list, a column per world."""
+    rows, counts = [], []
+    for one in given:
+        cells, words = [], []
+        for table in tables:
+            scored = Scored(table, baseline, one.paces)
+            name = scored.best_fixed if rival == BEST_FIXED else rival
+            if name is None or not scored.is_timed(name, GATE) or not scored.arms.common(name, GATE):
+                cells.append(MISSING)
+                continue
+            timed = scored.timed(name, GATE)
+            gap, text = timed.gap, timed.gap.contrast.in_points
+            words.append(gap.word)
+            bold = f"**{text}**" if gap.word in ("ahead", "behind") else text
+            cells.append(f"{bold} ({timed.candidate_updates:.0f} / {timed.baseline_updates:.0f})")
+        rows.append((one.name, *cells))
+        said = ", ".join(f"{word} in {words.count(word)}" for word in dict.fromkeys(words))
+        counts.append(f"{capital(one.name)}: {said or 'nothing to compare'}, of {len(tables)} worlds.")
+    columns = ("prices", *(WORLDS.get(table.name, table.name) for table in tables))
+    note = "Bold: the 95 % interval leaves out 0. In parentheses the updates of the gate and of its rival."
+    return Table(f"The gate less {rival} at equal time, points of validation", columns, tuple(rows), (*counts, note))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the prices, then the gate against GRPO, the best fixed ratio and SDAR's gate under each list."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    asked.add_argument("out", type=Path, nargs="+", help="the --out of a finished sweep over world and arm")
+    asked.add_argument("--times", type=Path, help="the folder whose seconds count; default: those of OUT")
+    asked.add_argument("--model", type=Path, help="the --out of a sweep over arm on a language model")
+    asked.add_argument("--baseline", default="full", help="the arm of full exposure; default full")
+    given = asked.parse_args(arguments)
+    try:
+        print(page(given.out, given.times, given.model, given.baseline))
+    except AtesdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def page(out: Sequence[Path], times: Path | None, model: Path | None, baseline: str) -> str:
+    """All tables as Markdown. Raises `RunError` for folders that cannot be read so."""
+    tables = [one for folder in out for one in read_tables(folder, table_axis="world", arm_axis="arm") if one.groups]
+    cells = [cell for folder in ([times] if times else out) for cell in read_cells(folder)]
+    here = measured(cells, first_hold=True)
+    lists = [PriceList("micro, measured", "Means over all updates, medians over runs; one thread.", here)]
+    if model is not None:
+        source = "Measured without the first hold, in which nothing looks ahead; one thread."
+        lists.append(PriceList("a language model, measured", source, measured(read_cells(model), first_hold=False)))
+    configs = {arm: group.runs[0].config for table in tables for arm, group in table.groups.items()}
+    found = {arm: price for arm, config in configs.items() if (price := by_arithmetic(config)) is not None}
+    source = (
+        f"Qwen3-8B, LoRA of rank 64, one H100 at {REACHED.flops:.0%} of its operations and {REACHED.bandwidth:.0%} of "
+        f"its bandwidth; {ROLLOUTS} rollouts of {COMPLETION:,} tokens, references of {REFERENCE:,}, problems of "
+        f"{PROBLEM}; all rollouts give the gate's direction. Nothing of it was measured."
+    )
+    lists.append(PriceList("8B, by arithmetic", source, found))
+    answers = [answer_table(tables, lists, rival, baseline) for rival in (GRPO, BEST_FIXED, SDAR)]
+    return "\n".join(map(markdown, [*map(price_table, lists), *answers]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
