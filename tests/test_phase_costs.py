@@ -117,9 +117,9 @@ def test_a_price_is_the_median_over_runs_of_the_mean_over_updates(swept: Path, t
         rows += [metric(update, seconds={**late, "evaluate": 9.0}) for update in range(4, 8)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     gates = [cell for cell in read_cells(times) if cell.points["arm"] == "gate"]
-    settled = measured(gates, first_hold=False)["gate"]  # medians over runs: (3 + 4) / 2
+    settled = measured(gates, 4)["gate"]  # medians over runs: (3 + 4) / 2
     assert settled == {"sampling": 3.5, "teacher": 2.0, "student and step": 7.0, "look-ahead": 5.0}
-    whole = measured(gates, first_hold=True)["gate"]  # (50 + 3.5) / 2, and half of the rest
+    whole = measured(gates)["gate"]  # (50 + 3.5) / 2, and half of the rest
     assert whole == {"sampling": 26.75, "teacher": 1.0, "student and step": 3.5, "look-ahead": 2.5}
 
 
@@ -127,7 +127,7 @@ def test_a_run_without_an_update_after_the_first_hold_is_refused(
     swept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(swept), "--model", str(swept)]) == 2  # two updates each
-    assert "no update from 4 on has `seconds`" in capsys.readouterr().err
+    assert "no update from 2 on has `seconds`" in capsys.readouterr().err
 
 
 # At equal time

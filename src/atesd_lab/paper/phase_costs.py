@@ -39,6 +39,8 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 Prices = Mapping[str, Mapping[str, float]]
 """Seconds of an update of each arm, by the columns of `PHASES`."""
 
+FIRST_HOLD = 2
+"""Updates of the plan `smollm2-costs` before its first direction."""
 PROBLEM, REFERENCE, COMPLETION, ROLLOUTS = 200, 2048, 2048, 64
 """Tokens of each, and the rollouts of an update: assumed."""
 REACHED = Reached(flops=0.45, bandwidth=0.50, link=1.0, layer_step=20e-6)
@@ -81,19 +83,15 @@ class PriceList:
         return {arm: Estimate(value=one, low=one, high=one) for arm, one in self.whole.items()}
 
 
-def measured(cells: Sequence[SweptCell], *, first_hold: bool) -> Prices:
-    """Seconds of each phase: means over a run's updates without evaluations, medians over the runs of an arm.
-
-    Without the `first_hold`, in which no arm looks ahead, where a run is too short for it not to count.
-    """
+def measured(cells: Sequence[SweptCell], skip: int = 0) -> Prices:
+    """Seconds of each phase: means over a run's updates but the first `skip`, medians over the runs of an arm."""
     spent: dict[str, list[dict[str, float]]] = {}
     for cell in cells:
         if cell.state == "finished":
             run = RunFolder.open(cell.folder)
-            after = 0 if first_hold else run.config.credit.hold_updates
-            rows = [row["seconds"] for row in run.rows("metrics") if row["seconds"] and row["update"] >= after]
+            rows = [row["seconds"] for row in run.rows("metrics") if row["seconds"] and row["update"] >= skip]
             if not rows:
-                raise RunError(f"{run.path}: no update from {after} on has `seconds`; its phases have no price")
+                raise RunError(f"{run.path}: no update from {skip} on has `seconds`; its phases have no price")
             means = {name: fmean(_sum(row, phases) for row in rows) for name, phases in PHASES.items()}
             spent.setdefault(cell.points["arm"], []).append(means)
     return {arm: {name: median(run[name] for run in runs) for name in PHASES} for arm, runs in spent.items()}
@@ -179,11 +177,11 @@ def page(out: Sequence[Path], times: Path | None, model: Path | None, baseline: 
     """All tables as Markdown. Raises `RunError` for folders that cannot be read so."""
     tables = [one for folder in out for one in read_tables(folder, table_axis="world", arm_axis="arm") if one.groups]
     cells = [cell for folder in ([times] if times else out) for cell in read_cells(folder)]
-    here = measured(cells, first_hold=True)
-    lists = [PriceList("micro, measured", "Means over all updates, medians over runs; one thread.", here)]
+    source = "Means over all updates without evaluations, medians over runs."
+    lists = [PriceList("micro, measured", source, measured(cells))]
     if model is not None:
-        source = "Measured without the first hold, in which nothing looks ahead; one thread."
-        lists.append(PriceList("a language model, measured", source, measured(read_cells(model), first_hold=False)))
+        source = f"The same without the first {FIRST_HOLD} updates, in which nothing looks ahead."
+        lists.append(PriceList("a language model, measured", source, measured(read_cells(model), FIRST_HOLD)))
     configs = {arm: group.runs[0].config for table in tables for arm, group in table.groups.items()}
     found = {arm: price for arm, config in configs.items() if (price := by_arithmetic(config)) is not None}
     source = (
