@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from atesd.config import load_config
 from atesd.models.shape import shape_of
 from atesd_lab.paper.aligned_measure import GRPO
-from atesd_lab.paper.phase_costs import PriceList, answer_table, by_arithmetic, main, measured, qwen3_8b
+from atesd_lab.paper.phase_costs import PriceList, answer_table, by_arithmetic, composed, main, measured, qwen3_8b
 from atesd_lab.stats.differences import paired_difference
 from atesd_lab.sweep.pivot import read_cells
 from test_aligned_results import ONE_WORLD, metric, raw, table_of, write_sweep
@@ -108,6 +108,20 @@ def test_an_arm_that_the_arithmetic_does_not_know_has_no_price(words: tuple[str,
 # Measured
 
 
+def test_the_phases_of_the_gate_make_up_the_other_arms() -> None:
+    gate = {"sampling": 5.0, "teacher": 3.0, "student and step": 4.0, "look-ahead": 2.0}
+
+    def whole(*words: str) -> float | None:
+        found = composed(load_config("micro", words), gate)
+        return None if found is None else sum(found.values())
+
+    assert whole("train.method=grpo") == 9
+    assert whole("exposure.kind=fixed", "exposure.reveal_ratio=0.5") == whole("exposure.kind=full") == 12
+    assert whole("exposure.kind=full", "loss.gate=sdar") == 12
+    assert whole("exposure.kind=full", *BY_FEATURES) == 14
+    assert whole("exposure.kind=full", "loss.gate=aligned") is None  # two displaced passes: other phases
+
+
 def test_a_price_is_the_median_over_runs_of_the_mean_over_updates(swept: Path, tmp_path: Path) -> None:
     times = Path(shutil.copytree(swept, tmp_path / "times"))
     for seed, sampling in enumerate((1.0, 3.0, 4.0, 100.0)):
@@ -140,7 +154,7 @@ def priced(**whole: float) -> PriceList:
 def test_at_equal_prices_all_updates_count_and_at_a_double_price_half_of_them(swept: Path) -> None:
     table = table_of(swept, "leaps-half")
     for cost, update in ((1.0, 20), (2.0, 10)):
-        [row] = answer_table([table], [priced(gate=cost, grpo=1.0)], GRPO, "full").rows
+        [row] = answer_table([table], [priced(gate=cost, grpo=1.0)], GRPO).rows
         found = paired_difference(raw(swept, "grpo", "validation", 20), raw(swept, "gate", "validation", update))
         assert f"{100 * float(found.value):+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]" in row[1]
         assert row[1].endswith(f"({update} / 20)")
@@ -148,10 +162,10 @@ def test_at_equal_prices_all_updates_count_and_at_a_double_price_half_of_them(sw
 
 def test_an_interval_that_leaves_out_zero_is_bold_and_counted(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", ONE_WORLD[:1], scored=lambda arm, *_: 0.9 if arm == "gate" else 0.3)
-    found = answer_table([table_of(sweep, "leaps-half")], [priced(gate=1.0, grpo=1.0)], GRPO, "full")
+    found = answer_table([table_of(sweep, "leaps-half")], [priced(gate=1.0, grpo=1.0)], GRPO)
     assert found.rows[0][1].startswith("**+")
     assert found.notes[0] == "Made up: ahead in 1, of 1 worlds."
-    without = answer_table([table_of(sweep, "leaps-half")], [priced(gate=1.0)], GRPO, "full")
+    without = answer_table([table_of(sweep, "leaps-half")], [priced(gate=1.0)], GRPO)
     assert without.rows[0][1] == "–"
     assert without.notes[0] == "Made up: nothing to compare, of 1 worlds."
 
@@ -161,5 +175,5 @@ def test_the_command_prints_prices_and_answers(swept: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "| gate | 0.03 | 0 | 0.17 | 0 | 0.2 | 1.33 |" in text  # 0.2 s an update, GRPO 0.15
     assert "**Prices: 8B, by arithmetic**" in text
-    assert text.count("The gate less") == 3
+    assert text.count("The gate less") == 2  # no run of SDAR's gate
     assert "(15 / 20)" in text  # 20 updates of GRPO are 15 of the gate

@@ -1,10 +1,9 @@
 """Equal time at the prices of a language model: who is ahead if an update costs what its phases cost there.
 
-    python -m atesd_lab.paper.phase_costs OUT... [--times FOLDER] [--model FOLDER] [--baseline full]
+    python -m atesd_lab.paper.phase_costs OUT... [--times FOLDER] [--model FOLDER]
 
-Accuracies are those of the runs in OUT; another model gives only the seconds of an update. Three lists of prices: the
-seconds of OUT (or of `--times`, cells that were trained alone), those of a few updates of a language model (`--model`,
-the --out of `atesd sweep smollm2-costs`), and those of a model of 8 billion parameters by arithmetic.
+Accuracies are those of the runs in OUT; another model gives only the seconds of an update: a few measured updates of a
+language model (`--model`), and 8 billion parameters by arithmetic.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 Prices = Mapping[str, Mapping[str, float]]
 """Seconds of an update of each arm, by the columns of `PHASES`."""
 
-FIRST_HOLD = 2
-"""Updates of the plan `smollm2-costs` before its first direction."""
+FIRST_HOLD = 2  # updates of the plan `smollm2-costs`, in which nothing looks ahead
 PROBLEM, REFERENCE, COMPLETION, ROLLOUTS = 200, 2048, 2048, 64
 """Tokens of each, and the rollouts of an update: assumed."""
 REACHED = Reached(flops=0.45, bandwidth=0.50, link=1.0, layer_step=20e-6)
@@ -77,11 +75,6 @@ class PriceList:
         """Seconds of an update of each arm."""
         return {arm: sum(phases.values()) for arm, phases in self.prices.items()}
 
-    @property
-    def paces(self) -> dict[str, Estimate]:
-        """The same without an interval: at equal time only their ratios count."""
-        return {arm: Estimate(value=one, low=one, high=one) for arm, one in self.whole.items()}
-
 
 def measured(cells: Sequence[SweptCell], skip: int = 0) -> Prices:
     """Seconds of each phase: means over a run's updates but the first `skip`, medians over the runs of an arm."""
@@ -101,16 +94,39 @@ def _sum(spent: Mapping[str, float], phases: Sequence[str]) -> float:
     return sum(spent.get(phase, 0.0) for phase in phases)
 
 
-def by_arithmetic(config: Config) -> Mapping[str, float] | None:
-    """What an update of this arm takes of one H100 at 8 billion parameters, LoRA of rank 64; None if it is not known.
+def composed(config: Config, gate: Mapping[str, float]) -> Mapping[str, float] | None:
+    """An update of this arm from the phases of one of the gate: no look-ahead, for GRPO no teacher; None for others.
 
-    Known are GRPO, and full or fixed exposure with a gate of `GATE_PRODUCTS`. The gate that looks ahead reads the
-    rollouts of its direction once more without gradient, two products with the head for each of their tokens.
+    A fixed ratio is counted like full exposure, SDAR's gate as if its weights cost nothing.
     """
-    exposure, gate = config.exposure, config.loss.gate.kind if config.distils else "none"
-    plain = config.train.method == "grpo" or (config.distils and isinstance(exposure, FullSettings | FixedSettings))
-    if not plain or gate not in GATE_PRODUCTS or (gate == "aligned" and config.alignment.parameters != "features"):
+    if not _is_plain(config):
         return None
+    left_out = {"look-ahead": config.loss.gate.kind != "aligned" or not config.distils, "teacher": not config.distils}
+    return {name: 0.0 if left_out.get(name) else spent for name, spent in gate.items()}
+
+
+def _filled(prices: Prices, configs: Mapping[str, Config]) -> Prices:
+    found = {arm: composed(config, prices[GATE]) for arm, config in configs.items()} if GATE in prices else {}
+    return {**{arm: price for arm, price in found.items() if price is not None}, **prices}
+
+
+def _is_plain(config: Config) -> bool:
+    """GRPO, or full or fixed exposure with a gate of `GATE_PRODUCTS`, looking ahead by `features` alone."""
+    if not config.distils:
+        return config.train.method == "grpo"
+    gate = config.loss.gate.kind
+    ahead = gate != "aligned" or config.alignment.parameters == "features"
+    return isinstance(config.exposure, FullSettings | FixedSettings) and gate in GATE_PRODUCTS and ahead
+
+
+def by_arithmetic(config: Config) -> Mapping[str, float] | None:
+    """Seconds of an update of this arm at 8 billion parameters; None if they are not known.
+
+    The look-ahead reads the rollouts of its direction once more, without gradient, two products with the head a token.
+    """
+    if not _is_plain(config):
+        return None
+    exposure, gate = config.exposure, config.loss.gate.kind if config.distils else "none"
     words = ["exposure.kind=full" if config.distils else "train.method=grpo", f"train.batch_size={ROLLOUTS}"]
     words += [f"sampling.batch_size={ROLLOUTS}", f"sampling.completion_tokens={COMPLETION}"]
     view = PROBLEM + (exposure.reveal_ratio if isinstance(exposure, FixedSettings) else 1.0) * REFERENCE
@@ -133,13 +149,14 @@ def price_table(given: PriceList) -> Table:
     return Table(f"Prices: {given.name}", columns, tuple(rows), (given.source,))
 
 
-def answer_table(tables: Sequence[SweptTable], given: Sequence[PriceList], rival: str, baseline: str) -> Table:
+def answer_table(tables: Sequence[SweptTable], given: Sequence[PriceList], rival: str) -> Table:
     """The gate less a rival on validation at equal time: a row per price list, a column per world."""
     rows, counts = [], []
     for one in given:
         cells, words = [], []
+        paces = {arm: Estimate(value=cost, low=cost, high=cost) for arm, cost in one.whole.items()}
         for table in tables:
-            scored = Scored(table, baseline, one.paces)
+            scored = Scored(table, _fixed(table), paces)
             name = scored.best_fixed if rival == BEST_FIXED else rival
             if name is None or not scored.is_timed(name, GATE) or not scored.arms.common(name, GATE):
                 cells.append(MISSING)
@@ -157,40 +174,44 @@ def answer_table(tables: Sequence[SweptTable], given: Sequence[PriceList], rival
     return Table(f"The gate less {rival} at equal time, points of validation", columns, tuple(rows), (*counts, note))
 
 
+def _fixed(table: SweptTable) -> str:
+    """An arm of full or fixed exposure without a gate, from which `Scored` knows the others."""
+    configs = {arm: group.runs[0].config for arm, group in table.groups.items()}
+    return next(arm for arm, one in configs.items() if one.distils and _is_plain(one) and one.loss.gate.kind == "none")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the prices, then the gate against GRPO, the best fixed ratio and SDAR's gate under each list."""
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     asked.add_argument("out", type=Path, nargs="+", help="the --out of a finished sweep over world and arm")
     asked.add_argument("--times", type=Path, help="the folder whose seconds count; default: those of OUT")
-    asked.add_argument("--model", type=Path, help="the --out of a sweep over arm on a language model")
-    asked.add_argument("--baseline", default="full", help="the arm of full exposure; default full")
+    asked.add_argument("--model", type=Path, help="the --out of `atesd sweep smollm2-costs`")
     given = asked.parse_args(arguments)
     try:
-        print(page(given.out, given.times, given.model, given.baseline))
+        print(page(given.out, given.times, given.model))
     except AtesdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def page(out: Sequence[Path], times: Path | None, model: Path | None, baseline: str) -> str:
+def page(out: Sequence[Path], times: Path | None, model: Path | None) -> str:
     """All tables as Markdown. Raises `RunError` for folders that cannot be read so."""
     tables = [one for folder in out for one in read_tables(folder, table_axis="world", arm_axis="arm") if one.groups]
     cells = [cell for folder in ([times] if times else out) for cell in read_cells(folder)]
-    source = "Means over all updates without evaluations, medians over runs."
-    lists = [PriceList("micro, measured", source, measured(cells))]
-    if model is not None:
-        source = f"The same without the first {FIRST_HOLD} updates, in which nothing looks ahead."
-        lists.append(PriceList("a language model, measured", source, measured(read_cells(model), FIRST_HOLD)))
     configs = {arm: group.runs[0].config for table in tables for arm, group in table.groups.items()}
+    source = "Means over updates, medians over runs. An arm that was not measured is made of the phases of the gate."
+    lists = [PriceList("micro, measured", source, _filled(measured(cells), configs))]
+    if model is not None:
+        found = _filled(measured(read_cells(model), FIRST_HOLD), configs)
+        source += f" Without the first {FIRST_HOLD} updates, in which nothing looks ahead."
+        lists.append(PriceList("a language model, measured", source, found))
     found = {arm: price for arm, config in configs.items() if (price := by_arithmetic(config)) is not None}
-    source = (
-        f"Qwen3-8B, LoRA of rank 64, one H100 at {REACHED.flops:.0%} of its operations and {REACHED.bandwidth:.0%} of "
-        f"its bandwidth; {ROLLOUTS} rollouts of {COMPLETION:,} tokens, references of {REFERENCE:,}, problems of "
-        f"{PROBLEM}; all rollouts give the gate's direction. Nothing of it was measured."
-    )
+    speed = f"{REACHED.flops:.0%} of an H100's operations and {REACHED.bandwidth:.0%} of its bandwidth"
+    source = f"Qwen3-8B, LoRA of rank 64, {speed}, {ROLLOUTS} rollouts of {COMPLETION:,} tokens. Nothing was measured."
     lists.append(PriceList("8B, by arithmetic", source, found))
-    answers = [answer_table(tables, lists, rival, baseline) for rival in (GRPO, BEST_FIXED, SDAR)]
+    answers = [answer_table(tables, lists, rival) for rival in (GRPO, BEST_FIXED, SDAR)]
+    answers = [one for one in answers if any(set(row[1:]) != {MISSING} for row in one.rows)]
     return "\n".join(map(markdown, [*map(price_table, lists), *answers]))
 
 
