@@ -238,7 +238,7 @@ def test_seconds_may_come_from_another_folder(swept: Path, tmp_path: Path, capsy
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(swept), "--times", str(times), "--figure", str(tmp_path / "figures" / "f")]) == 0
     text = capsys.readouterr().out
-    assert "| gate | 4.00 (4.00 to 4.00) |" in text
+    assert "| gate | 4.00 |" in text  # one pair of runs has no range
     assert "the pace of grpo is not known" in text
 
 
@@ -276,6 +276,12 @@ def test_arms_without_a_common_seed_are_not_compared(copy: Path):
         shutil.rmtree(copy / f"leaps-half-{'aabb'[seed]}-{arm}-seed-{seed}")
     details = {one.question: one.detail for one in result_of(copy).verdicts}
     assert details["gate, against GRPO at equal rollouts"] == "gate and grpo have no finished runs of one seed"
+
+
+def test_an_arm_of_no_plan_is_not_asked_about(tmp_path: Path):
+    found = result_of(write_sweep(tmp_path / "s", [{"world": "steps"}, {"arm": ["aligned", "sound"]}]))
+    assert not any("aligned" in one.question for one in found.verdicts)
+    assert "gate, against the best fixed ratio" in {one.question for one in found.verdicts}
 
 
 def test_fixed_ratios_without_a_common_seed_have_no_best_and_that_is_said(copy: Path):
@@ -394,7 +400,8 @@ def test_the_command_writes_page_numbers_and_figures(swept: Path, tmp_path: Path
     drawn = {f"aligned{part}.{kind}" for part in ("", "-worlds") for kind in ("svg", "png")}
     assert names == drawn | {"aligned.md", "aligned.json"}
     assert (path.parent / "aligned.md").read_text() == capsys.readouterr().out.removesuffix("\n")
-    assert "36 of 36 runs at 0123abc; seeds a: 0, 1; b: 2, 3;" in (path.parent / "aligned.md").read_text()
+    row = "| leaps, q = .5 | 36 of 36 | 0, 1 on a; 2, 3 on b | 0123abc |"
+    assert row in (path.parent / "aligned.md").read_text()
     numbers = json.loads((path.parent / "aligned.json").read_text())
     steps = next(world for world in numbers["worlds"] if world["world"] == "steps")
     gate = next(one for one in steps["arms"] if one["arm"] == "gate")

@@ -162,7 +162,7 @@ class Scored:
         self._table = table
         self._paces = paces
         self.arms = Arms(table.name, table.groups)
-        self.baseline = baseline
+        self.baseline, self.wanted = baseline, tuple(table.wanted)
         self.last_update = groups[0].last
         self._base, self._last = (shares_at(groups, "test", dict.fromkeys(lengths, at)) for at in (0, self.last_update))
         self._updates = [0, *common_updates(groups)]
@@ -293,10 +293,10 @@ def _kept_share(group: RunGroup) -> float | None:
 
 
 def _verdicts(scored: Scored) -> Iterator[Answer]:
-    """The questions of the sweep, in words; one whose arms are not there is asked and not answered."""
+    """The questions of the sweep, in words; one whose arms have no run is not answered, but for arms of no plan."""
     groups = scored.arms.groups
     aligned = [arm for arm, group in groups.items() if group.runs[0].config.exposure.kind == "aligned"]
-    for arm in aligned or ["aligned"]:
+    for arm in aligned or [arm for arm in scored.wanted if arm == "aligned"]:
         yield _against(scored, arm, scored.best_fixed, f"{arm}, against the best fixed ratio")
     if groups[scored.baseline].runs[0].config.data.leaps:
         yield _ahead_of_every_fixed(scored)

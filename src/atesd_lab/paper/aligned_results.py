@@ -43,6 +43,7 @@ WORLDS = {
     "bad": "bad teacher",
     "bad-teacher": "bad teacher",
 }
+RUNS = ("world", "runs", "seeds", "commit", "machine", "time")
 ACCURACY_NOTES = (
     "Accuracy: Average@k on test after the last update. Brackets: 95 % interval over problems and seeds (Student's t "
     "on the crossed mean squares). Differences are paired by seed and problem.",
@@ -51,8 +52,8 @@ ACCURACY_NOTES = (
     "Kept: mean share of the tokens that were distilled, all updates; the first hold, without a direction, keeps all.",
 )
 TIME_NOTES = (
-    "Seconds: mean of an update without evaluations, relative to full exposure in the same world and seed: median and "
-    "range over all such pairs of runs. The range is that of the machine's other load, and is not in the intervals.",
+    "Seconds: mean of an update without evaluations, relative to full exposure in the same world and seed. Of several "
+    "such pairs the median and the range, which is that of the machine's other load; no interval has it in it.",
     "At equal time: the slower of the two is stopped when the faster has made all its updates, and both are scored on "
     "validation, between two evaluations on the line; in parentheses the updates of the arm and of its rival. The best "
     "fixed ratio was chosen on this split, which favours it a little.",
@@ -88,9 +89,7 @@ def write_results(folders: Sequence[Path], baseline: str, path: Path, timed: Seq
         for table in read_tables(folder, table_axis="world", arm_axis="arm"):
             if table.groups:
                 worlds.append(measure(table, baseline, paces))
-                lines.append(_provenance(table))
-            else:
-                lines.append(f"{_name(table.name)}: no run is finished.")
+            lines.append(_provenance(table))
     if not worlds:
         raise RunError(f"{', '.join(map(str, folders))}: no run is finished")
     twice = [name for name, count in Counter(world.world for world in worlds).items() if count > 1]
@@ -111,9 +110,10 @@ def write_results(folders: Sequence[Path], baseline: str, path: Path, timed: Seq
     return text
 
 
-def page(worlds: Sequence[WorldResult], provenance: Sequence[str], baseline: str) -> str:
-    """Verdicts, the overview, and two tables per world, as Markdown."""
-    lines = [*(f"- {line}" for line in provenance), "", *(f"- {line}" for line in verdict_lines(worlds)), ""]
+def page(worlds: Sequence[WorldResult], provenance: Sequence[tuple[str, ...]], baseline: str) -> str:
+    """Where the runs are from, verdicts, the overview, and two tables per world, as Markdown."""
+    origin = Table("Runs", RUNS, tuple(provenance), ("Time: of the runs, added up, evaluations included.",))
+    lines = [markdown(origin), *(f"- {line}" for line in verdict_lines(worlds)), ""]
     tables = [verdict_table(worlds), overview(worlds)]
     tables += [table for world in worlds for table in (accuracy_table(world, baseline), time_table(world, baseline))]
     return "\n".join([*lines, *map(markdown, tables)])
@@ -197,7 +197,9 @@ def time_table(world: WorldResult, baseline: str) -> Table:
     rivals, updates = (baseline, BEST_FIXED, GRPO), list(world.arms[0].curve)
     rows = []
     for one in world.arms:
-        pace = MISSING if one.pace is None else "{value:.2f} ({low:.2f} to {high:.2f})".format(**one.pace)
+        pace = MISSING if one.pace is None else "{value:.2f}".format(**one.pace)
+        if one.pace is not None and one.pace["low"] < one.pace["high"]:
+            pace += " ({low:.2f} to {high:.2f})".format(**one.pace)
         rows.append(
             (
                 one.arm,
@@ -238,21 +240,18 @@ def _name(world: str) -> str:
     return WORLDS.get(world, world)
 
 
-def _provenance(table: SweptTable) -> str:
-    """Runs, commits, machine, seeds and cost of one world."""
+def _provenance(table: SweptTable) -> tuple[str, ...]:
+    """Of one world: runs, commits, seeds, machine and cost."""
     runs = table.runs
     commits = dict.fromkeys(commit for run in runs for commit in commits_of(run))
     machines = dict.fromkeys(map(machine_of, runs))
     seconds = seconds_of(row for run in runs for row in run.metrics)
-    places: dict[str, list[int]] = {}
+    places: dict[str, list[str]] = {}
     for seed, block in table.blocks.items():
-        places.setdefault(block, []).append(seed)
-    seeds = "; ".join(f"{block}: {', '.join(map(str, some))}".removeprefix(": ") for block, some in places.items())
-    wanted = sum(map(len, table.wanted.values()))
-    return (
-        f"{_name(table.name)}: {len(runs)} of {wanted} runs at {', '.join(commits)}; seeds {seeds}; "
-        f"{'; '.join(machines)}; {duration(seconds)} of runs"
-    )
+        places.setdefault(block, []).append(str(seed))
+    seeds = "; ".join(", ".join(some) + f" on {block}" * bool(block) for block, some in places.items())
+    made = f"{len(runs)} of {sum(map(len, table.wanted.values()))}"
+    return _name(table.name), made, seeds, ", ".join(commits), "; ".join(machines), duration(seconds)
 
 
 if __name__ == "__main__":
