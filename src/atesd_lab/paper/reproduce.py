@@ -52,8 +52,8 @@ RULE = (
 )
 TOYS = (
     "The worlds are embedded toys of a 101,056-parameter model; the leap world is made so that its best ratio is "
-    "interior. The word problems are nobody's here; their model, of 2.2 million parameters, and what it cannot do alone "
-    "are ours. A verdict here is about a mechanism and no evidence about large language models."
+    "interior. The word problems are nobody's here; their model, of 2.2 million parameters, and what it cannot do "
+    "alone are ours. A verdict here is about a mechanism and no evidence about large language models."
 )
 
 
