@@ -124,6 +124,24 @@ def test_the_gate_asks_for_a_student_that_can_learn_and_a_teacher_that_reads(stu
     assert ReaderFigures(128, student, 1.0, withheld).passed(ReaderGate()) is passed
 
 
+@pytest.mark.parametrize(
+    ("measured", "passed"),
+    [
+        ([(0.6, 0.9), (0.4, 0.9)], 4),
+        ([(0.3, 0.9)], 3),
+        ([(0.3, 0.8)], None),  # a teacher that cannot read: harder sums do not help
+        ([(0.1, 0.9)], None),
+        ([(0.9, 0.9), (0.8, 0.9), (0.7, 0.9)], None),
+    ],
+)
+def test_harder_sums_are_for_a_student_that_is_too_good(folder, monkeypatch, measured, passed):
+    figures = iter([ReaderFigures(3, student, 1.0, withheld) for student, withheld in measured])
+    monkeypatch.setattr(reader, "measure_reader", lambda *_: next(figures))
+    found = measure_folder(folder, FEW)
+    assert found["passed"] == passed
+    assert len(found["figures"]) == len(measured)
+
+
 def test_what_is_written_is_what_was_measured(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "reader"
     record = run_reader(out, str(folder), lessons=SMALL, settings=FEW)

@@ -339,6 +339,18 @@ def test_the_same_config_resumes_and_permitted_changes_are_told(run: RunFolder):
     ]
 
 
+def test_a_run_that_recorded_the_former_default_of_attention_goes_on(tmp_path: Path):
+    small = {"model": {"dtype": "bfloat16", "lora": {"rank": 8}}}
+    for own in ({}, small):
+        usual, written = changed(**own), changed(**{"model": {**own.get("model", {}), "attention": "sdpa"}})
+        run = begin(tmp_path / str(bool(own)), written)
+        if own:  # where another may be chosen
+            with pytest.raises(RunError, match="model.attention: sdpa -> None"):
+                run.check_config(usual)
+        else:
+            assert run.check_config(usual) == []
+
+
 def test_every_other_change_is_refused_with_old_and_new_value(run: RunFolder):
     other = changed(train={"seed": 8}, loss={"clip": "none"}, model={"lora": {"rank": 8}})
     with pytest.raises(RunError) as caught:
