@@ -39,7 +39,7 @@ NEAR = 0.05  # of the size of float32's gradient
 def run(settings: Settings) -> Result:
     """Rows of 48 tokens of context and up to 48 of completion."""
     small = settings.size == "small"
-    rows, repeats = {"full": (8, 3), "quick": (4, 1), "small": (2, 1)}[settings.size]
+    rows, repeats = {"full": (8, 3), "quick": (2, 1), "small": (2, 1)}[settings.size]
     context, completion = (6, 5) if small else (48, 48)
     with folder(small) as path:
         models = {name: adapted(path, kind) for name, kind in VARIANTS.items()}
