@@ -339,17 +339,6 @@ def test_the_same_config_resumes_and_permitted_changes_are_told(run: RunFolder):
     ]
 
 
-def test_a_run_that_recorded_the_former_default_of_attention_goes_on_in_float32(tmp_path: Path):
-    assert begin(tmp_path / "float32", changed(model={"attention": "sdpa"})).check_config(CONFIG) == []
-
-
-def test_in_bfloat16_another_attention_may_be_chosen_so_the_former_default_must_be_written(tmp_path: Path):
-    half = {"dtype": "bfloat16", "lora": {"rank": 8}}
-    run = begin(tmp_path / "bfloat16", changed(model={**half, "attention": "sdpa"}))
-    with pytest.raises(RunError, match=r"model\.attention: sdpa -> None"):
-        run.check_config(changed(model=half))
-
-
 def test_every_other_change_is_refused_with_old_and_new_value(run: RunFolder):
     other = changed(train={"seed": 8}, loss={"clip": "none"}, model={"lora": {"rank": 8}})
     with pytest.raises(RunError) as caught:

@@ -284,7 +284,7 @@ class RunFolder:
 
         Raises `RunError` that lists every other change: a resumed run must be the same run.
         """
-        changes = _changes(_acting(self.config), _acting(config))
+        changes = _changes(acting_settings(self.config), acting_settings(config))
         refused = [text for setting, text in changes.items() if not _may_change(setting)]
         if config.train.num_updates < self.config.train.num_updates:
             refused.append(changes["train.num_updates"] + " (it may only grow)")
@@ -604,14 +604,6 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{digits:.20} is not finite")
     return number
-
-
-def _acting(config: Config) -> dict[str, Any]:
-    """What acts. An attention that is not set is written out in float32, as earlier versions did: it is sdpa there."""
-    acting = dict(acting_settings(config))
-    if config.model.attention is None and config.model.dtype == "float32":
-        acting["model"] = {**acting["model"], "attention": "sdpa"}
-    return acting
 
 
 def _survives(kind: RowKind, row: Mapping[str, Any], updates_done: int) -> bool:

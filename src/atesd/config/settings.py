@@ -82,9 +82,7 @@ class ModelConfig(Component):
         "float32", description="weights; logits are always float32. bfloat16 is for lora: it rounds small updates away"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        None, description="transformers' attention; None: sdpa, but eager for bfloat16 on a CPU that computes in it"
-    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")
     lora: LoraConfig | None = Field(None, description="None: train every weight")
     sharding: Literal["none", "full", "hybrid"] = Field(

@@ -351,8 +351,7 @@ def _saved(work: Work) -> tuple[float, float]:
     """Bytes that the student's pass leaves for its backward pass, and those of one layer that is computed again."""
     shape, model = work.shape, work.config.model
     tokens = work.together * work.student_tokens
-    chosen = model.attention is None and model.dtype == "bfloat16" and work.kind.on_cpu  # where it computes in bfloat16
-    eager = work.student_tokens if model.attention == "eager" or chosen else 0
+    eager = work.student_tokens if model.attention == "eager" else 0
     layer = saved_bytes(shape, work.entry, None if model.lora is None else model.lora.rank, eager)
     last = 4 * (shape.hidden + 1) + (work.entry * shape.hidden if model.lora is None else 0)
     if model.gradient_checkpointing:

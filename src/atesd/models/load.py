@@ -56,7 +56,6 @@ from atesd.models.model_folder import (
     weight_files,
     weight_shapes,
 )
-from atesd.models.processor import attention_of
 from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
@@ -277,7 +276,7 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
             trust_remote_code=False,
             use_safetensors=True,  # the other format is a pickle
             dtype=DTYPES[config.dtype],
-            attn_implementation=attention_of(config),
+            attn_implementation=config.attention,
             output_loading_info=True,
         )
     model, report = loaded
@@ -300,7 +299,7 @@ def _skeleton(config: ModelConfig, folder: Path) -> tuple[PreTrainedModel, Defer
     _require_generation(folder)
     with explained(config.path, CONFIG), quiet(), _parameters_on_meta():
         model: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_config(
-            described, trust_remote_code=False, dtype=DTYPES[config.dtype], attn_implementation=attention_of(config)
+            described, trust_remote_code=False, dtype=DTYPES[config.dtype], attn_implementation=config.attention
         )
     files, named = weight_files(folder), dict(model.named_parameters())
     stored = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -31,10 +31,10 @@ from atesd.engine.interface import Request, SamplingParams
 from atesd.errors import ConfigError
 from atesd.maths.keyed import generator
 from atesd.models.load import LoadedModel, load_model, save_model
-from atesd.models.processor import computes_in_bfloat16
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem
 from atesd.world.pretrain import Descent, descend, one_thread
+from atesd.world.words.pretrain import computes_in_bfloat16
 
 RECIPE = "smollm2-sums"
 _IGNORED = -100
