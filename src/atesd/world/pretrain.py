@@ -107,13 +107,13 @@ def one_thread() -> Iterator[None]:
 
 
 def descend(
-    model: Qwen3ForCausalLM,
+    model: torch.nn.Module,
     optimisers: Sequence[tuple[torch.optim.Optimizer, float]],
     descent: Descent,
     gradient: Callable[[int], float],
     progress: Callable[[int, float], None] | None,
 ) -> None:
-    """Train a new model; `gradient(step)` adds the gradient of a step's loss and returns it. Ends in eval mode.
+    """Train a model; `gradient(step)` adds the gradient of a step's loss and returns it. Ends in eval mode.
 
     Raises `TrainingError` on a non-finite loss.
     """
@@ -128,7 +128,7 @@ def descend(
             optimiser.zero_grad(set_to_none=True)
         if progress:
             progress(step, value)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
 
 
 def _add_gradient(model: Qwen3ForCausalLM, seed: int, recipe: PretrainRecipe, known: Bools, step: int) -> float:
