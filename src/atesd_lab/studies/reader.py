@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from atesd.config import Config, load_config, with_overrides
 from atesd.data.answers import ExactChecker
@@ -34,7 +32,7 @@ from atesd.models.load import LoadedModel, load_model, save_model
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem
 from atesd.world.pretrain import Descent, descend, one_thread
-from atesd.world.words.pretrain import computes_in_bfloat16
+from atesd.world.words.pretrain import accumulate
 
 RECIPE = "smollm2-sums"
 _IGNORED = -100
@@ -176,35 +174,11 @@ def teach(
     def gradient(step: int) -> float:
         chosen = order[step * lessons.batch_size : (step + 1) * lessons.batch_size]
         rows = [desk.row(generator(seed, "reader", "row", int(one)), problems[one]) for one in chosen]
-        return _accumulate(loaded, rows, lessons.micro_batch_size)
+        return accumulate(loaded.model, rows, lessons.micro_batch_size, loaded.pad_id)
 
     with one_thread():
         descent = Descent(seed, steps, lessons.decay_share, lessons.warmup_steps)
         descend(loaded.model, [(optimiser, rate)], descent, gradient, progress)
-
-
-def _accumulate(loaded: LoadedModel, rows: Sequence[Row], size: int) -> float:
-    """Add the gradient of the mean loss per target, micro-batch by micro-batch; the loss in nats."""
-    count = sum(one != _IGNORED for _, targets in rows for one in targets)
-    total = 0.0
-    ordered = sorted(rows, key=lambda row: len(row[0]))
-    for part in (ordered[place : place + size] for place in range(0, len(ordered), size)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16()):
-            loss = _loss(loaded, part) / count
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
-
-
-def _loss(loaded: LoadedModel, rows: Sequence[Row]) -> Tensor:
-    """Summed negative log-likelihood of the targets of right-padded rows, nats."""
-    model: Any = loaded.model
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([some + [loaded.pad_id] * (longest - len(some)) for some, _ in rows])
-    targets = torch.tensor([some + [_IGNORED] * (longest - len(some)) for _, some in rows])
-    hidden = model.model(ids, use_cache=False).last_hidden_state
-    learned = targets != _IGNORED
-    return F.cross_entropy(model.lm_head(hidden[learned]).float(), targets[learned], reduction="sum")
 
 
 def measure_reader(loaded: LoadedModel, desk: Desk, config: Config, problems: Sequence[Problem]) -> ReaderFigures:

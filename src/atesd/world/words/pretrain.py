@@ -115,10 +115,10 @@ def pretrain_words(
 
 def _add_gradient(model: Qwen3ForCausalLM, seed: int, recipe: WordRecipe, taught: Teaching, step: int) -> float:
     texts = taught.texts(generator(seed, "words", "texts", step), recipe.batch_size, recipe.mixture)
-    return _accumulate(model, texts, recipe.micro_batch_size, int(taught.tokenizer.pad_token_id))
+    return accumulate(model, texts, recipe.micro_batch_size, int(taught.tokenizer.pad_token_id))
 
 
-def _accumulate(model: Qwen3ForCausalLM, texts: list[tuple[list[int], list[int]]], size: int, pad: int) -> float:
+def accumulate(model: Any, texts: Sequence[tuple[list[int], list[int]]], size: int, pad: int) -> float:
     """Add the gradient of the mean loss per target, micro-batch by micro-batch; the loss in nats."""
     targets = sum(one != _IGNORED for _, of_text in texts for one in of_text)
     total = 0.0
@@ -136,7 +136,7 @@ def computes_in_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _loss(model: Qwen3ForCausalLM, texts: Sequence[tuple[list[int], list[int]]], pad: int) -> Tensor:
+def _loss(model: Any, texts: Sequence[tuple[list[int], list[int]]], pad: int) -> Tensor:
     """Summed negative log-likelihood of the targets of right-padded texts, nats."""
     longest = max(len(ids) for ids, _ in texts)
     ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in texts])
