@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from atesd.config import load_config
 from benchmarks.same import compare
 from benchmarks.same.cases import Case, all_cases, with_needs
 from benchmarks.same.child import cut_back
@@ -80,6 +82,15 @@ def test_a_state_that_only_moved_is_equal_once_the_table_says_so(
     assert compare_runs(*runs).verdict != "equal"
     monkeypatch.setattr(compare, "STATE_PATHS", {"/student": "/pupil"})
     assert compare_runs(*runs).verdict == "equal"
+
+
+def test_every_case_is_a_run_of_this_tree(tmp_path: Path):
+    """With settings that this tree knows, and that act: a case whose run is refused compares nothing."""
+    recipe = tmp_path / "text.yaml"
+    recipe.write_text("loss: {clip: none}\n", "utf-8")
+    for case in all_cases().values():
+        texts = [text.replace("{material}", str(tmp_path)) for text in (case.recipe, *case.settings_after)]
+        load_config(texts[0], [re.sub(r"\{run:[^}]+\}", "runs/other", text) for text in texts[1:]])
 
 
 def test_a_case_comes_after_the_run_that_it_reads():

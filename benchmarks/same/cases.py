@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 RENAMED: Mapping[str, str] = {}
-"""Setting of the tree before -> setting of the tree after, such as "bandit.arms": "exposure.arms"."""
+"""Setting of the tree before -> setting of the tree after, such as "policy.hidden": "exposure.policy.hidden"."""
 
 UPDATES, CUT = 12, 6
 """Updates of a run, and those after which a resumed one was cut off."""
@@ -70,9 +70,20 @@ SHORT = (
 SMALL = (*SHORT, "train.batch_size=16", "train.micro_batch_size=8", "train.learning_rate=2e-3")
 HOLD = ("credit.hold_updates=2",)
 DECIDES = (*HOLD, "credit.lookahead_updates=2")
-LEARNED = (*DECIDES, "policy.decisions_per_policy_update=2")
-ALIGNED = (*HOLD, "aligned.min_correct=2")
+LEARNED = (*DECIDES, "exposure.kind=learned", "exposure.policy.decisions_per_policy_update=2")
+ALIGNED = (*HOLD, "alignment.min_correct=2")
 FULL = "exposure.kind=full"
+RIVALS = (
+    "success_setpoint",
+    "control_share",
+    "success_trend",
+    "thresholds",
+    "item_response",
+    "annealing",
+    "binary_search",
+)
+ABLATIONS = ("none", "shuffled", "wrong_answer", "filler")
+BY_TOKENS = {"micro_batch_tokens": ["train.micro_batch_tokens=200"]}
 HALF = ("exposure.kind=fixed", "exposure.reveal_ratio=0.5")
 
 
@@ -83,6 +94,11 @@ def _group(
     return [
         Case(f"{prefix}-{name}" if name else prefix, (*base, *shared, *settings)) for name, settings in variants.items()
     ]
+
+
+def _without(path: str) -> tuple[str, ...]:
+    """`SMALL` less one setting, which another one rules out."""
+    return tuple(setting for setting in SMALL if setting.partition("=")[0] != path)
 
 
 def _recipes() -> list[Case]:
@@ -122,33 +138,34 @@ def _exposures() -> list[Case]:
         "bandit": ["exposure.kind=bandit"],
         "bandit-settings": [
             "exposure.kind=bandit",
-            "bandit.arms=3",
-            "bandit.prior_deviation=2.0",
-            "bandit.smoothness=0.1",
-            "bandit.discount=0.9",
+            "exposure.arms=3",
+            "exposure.prior_deviation=2.0",
+            "exposure.smoothness=0.1",
+            "exposure.discount=0.9",
         ],
         "bandit-bounds": ["exposure.kind=bandit", "exposure.ratio_min=0.25", "exposure.ratio_max=0.75"],
         "setpoint": ["exposure.kind=setpoint"],
         "setpoint-target": [
             "exposure.kind=setpoint",
-            "setpoint.target_kl=0.02",
-            "setpoint.gain=0.3",
-            "setpoint.start=0.8",
+            "exposure.target_kl=0.02",
+            "exposure.gain=0.3",
+            "exposure.start=0.8",
         ],
         "setpoint-bounds": [
             "exposure.kind=setpoint",
-            "setpoint.gain=2.0",
+            "exposure.gain=2.0",
             "exposure.ratio_min=0.48",
             "exposure.ratio_max=0.52",
         ],
-        "search": ["exposure.kind=per_problem"],
+        "search": ["exposure.kind=staircase"],
         "search-settings": [
-            "exposure.kind=per_problem",
-            "search.step_solved=0.3",
-            "search.step_unsolved=-0.2",
-            "search.start=0.9",
+            "exposure.kind=staircase",
+            "exposure.step_solved=0.3",
+            "exposure.step_unsolved=-0.2",
+            "exposure.start=0.9",
         ],
-        "search-per_difficulty": ["exposure.kind=per_problem", "exposure.granularity=per_difficulty"],
+        **{name: [f"exposure.kind={name}"] for name in RIVALS},
+        "search-per_difficulty": ["exposure.kind=staircase", "exposure.granularity=per_difficulty"],
     }
     return [
         *(Case(name, (*SMALL, *settings)) for name, settings in plain.items()),
@@ -177,21 +194,24 @@ def _learned() -> list[Case]:
         "hold_end": ["credit.window_start=hold_end"],
         "probe_every": ["credit.probe_every=1"],
         "discount": ["credit.discount=0.5", "credit.probe_every=1"],
-        "shuffled": ["credit.shuffle_rewards=true", "policy.decisions_per_policy_update=3"],
-        "untrained": ["policy.learning_rate=0"],
+        "shuffled": ["credit.shuffle_rewards=true", "exposure.policy.decisions_per_policy_update=3"],
+        "untrained": ["exposure.policy.learning_rate=0"],
         "policy": [
-            "policy.hidden=8",
-            "policy.learning_rate=0.05",
-            "policy.beta1=0.9",
-            "policy.entropy_ceiling=-0.5",
-            "policy.entropy_cost=3.0",
-            "policy.ema_decay=0.5",
+            "exposure.policy.hidden=8",
+            "exposure.policy.learning_rate=0.05",
+            "exposure.policy.beta1=0.9",
+            "exposure.policy.entropy_ceiling=-0.5",
+            "exposure.policy.entropy_cost=3.0",
+            "exposure.policy.ema_decay=0.5",
         ],
-        "unverified": ["data.checker=none"],
         "long_window": ["credit.lookahead_updates=4"],
     }
-    shuffled = ("exposure.kind=bandit", "credit.shuffle_rewards=true", "policy.decisions_per_policy_update=3")
-    return [*_group("learned", LEARNED, variants, SMALL), Case("bandit-shuffled", (*SMALL, *DECIDES, *shuffled))]
+    shuffled = ("exposure.kind=bandit", "credit.shuffle_rewards=true")
+    return [
+        *_group("learned", LEARNED, variants, SMALL),
+        Case("learned-unverified", (*_without("evaluation.samples"), *LEARNED, "data.checker=none")),
+        Case("bandit-shuffled", (*SMALL, *DECIDES, *shuffled)),
+    ]
 
 
 def _aligned() -> list[Case]:
@@ -199,25 +219,27 @@ def _aligned() -> list[Case]:
     granularities = ("update", "per_difficulty", "per_problem", "per_token")
     successes = ("centred", "references", "shuffled")
     fallbacks = {
-        "fixed": ["exposure.reveal_ratio=0.3"],
+        "fixed": ["exposure.fallback.reveal_ratio=0.3"],
         "random": [],
-        "schedule": ["exposure.schedule=cosine"],
+        "schedule": ["exposure.fallback.schedule=cosine"],
     }
     variants = {
         **{name: [f"exposure.granularity={name}"] for name in granularities},
-        "per_token-gated": ["exposure.granularity=per_token", "loss.token_gate=aligned"],
-        "gated": ["loss.token_gate=aligned"],
-        **{name: [f"aligned.success={name}"] for name in successes},
-        "per_token-shuffled": ["exposure.granularity=per_token", "aligned.success=shuffled"],
-        "ratios": ["aligned.ratios=[0, 0.5, 1]"],
-        "few_rollouts": ["aligned.direction_rollouts=4"],
-        "smoothing": ["aligned.smoothing=0.9"],
-        "logit_change": ["aligned.logit_change=0.2"],
-        "optimiser": ["aligned.metric=optimiser"],
+        "per_token-gated": ["exposure.granularity=per_token", "loss.gate=aligned"],
+        "gated": ["loss.gate=aligned"],
+        **{name: [f"alignment.success={name}"] for name in successes},
+        "per_token-shuffled": ["exposure.granularity=per_token", "alignment.success=shuffled"],
+        "ratios": ["exposure.ratios=[0, 0.5, 1]"],
+        "few_rollouts": ["alignment.direction_rollouts=4"],
+        "smoothing": ["exposure.smoothing=0.9"],
+        "logit_change": ["alignment.logit_change=0.2"],
+        "optimiser": ["alignment.metric=optimiser"],
+        "memory": ["alignment.memory=0.9"],
+        **{name: [f"alignment.parameters={name}"] for name in ("last_layer", "last_mlp", "features")},
         "token_reduction": ["loss.reduction=token"],
         "micro_batch_tokens": ["train.micro_batch_tokens=200"],
         **{
-            f"fallback-{name}": ["aligned.min_correct=14", f"aligned.fallback={name}", *own]
+            f"fallback-{name}": ["alignment.min_correct=14", f"exposure.fallback.kind={name}", *own]
             for name, own in fallbacks.items()
         },
     }
@@ -226,10 +248,10 @@ def _aligned() -> list[Case]:
 
 def _losses() -> list[Case]:
     divergences = {
-        name: [f"loss.divergence={name}"]
+        name: [f"loss.divergence.kind={name}"]
         for name in ("forward_kl", "reverse_kl", "jensen_shannon", "top_k", "sampled_token")
     }
-    own = {"jensen_shannon": ["loss.jsd_weight=0.3"], "top_k": ["loss.top_k=5"]}
+    own = {"jensen_shannon": ["loss.divergence.teacher_weight=0.3"], "top_k": ["loss.divergence.k=5"]}
     clip = {
         "per_token": ["loss.clip=per_token", "loss.clip_threshold=0.1"],
         "per_entry": ["loss.clip=per_entry", "loss.clip_threshold=0.01"],
@@ -250,19 +272,25 @@ def _losses() -> list[Case]:
         "chunks": ["loss.chunk_tokens=7"],
     }
     gates = {
-        "aligned": [*ALIGNED, "loss.token_gate=aligned"],
-        "aligned-token": [*ALIGNED, "loss.token_gate=aligned", "loss.reduction=token"],
-        "correct": ["loss.token_gate=correct"],
-        "random": ["loss.token_gate=random", "loss.gate_share=0.3"],
+        "aligned": [*ALIGNED, "loss.gate=aligned"],
+        "aligned-token": [*ALIGNED, "loss.gate=aligned", "loss.reduction=token"],
+        "aligned-features": [*ALIGNED, "loss.gate=aligned", "alignment.parameters=features", "alignment.memory=0.9"],
+        "aligned-permute": [*ALIGNED, "loss.gate.kind=aligned", "loss.gate.permute=true"],
+        "aligned-skip": [*ALIGNED, "loss.gate.kind=aligned", "loss.gate.skip=rollouts"],
+        "soft": [*ALIGNED, "loss.gate=soft"],
+        "sdar": ["loss.gate=sdar"],
+        "influence": ["loss.gate=influence"],
+        "correct": ["loss.gate.kind=correct"],
+        "random": ["loss.gate.kind=random", "loss.gate.share=0.3"],
         **{
-            f"{kind}-{side}": [f"loss.token_gate={kind}", "loss.gate_share=0.3", f"loss.gate_side={side}"]
+            f"{kind}-{side}": [f"loss.gate.kind={kind}", "loss.gate.share=0.3", f"loss.gate.side={side}"]
             for kind in ("disagreement", "entropy")
             for side in ("high", "low")
         },
     }
     learned = {
-        "aligned": ["loss.token_gate=aligned", "aligned.min_correct=2"],
-        "disagreement": ["loss.token_gate=disagreement", "loss.gate_share=0.3"],
+        "aligned": ["loss.gate=aligned", "alignment.min_correct=2"],
+        "disagreement": ["loss.gate.kind=disagreement", "loss.gate.share=0.3"],
     }
     return [
         *_group("loss", HALF, variants, SMALL),
@@ -272,7 +300,7 @@ def _losses() -> list[Case]:
 
 
 def _controls_and_views() -> list[Case]:
-    controls = {name: [f"exposure.control={name}"] for name in ("none", "shuffled", "wrong_answer", "filler")}
+    controls = {name: [f"exposure.reference_ablation={name}"] for name in ABLATIONS}
     views = {
         "withhold": ["views.answer=withhold"],
         "only": ["views.answer=only"],
@@ -288,8 +316,8 @@ def _controls_and_views() -> list[Case]:
 def _teachers() -> list[Case]:
     variants = {
         "live": ["teacher.weights=live"],
-        "ema": ["teacher.weights=ema", "teacher.ema_decay=0.9"],
-        "refresh": ["teacher.weights=refresh", "teacher.refresh_every=4"],
+        "ema": ["teacher.weights=ema", "teacher.decay=0.9"],
+        "refresh": ["teacher.weights=refresh", "teacher.every=4"],
     }
     return [
         *_group("teacher", HALF, variants, SMALL),
@@ -303,18 +331,23 @@ def _methods() -> list[Case]:
     variants = {
         "sft": ["train.method=sft"],
         "sft-token": ["train.method=sft", "loss.reduction=token"],
-        "sft-micro_batch_tokens": ["train.method=sft", "train.micro_batch_tokens=200"],
         "grpo": ["train.method=grpo"],
         "grpo-group": ["train.method=grpo", group],
         "grpo-token": ["train.method=grpo", group, "loss.reduction=token"],
+        "grpo-difficulty": ["train.method=grpo", "train.baseline=difficulty"],
+        "grpo-hinted": ["train.method=grpo", group, "hinted.rollouts=4", "hinted.prompt=student"],
+        "gate-hinted": [*HALF, *ALIGNED, "loss.gate=aligned", "hinted.rollouts=4"],
         "grpo-temperature": ["train.method=grpo", group, "sampling.temperature=1.3"],
         "beside-full": [FULL, "train.grpo_weight=1.0", group],
         "beside-half": [*HALF, "train.grpo_weight=0.3", group],
         "beside-learned": [*LEARNED, "train.grpo_weight=0.3", group],
         "beside-aligned": [*ALIGNED, "exposure.kind=aligned", "train.grpo_weight=0.3", group],
-        "beside-gate": [*HALF, *ALIGNED, "loss.token_gate=aligned", "train.grpo_weight=0.3", group],
+        "beside-gate": [*HALF, *ALIGNED, "loss.gate=aligned", "train.grpo_weight=0.3", group],
     }
-    return _group("method", [], variants, SMALL)
+    return [
+        *_group("method", [], variants, SMALL),
+        *_group("method-sft", ["train.method=sft"], BY_TOKENS, _without("train.micro_batch_size")),
+    ]
 
 
 def _models() -> list[Case]:
@@ -323,14 +356,14 @@ def _models() -> list[Case]:
     variants = {
         "lora": [*HALF, lora],
         "lora-some": [*HALF, "model.lora={rank: 2, alpha: 4, target_modules: [q_proj, v_proj]}"],
-        "lora-ema": [*HALF, lora, "teacher.weights=ema", "teacher.ema_decay=0.9"],
+        "lora-ema": [*HALF, lora, "teacher.weights=ema", "teacher.decay=0.9"],
         "lora-live": [*HALF, lora, "teacher.weights=live"],
         "lora-sft": [lora, "train.method=sft"],
         "lora-learned": [*LEARNED, lora],
         "lora-aligned": [*ALIGNED, lora, "exposure.kind=aligned"],
         "bfloat16": [*HALF, bfloat],
         "bfloat16-lora": [*HALF, bfloat, lora],
-        "bfloat16-lora-gate": [*HALF, *ALIGNED, bfloat, lora, "loss.token_gate=aligned"],
+        "bfloat16-lora-gate": [*HALF, *ALIGNED, bfloat, lora, "loss.gate=aligned"],
         "checkpointing": [*HALF, "model.gradient_checkpointing=true"],
         "eager": [*HALF, "model.attention=eager"],
         "system": [*HALF, "model.system_prompt=a"],
@@ -364,7 +397,6 @@ def _draws() -> list[Case]:
         ],
         "no_evaluation": ["train.evaluate_every=0"],
         "samples": ["train.log_samples=6"],
-        "micro_batch_tokens": ["train.micro_batch_tokens=200"],
         "linear": ["train.learning_rate_schedule=linear", "train.warmup_updates=4"],
         "cosine": ["train.learning_rate_schedule=cosine", "train.warmup_updates=2", "train.weight_decay=0.1"],
         "norm": ["train.max_grad_norm=0.05"],
@@ -372,7 +404,10 @@ def _draws() -> list[Case]:
         "leaps-anywhere": ["data.leap_probability=0.4"],
         "problems": ["data.unknown_facts=2", "data.min_difficulty=3", "data.max_difficulty=5", "data.seed=3"],
     }
-    return _group("draws", HALF, variants, SMALL)
+    return [
+        *_group("draws", HALF, variants, SMALL),
+        *_group("draws", HALF, BY_TOKENS, _without("train.micro_batch_size")),
+    ]
 
 
 def _texts() -> list[Case]:
@@ -420,12 +455,9 @@ def _texts() -> list[Case]:
             "views.transition=f",
         ],
         "constant": [*HALF, "views.wording=constant"],
-        **{
-            f"control-{name}": [*HALF, f"exposure.control={name}"]
-            for name in ("none", "shuffled", "wrong_answer", "filler")
-        },
+        **{f"control-{name}": [*HALF, f"exposure.reference_ablation={name}"] for name in ABLATIONS},
         "sft": ["train.method=sft"],
-        "gate-aligned": [*HALF, *HOLD, "aligned.min_correct=1", "loss.token_gate=aligned"],
+        "gate-aligned": [*HALF, *HOLD, "alignment.min_correct=1", "loss.gate=aligned"],
     }
     return [
         Case(f"text-{name}", (*base, *settings), recipe="{material}/text.yaml") for name, settings in variants.items()
@@ -450,6 +482,9 @@ def _resumed(cases: Sequence[Case]) -> list[Case]:
         "aligned-per_problem",
         "aligned-per_token-gated",
         "aligned-optimiser",
+        "aligned-memory",
+        "success_setpoint",
+        "binary_search",
         "gate-aligned",
         "teacher-ema",
         "teacher-refresh",
