@@ -47,7 +47,7 @@ Row = tuple[list[int], list[int]]
 class Lessons:
     """How a model is taught to read."""
 
-    rows: int = 768
+    rows: int = 1152
     sums_seed: int = 1  # a run's sums are those of seed 0
     batch_size: int = 16
     micro_batch_size: int = 8  # rows of like length
