@@ -120,9 +120,9 @@ class ModelConfig(Component):
     @classmethod
     def _attention_once(cls, values: Any) -> Any:
         """In float32 `sdpa`, which earlier versions recorded as the default, is what None means."""
-        if isinstance(values, Mapping) and (values.get("attention"), values.get("dtype", "float32")) == ("sdpa", "float32"):
-            return {**values, "attention": None}
-        return values
+        if not isinstance(values, Mapping) or values.get("dtype", "float32") != "float32":
+            return values
+        return {name: value for name, value in values.items() if (name, value) != ("attention", "sdpa")}
 
 
 class ColumnsConfig(Component):

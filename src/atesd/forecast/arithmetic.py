@@ -204,7 +204,8 @@ def saved_bytes(shape: ModelShape, entry: int, rank: int | None, eager_tokens: i
     kept = 4 * (normed + roots) + entry * (2 * queries + 2 * keys + 3 * inner)
     if eager_tokens:
         kept += shape.heads * eager_tokens * (4 if entry == 4 else 6) + entry * 2 * (queries - keys)
-        kept -= entry * queries * (rank is not None and entry == 2 and not rounded)  # of what attention gives, the adapter's copy alone
+        if rank is not None and entry == 2 and not rounded:
+            kept -= entry * queries  # of what attention gives, the adapter's copy alone
     else:
         kept += 4 * shape.heads
     if rank is None:

@@ -37,8 +37,8 @@ def attention_note(config: ModelConfig) -> str | None:
         return None
     adapter = ", and the adapter computes in bfloat16 (its weights stay float32)" if config.lora is not None else ""
     return (
-        f"model.attention: eager{adapter}: the faster way on this processor, which computes in bfloat16; on another one, "
-        "or with model.attention: sdpa, the run has other bits"
+        f"model.attention: eager{adapter}: the faster way on this processor, which computes in bfloat16; on "
+        "another one, or with model.attention: sdpa, the run has other bits"
     )
 
 
