@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atesd.config import ModelConfig
 from atesd.models import processor
+from atesd.models.load import load_model
 from atesd.models.processor import RoundedLinear, adapters_as_their_inputs, attention_note, attention_of
 from atesd.models.quiet import quiet
 
@@ -43,6 +44,16 @@ def test_the_adapter_is_told_of_too(monkeypatch):
     told = attention_note(ModelConfig(dtype="bfloat16", device="cpu", lora={"rank": 8}))
     assert told is not None
     assert "the adapter computes in bfloat16 (its weights stay float32)" in told
+
+
+@pytest.mark.parametrize(("able", "attention"), [(True, "eager"), (False, "sdpa")])
+def test_a_model_is_loaded_as_chosen(monkeypatch, able, attention):
+    monkeypatch.setattr(processor, "computes_in_bfloat16", lambda: able)
+    model = load_model(ModelConfig(dtype="bfloat16", device="cpu", lora={"rank": 2})).model
+    matrices = {type(module) for name, module in model.named_modules() if name.endswith("lora_A.default")}
+    assert matrices == ({RoundedLinear} if able else {nn.Linear})
+    assert model.config._attn_implementation == attention
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_in_float32_the_former_default_and_none_are_one_setting():
