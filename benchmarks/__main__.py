@@ -18,7 +18,7 @@ from benchmarks.harness import Result, Settings, Size
 from benchmarks.record import RESULTS, ROOT, machine, write
 from benchmarks.table import lines, update_docs
 
-ON_CPU = ("loss", "step", "rollout", "rollout-smollm2", "prefix", "control", "lookahead", "memory", "demo")
+ON_CPU = ("loss", "step", "bfloat16", "rollout", "rollout-smollm2", "prefix", "control", "lookahead", "memory", "demo")
 ON_GPU = ("gpu-checks", "gpu-calibration", "gpu-loss", "gpu-decode", "gpu-step-1.7B", "gpu-step-8B", "gpu-prefix")
 
 

@@ -90,7 +90,7 @@ CASES: Mapping[str, Measured] = {
         rows_at_a_time=16,
         problem_tokens=128,
         completion_tokens=48,
-        model_settings={"dtype": "bfloat16", "lora": {"rank": 16, "alpha": 32}},
+        model_settings={"dtype": "bfloat16", "attention": "sdpa", "lora": {"rank": 16, "alpha": 32}},
     ),
 }
 TOYS: Mapping[str, Measured] = {

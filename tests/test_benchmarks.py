@@ -218,6 +218,17 @@ def test_loss_runs_end_to_end() -> None:
     assert all(case.rounds[0]["dense"] > 0 for case in found.cases if case.rounds)
 
 
+def test_bfloat16_gives_float32s_loss_and_gradient_with_either_attention() -> None:
+    found = run("bfloat16", SMALL)
+    passes, update, memory = found.cases
+    assert len(passes.figures or {}) == 3
+    for off in (passes.figures or {}).values():  # rounding to 8 bits, and no more
+        assert 0 < off["loss off"] < 0.01
+        assert 0 < off["gradient off"] < 0.1
+    assert all(seconds > 0 for seconds in update.rounds[0].values())
+    assert all(size > 1e8 for size in (memory.memory or {}).values())
+
+
 @pytest.mark.parametrize(("name", "cases"), [("rollout", 1), ("rollout-smollm2", 2)])
 def test_rollouts_run_end_to_end(name: str, cases: int) -> None:
     found = run(name, SMALL)

@@ -38,6 +38,7 @@ from atesd.engine.transformers import TransformersEngine
 from atesd.errors import ModelError
 from atesd.maths.keyed import uniforms
 from atesd.models.load import LoadedModel
+from atesd.models.processor import adapters_as_their_inputs
 from atesd.models.quiet import quiet
 from atesd.models.teacher import Teacher
 from atesd.models.weights import ReplicatedWeights
@@ -177,6 +178,21 @@ def test_an_adapter_stays_in_float32_beside_bfloat16_weights():
     assert qkv.up is not None
     assert qkv.up.dtype == torch.float32
     assert torch.equal(qkv.parts[0][0][:32], attention.q_proj.base_layer.weight)
+
+
+def test_an_adapter_that_computes_in_bfloat16_does_so_in_decoding():
+    loaded = make("llama", torch.bfloat16, lora=True)
+    for name, parameter in loaded.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    adapters_as_their_inputs(loaded.model)
+    out = loaded.model.get_base_model().model.layers[0].self_attn.o_proj
+    x = torch.randn(1, out.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        projection = layers.read_network(loaded.model, 4).layers[0].attention_out
+        torch.testing.assert_close(projection(x), out(x), atol=2**-9, rtol=2**-7)
+    assert projection.up is not None
+    assert projection.up.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

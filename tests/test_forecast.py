@@ -41,6 +41,7 @@ from atesd.forecast.arithmetic import (
 )
 from atesd.forecast.devices import KINDS, kind_named, kind_of_card, listed
 from atesd.forecast.measured import COMPLETIONS, completions_line
+from atesd.models.processor import adapters_as_their_inputs
 from atesd.models.quiet import quiet
 from atesd.models.shape import described_shape, shape_of
 from benchmarks.memory import CASES, MOST, RANKS, foretold, title_of
@@ -99,6 +100,18 @@ def test_a_layer_keeps_what_autograd_saves_of_it(family: str, dtype: torch.dtype
     eager = TOKENS if attention == "eager" else 0
     told = saved_bytes(shape, dtype.itemsize, RANK if lora else None, eager)
     assert told == pytest.approx((three - two) / (ROWS * TOKENS), rel=0.001)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_whose_adapter_computes_in_bfloat16_keeps_no_copies_in_float32(family: str) -> None:
+    models = [tiny(family, layers, torch.bfloat16, True, "eager") for layers in (2, 3)]
+    for model in models:
+        adapters_as_their_inputs(model)
+    two, three = map(kept_by_autograd, models)
+    shape = shape_of(tiny(family, 2, torch.bfloat16, lora=False))
+    own = 2 * shape.adapter_entries(LoraConfig(rank=RANK)) / 2  # the rounded weights of one of two layers, 2 bytes each
+    told = saved_bytes(shape, 2, RANK, TOKENS, rounded=True)
+    assert told == pytest.approx((three - two - own) / (ROWS * TOKENS), rel=0.001)
 
 
 def test_the_adapter_has_as_many_entries_as_peft_makes() -> None:

@@ -64,6 +64,14 @@ def test_a_run_with_another_config_is_refused_by_setting(tmp_path: Path) -> None
         train(quick("train.learning_rate=1e-3"), tmp_path / "run")
 
 
+def test_a_run_begun_with_the_former_default_of_attention_goes_on_with_it(tmp_path: Path) -> None:
+    half = ["model.dtype=bfloat16", "model.lora={rank: 2, alpha: 4}"]
+    finished(quick(*half, "model.attention=sdpa", "train.num_updates=2"), tmp_path / "run")
+    longer = finished(quick(*half, "train.num_updates=3"), tmp_path / "run")
+    assert len(longer.rows("metrics")) == 3
+    assert longer.config.model.attention == "sdpa"
+
+
 def test_never_resuming_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     finished(quick(), tmp_path / "run")
     with pytest.raises(RunError, match="already holds a run"):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from atesd.config import Config, config_from_mapping, with_overrides, yaml_value
 from atesd.errors import RunError
+from atesd.models.processor import attention_of
 from atesd.rows import SampleRow
 from atesd.runs import RunFolder, new_manifest, write_atomic
 
@@ -337,6 +338,19 @@ def test_the_same_config_resumes_and_permitted_changes_are_told(run: RunFolder):
         "train.keep_checkpoints: 3 -> 5",
         "evaluation.samples: 2 -> 4",
     ]
+
+
+@pytest.mark.parametrize("model", [{}, {"dtype": "bfloat16", "lora": {"rank": 8}}])
+def test_a_run_that_recorded_the_former_default_of_attention_goes_on_with_it(tmp_path: Path, model: dict[str, Any]):
+    run = begin(tmp_path / "former", changed(model=model))
+    written = run.path / "config.yaml"
+    assert "attention: null" in written.read_text("utf-8")
+    written.write_text(written.read_text("utf-8").replace("attention: null", "attention: sdpa"), "utf-8")
+    former = RunFolder.open(run.path)
+    assert former.check_config(changed(model=model)) == []
+    assert attention_of(former.continued(changed(model=model)).model) == "sdpa"
+    with pytest.raises(RunError, match=r"model\.attention: (sdpa|None) -> eager"):
+        former.check_config(changed(model={**model, "attention": "eager"}))
 
 
 def test_every_other_change_is_refused_with_old_and_new_value(run: RunFolder):

@@ -26,6 +26,7 @@ from atesd.errors import ConfigError, ModelError, RunError
 from atesd.maths.keyed import generator
 from atesd.models.load import DTYPES, LoadedModel, load_adapted, load_model, save_model
 from atesd.models.model_folder import ADAPTER, read_object
+from atesd.models.processor import attention_of
 from atesd.models.quiet import quiet
 from atesd.refusals import refusals_told, replacing
 from atesd.runs import RunFolder
@@ -224,7 +225,7 @@ def _difference(
 
         loader, options = AutoPeftModelForCausalLM, {"dtype": DTYPES[trained.dtype]}
     with quiet():
-        model = loader.from_pretrained(str(folder), attn_implementation=trained.attention, **options).eval()
+        model = loader.from_pretrained(str(folder), attn_implementation=attention_of(trained), **options).eval()
         known = len(AutoTokenizer.from_pretrained(str(folder)))
     found = _logits(model, texts)
     apart = [(a[..., :known] - b[..., :known]).abs().max().item() for a, b in zip(found, wanted, strict=True)]

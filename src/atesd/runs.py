@@ -279,12 +279,18 @@ class RunFolder:
                 "again in another --out"
             )
 
+    def continued(self, config: Config) -> Config:
+        """`config` with the attention that earlier versions recorded where none was set: the run goes on with it."""
+        if config.model.attention is not None or self.config.model.attention != "sdpa":
+            return config
+        return config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
+
     def check_config(self, config: Config) -> list[str]:
         """The permitted changes against the recorded config, as 'setting: old -> new'.
 
         Raises `RunError` that lists every other change: a resumed run must be the same run.
         """
-        changes = _changes(acting_settings(self.config), acting_settings(config))
+        changes = _changes(acting_settings(self.config), acting_settings(self.continued(config)))
         refused = [text for setting, text in changes.items() if not _may_change(setting)]
         if config.train.num_updates < self.config.train.num_updates:
             refused.append(changes["train.num_updates"] + " (it may only grow)")

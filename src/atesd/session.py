@@ -22,6 +22,7 @@ from atesd.build import build, close
 from atesd.config import Config, dump_config
 from atesd.engine.factory import engine_note
 from atesd.errors import RunError
+from atesd.models.processor import attention_note
 from atesd.models.prompts import control_line, spelling_control_tokens
 from atesd.models.ranks import Ranks, process_group
 from atesd.records import Split
@@ -61,6 +62,8 @@ def train(
         listener = Listeners(listeners if ranks.first else ())
         _require_one_folder(ranks, out)
         known = ranks.broadcast(partial(_is_known, config, out, resume))
+        if known:
+            config = RunFolder.open(out).continued(config)
         components = build(config, ranks=ranks)
         words = list(command) or sys.argv
         try:
@@ -228,6 +231,9 @@ def _notes(components: Components) -> Iterator[str]:
     choice = engine_note(components.loaded, config.sampling.engine)
     if choice is not None:
         yield choice
+    attention = attention_note(config.model)
+    if attention is not None:
+        yield attention
     if config.model.dtype == "bfloat16" and config.model.lora is None:
         yield (
             "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "

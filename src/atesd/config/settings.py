@@ -85,7 +85,11 @@ class ModelConfig(Component):
         "float32", description="weights; logits are always float32. bfloat16 is for lora: it rounds small updates away"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None,
+        description="transformers' attention; None: sdpa, but for bfloat16 on a CPU that computes in it eager, and "
+        "adapters in bfloat16 too",
+    )
     gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")
     lora: LoraConfig | None = Field(None, description="None: train every weight")
     sharding: Literal["none", "full", "hybrid"] = Field(
@@ -111,6 +115,14 @@ class ModelConfig(Component):
         date(2024, 7, 26), description="today, for a chat template that prints it: contexts never change at midnight"
     )
     max_context_tokens: int = Field(4096, ge=16, description="longest teacher context plus completion, tokens; ours")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attention_once(cls, values: Any) -> Any:
+        """In float32 `sdpa`, which earlier versions recorded as the default, is what None means."""
+        if not isinstance(values, Mapping) or values.get("dtype", "float32") != "float32":
+            return values
+        return {name: value for name, value in values.items() if (name, value) != ("attention", "sdpa")}
 
 
 class ColumnsConfig(Component):

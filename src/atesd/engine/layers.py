@@ -4,7 +4,7 @@ They are read anew for every call of `sample`: nothing here outlives an optimise
 copied into the layout that multiplies fastest, a float32 adapter merged: queries, keys and values in one matrix, and on
 a CPU the blocked layout of oneDNN, whose products of a few rows are up to twice as fast as those of plain matrices on
 AMD processors. Beyond the limit they are used as they are, with the adapter beside them; so is an adapter on bfloat16
-weights, whose rounding would swallow it.
+weights, whose rounding would swallow it. It computes as in training (`RoundedLinear`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from atesd.models.processor import RoundedLinear
 
 _FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Their tables do not depend on how long a sequence has become; those of `dynamic` and `longrope` do.
@@ -292,6 +294,8 @@ def _linear(module: nn.Module) -> _Linear:
         return _Linear(base.weight, base.bias)
     down = torch.cat([adapted.lora_A[name].weight for name in names])
     up = torch.cat([adapted.lora_B[name].weight * adapted.scaling[name] for name in names], 1)
+    if all(isinstance(adapted.lora_A[name], RoundedLinear) for name in names):
+        down, up = down.to(base.weight.dtype), up.to(base.weight.dtype)
     return _Linear(base.weight, base.bias, down, up)
 
 

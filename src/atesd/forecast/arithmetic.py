@@ -183,13 +183,19 @@ class Work:
         weights = self.config.teacher.weights
         return weights != "live" and not (weights == "frozen" and self.config.model.lora is not None)
 
+    @property
+    def rounded(self) -> bool:
+        """Whether attention is eager and adapters compute in bfloat16: the choice of a CPU that computes in it."""
+        return self.kind.on_cpu and self.config.model.dtype == "bfloat16" and self.config.model.attention is None
 
-def saved_bytes(shape: ModelShape, entry: int, rank: int | None, eager_tokens: int = 0) -> int:
+
+def saved_bytes(shape: ModelShape, entry: int, rank: int | None, eager_tokens: int = 0, rounded: bool = False) -> int:
     """Bytes per token that autograd keeps of one layer; `rank` None: every weight is trained.
 
     A norm keeps its input in float32; a trained one also its output. Beside them: queries and keys as rotated, values,
     what attention gives, and gate, its activation and up. Trained linear layers keep their inputs, adapters a float32
-    copy of each. Eager attention over `eager_tokens` keys also keeps its weights, and repeats keys and values.
+    copy of each, or with `rounded`, where they compute in the type of what they read, that itself. Eager attention over
+    `eager_tokens` keys also keeps its weights, and repeats keys and values.
     """
     hidden, inner = shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -198,12 +204,15 @@ def saved_bytes(shape: ModelShape, entry: int, rank: int | None, eager_tokens: i
     kept = 4 * (normed + roots) + entry * (2 * queries + 2 * keys + 3 * inner)
     if eager_tokens:
         kept += shape.heads * eager_tokens * (4 if entry == 4 else 6) + entry * 2 * (queries - keys)
-        kept -= entry * queries * (rank is not None and entry == 2)  # of what attention gives, the adapter's copy alone
+        if rank is not None and entry == 2 and not rounded:
+            kept -= entry * queries  # of what attention gives, the adapter's copy alone
     else:
         kept += 4 * shape.heads
     if rank is None:
         return kept + entry * (normed + 2 * hidden + inner)
-    copies = 2 * hidden + inner if entry == 4 else 5 * hidden + queries + inner
+    if entry == 4 or rounded:
+        return kept + entry * (2 * hidden + inner + 7 * rank)
+    copies = 5 * hidden + queries + inner
     return kept + 4 * (copies + 7 * rank)
 
 
@@ -351,8 +360,8 @@ def _saved(work: Work) -> tuple[float, float]:
     """Bytes that the student's pass leaves for its backward pass, and those of one layer that is computed again."""
     shape, model = work.shape, work.config.model
     tokens = work.together * work.student_tokens
-    eager = work.student_tokens if model.attention == "eager" else 0
-    layer = saved_bytes(shape, work.entry, None if model.lora is None else model.lora.rank, eager)
+    eager = work.student_tokens if model.attention == "eager" or work.rounded else 0
+    layer = saved_bytes(shape, work.entry, None if model.lora is None else model.lora.rank, eager, work.rounded)
     last = 4 * (shape.hidden + 1) + (work.entry * shape.hidden if model.lora is None else 0)
     if model.gradient_checkpointing:
         return tokens * (shape.layers * work.entry * shape.hidden + last), tokens * layer
@@ -399,7 +408,7 @@ def _backward(work: Work, state: Mapping[str, float], made: Mapping[str, float])
     shape, entry = work.shape, work.entry
     saved, again = _saved(work)
     tokens = work.together * work.student_tokens
-    wide = 4 * shape.intermediate if work.config.model.lora is not None and entry == 2 else 0
+    wide = 4 * shape.intermediate if work.config.model.lora is not None and entry == 2 and not work.rounded else 0
     working = tokens * (entry * (3 * shape.intermediate + 2 * shape.hidden) + wide)
     begun = {**_with_earlier(work, made), "activations": saved + again + _states(work) + working}
     ends = (4 + entry) * shape.head_entries if work.config.model.lora is None else 0

@@ -56,6 +56,7 @@ from atesd.models.model_folder import (
     weight_files,
     weight_shapes,
 )
+from atesd.models.processor import adapters_as_their_inputs, attention_of, chooses_bfloat16
 from atesd.models.prompts import end_of_turn
 from atesd.models.quiet import quiet
 from atesd.models.ranks import SINGLE_PROCESS, Ranks
@@ -122,6 +123,8 @@ def load_model(config: ModelConfig, seed: int = 0, *, divided: bool = False) -> 
     require_fixed_rotary(config, model.config)
     if config.lora is not None:
         model = _with_adapter(model, config.lora, seed)
+    if chooses_bfloat16(config):
+        adapters_as_their_inputs(model)
     torch.nn.Module.to(model, "cpu" if divided else device).train(False)
     if deferred is None:
         require_forward(config.path, model, int(tokenizer.eos_token_id))
@@ -287,7 +290,7 @@ def _weights(config: ModelConfig, source: str, local: bool, above: tuple[str, ..
             trust_remote_code=False,
             use_safetensors=True,  # the other format is a pickle
             dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
+            attn_implementation=attention_of(config),
             output_loading_info=True,
         )
     model, report = loaded
@@ -310,7 +313,7 @@ def _skeleton(config: ModelConfig, folder: Path) -> tuple[PreTrainedModel, Defer
     _require_generation(folder)
     with explained(config.path, CONFIG), quiet(), _parameters_on_meta():
         model: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_config(
-            described, trust_remote_code=False, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+            described, trust_remote_code=False, dtype=DTYPES[config.dtype], attn_implementation=attention_of(config)
         )
     files, named = weight_files(folder), dict(model.named_parameters())
     stored = {name for name, _ in model.named_parameters(remove_duplicate=False)}

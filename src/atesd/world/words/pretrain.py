@@ -19,6 +19,7 @@ from atesd.config import Config, load_config
 from atesd.data.views import TextRenderer
 from atesd.data.word_problems import TEMPLATES
 from atesd.maths.keyed import generator
+from atesd.models.processor import computes_in_bfloat16
 from atesd.models.prompts import PromptEncoder
 from atesd.records import Problem
 from atesd.world.pretrain import Descent, descend, first_accepted, muon_and_adamw, one_thread
@@ -129,11 +130,6 @@ def accumulate(model: Any, texts: Sequence[tuple[list[int], list[int]]], size: i
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total
-
-
-def computes_in_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _loss(model: Any, texts: Sequence[tuple[list[int], list[int]]], pad: int) -> Tensor:
