@@ -18,6 +18,7 @@ from atesd.models.quiet import quiet
         ({}, True, "sdpa"),
         ({"dtype": "bfloat16"}, True, "eager"),
         ({"dtype": "bfloat16"}, False, "sdpa"),
+        ({"dtype": "bfloat16", "max_context_tokens": 1025}, True, "sdpa"),
         ({"dtype": "bfloat16", "attention": "sdpa"}, True, "sdpa"),
         ({"dtype": "bfloat16", "attention": "eager"}, True, "eager"),
         ({"attention": "eager"}, False, "eager"),
@@ -25,7 +26,7 @@ from atesd.models.quiet import quiet
 )
 def test_eager_is_chosen_in_bfloat16_on_a_processor_that_computes_in_it(monkeypatch, settings, able, chosen):
     monkeypatch.setattr(processor, "computes_in_bfloat16", lambda: able)
-    config = ModelConfig(device="cpu", **settings)
+    config = ModelConfig(**{"device": "cpu", "max_context_tokens": 1024, **settings})
     assert attention_of(config) == chosen
     told = attention_note(config)
     assert (told is not None) == (chosen == "eager" and config.attention is None)
@@ -35,13 +36,13 @@ def test_eager_is_chosen_in_bfloat16_on_a_processor_that_computes_in_it(monkeypa
 def test_on_a_gpu_it_stays_sdpa(monkeypatch):
     monkeypatch.setattr(processor, "computes_in_bfloat16", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert attention_of(ModelConfig(dtype="bfloat16")) == "sdpa"
-    assert attention_of(ModelConfig(dtype="bfloat16", device="cpu")) == "eager"
+    assert attention_of(ModelConfig(dtype="bfloat16", max_context_tokens=1024)) == "sdpa"
+    assert attention_of(ModelConfig(dtype="bfloat16", max_context_tokens=1024, device="cpu")) == "eager"
 
 
 def test_the_adapter_is_told_of_too(monkeypatch):
     monkeypatch.setattr(processor, "computes_in_bfloat16", lambda: True)
-    told = attention_note(ModelConfig(dtype="bfloat16", device="cpu", lora={"rank": 8}))
+    told = attention_note(ModelConfig(dtype="bfloat16", max_context_tokens=1024, device="cpu", lora={"rank": 8}))
     assert told is not None
     assert "the adapter computes in bfloat16 (its weights stay float32)" in told
 
@@ -49,7 +50,7 @@ def test_the_adapter_is_told_of_too(monkeypatch):
 @pytest.mark.parametrize(("able", "attention"), [(True, "eager"), (False, "sdpa")])
 def test_a_model_is_loaded_as_chosen(monkeypatch, able, attention):
     monkeypatch.setattr(processor, "computes_in_bfloat16", lambda: able)
-    model = load_model(ModelConfig(dtype="bfloat16", device="cpu", lora={"rank": 2})).model
+    model = load_model(ModelConfig(dtype="bfloat16", max_context_tokens=1024, device="cpu", lora={"rank": 2})).model
     matrices = {type(module) for name, module in model.named_modules() if name.endswith("lora_A.default")}
     assert matrices == ({RoundedLinear} if able else {nn.Linear})
     assert model.config._attn_implementation == attention
@@ -58,7 +59,9 @@ def test_a_model_is_loaded_as_chosen(monkeypatch, able, attention):
 
 def test_in_float32_the_former_default_and_none_are_one_setting():
     assert ModelConfig(attention="sdpa") == ModelConfig()
-    assert ModelConfig(attention="sdpa", dtype="bfloat16") != ModelConfig(dtype="bfloat16")
+    assert ModelConfig(attention="sdpa", dtype="bfloat16", max_context_tokens=1024) != ModelConfig(
+        dtype="bfloat16", max_context_tokens=1024
+    )
 
 
 def adapted() -> nn.Module:

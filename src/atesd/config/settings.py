@@ -29,6 +29,7 @@ GENERATED = ("gsm_symbolic", "arithmetic")
 """Sources that write their own problems in words."""
 PROCEDURAL = ("world", *GENERATED)
 """Values of `data.source` that make their problems."""
+EAGER_TOKENS = 1024  # ours; measured at 96: memory of eager attention grows with the square of a row
 _FILES = (".jsonl", ".json", ".parquet")
 _PRESETS_WITH_DIFFICULTY = ("deepmath",)
 
@@ -87,8 +88,8 @@ class ModelConfig(Component):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None,
-        description="transformers' attention; None: sdpa, but for bfloat16 on a CPU that computes in it eager, and "
-        "adapters in bfloat16 too",
+        description="transformers' attention; None: sdpa, but for rows of at most 1024 tokens in bfloat16 on a CPU "
+        "that computes in it eager, and adapters in bfloat16 too",
     )
     gradient_checkpointing: bool = Field(False, description="trade a second forward for memory")
     lora: LoraConfig | None = Field(None, description="None: train every weight")
@@ -123,6 +124,11 @@ class ModelConfig(Component):
         if not isinstance(values, Mapping) or values.get("dtype", "float32") != "float32":
             return values
         return {name: value for name, value in values.items() if (name, value) != ("attention", "sdpa")}
+
+    @property
+    def prefers_eager_on_cpu(self) -> bool:
+        """Whether a CPU that computes in bfloat16 is to use eager attention: rows are short, and nothing was set."""
+        return self.attention is None and self.dtype == "bfloat16" and self.max_context_tokens <= EAGER_TOKENS
 
 
 class ColumnsConfig(Component):

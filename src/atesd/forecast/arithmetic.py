@@ -186,7 +186,7 @@ class Work:
     @property
     def rounded(self) -> bool:
         """Whether attention is eager and adapters compute in bfloat16: the choice of a CPU that computes in it."""
-        return self.kind.on_cpu and self.config.model.dtype == "bfloat16" and self.config.model.attention is None
+        return self.kind.on_cpu and self.config.model.prefers_eager_on_cpu
 
 
 def saved_bytes(shape: ModelShape, entry: int, rank: int | None, eager_tokens: int = 0, rounded: bool = False) -> int:

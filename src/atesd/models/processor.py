@@ -21,9 +21,9 @@ def computes_in_bfloat16() -> bool:
 
 
 def chooses_bfloat16(config: ModelConfig) -> bool:
-    """Whether attention and adapters are those for bfloat16 on a processor: the weights are, and nothing was set."""
+    """Whether attention and adapters are those for bfloat16 on a processor."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    return config.attention is None and config.dtype == "bfloat16" and on_cpu and computes_in_bfloat16()
+    return config.prefers_eager_on_cpu and on_cpu and computes_in_bfloat16()
 
 
 def attention_of(config: ModelConfig) -> str:
