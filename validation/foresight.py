@@ -140,9 +140,9 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
     by_fewer: dict[str, tuple[float, ...]] = {}
     for name, scorer.direction in cheaper.items():
         by_fewer[name] = _overall(scorer, students, contexts).values
-    gradients = {r: _gradient(components, students, seen) for r, seen in zip(scorer.ratios, contexts, strict=True)}
+    gradients = {r: gradient(components, students, seen) for r, seen in zip(scorer.ratios, contexts, strict=True)}
     held = held_out(components)
-    rate = direction.epsilon / _length(gradients[scorer.ratios[-1]])
+    rate = direction.epsilon / length(gradients[scorer.ratios[-1]])
     true = [true_change(components, held, gradients[ratio], rate) for ratio in scorer.ratios]
     return Foresight(
         world,
@@ -181,7 +181,7 @@ def _overall(
     return grouped(scorer.ratios, rows, [""] * len(rows))[""]
 
 
-def _gradient(
+def gradient(
     components: Components, students: Sequence[Pair], contexts: Sequence[tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
     """The gradient of the loss on these rollouts under these teacher contexts."""
@@ -248,7 +248,8 @@ def _sums(components: Components, pairs: Sequence[Pair]) -> tuple[float, ...]:
     return tuple(float(row.double().sum()) for row in found)
 
 
-def _length(gradient: dict[str, torch.Tensor]) -> float:
+def length(gradient: dict[str, torch.Tensor]) -> float:
+    """Of all tensors as one vector."""
     return float(torch.stack([value.double().square().sum() for value in gradient.values()]).sum().sqrt())
 
 
