@@ -30,6 +30,8 @@ ARMS = {
     "token gate": ["exposure.kind=full", "loss.gate=aligned"],
     "aligned, per update, by the last layer": ["exposure.kind=aligned", "alignment.parameters=last_layer"],
     "aligned, per update, by features": ["exposure.kind=aligned", "alignment.parameters=features"],
+    "aligned, per update, by the last half": ["exposure.kind=aligned", "alignment.parameters=last_half"],
+    "token gate, by the last half": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=last_half"],
     "aligned, per update, by the last MLP": ["exposure.kind=aligned", "alignment.parameters=last_mlp"],
     "token gate, by the last MLP": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=last_mlp"],
     "token gate, by the last layer": ["exposure.kind=full", "loss.gate=aligned", "alignment.parameters=last_layer"],

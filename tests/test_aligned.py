@@ -36,7 +36,7 @@ ALIGNED = ("exposure.kind=aligned", "alignment.min_correct=1")
 GATED = ("exposure.kind=full", "loss.gate=aligned", "alignment.min_correct=1")
 FEATURES = "alignment.parameters=features"
 LAST = "alignment.parameters=last_layer"
-MLP = "alignment.parameters=last_mlp"
+MLP, HALF = "alignment.parameters=last_mlp", "alignment.parameters=last_half"
 LORA = 'model.lora={"rank": 4, "alpha": 8, "target_modules": "all-linear"}'
 
 
@@ -56,11 +56,17 @@ def read_by(words: tuple[str, ...], parts: Components) -> set[str]:
         (): [""],
         LAST: ["layers.1.", "model.norm.weight"],
         MLP: ["layers.1.mlp.", "layers.1.post_attention_layernorm.", "model.norm.weight"],
+        HALF: [
+            "layers.1.self_attn.o_proj.",
+            "layers.1.mlp.",
+            "layers.1.post_attention_layernorm.",
+            "model.norm.weight",
+        ],
     }[words[0] if words else ()]
     return {name for name in parts.weights.trained if any(place in name for place in places)}
 
 
-@pytest.mark.parametrize("words", [(), (LAST,), (LAST, LORA), (MLP,), (MLP, LORA)], ids=str)
+@pytest.mark.parametrize("words", [(), (LAST,), (LAST, LORA), (MLP,), (MLP, LORA), (HALF,), (HALF, LORA)], ids=str)
 def test_the_direction_is_the_gradient_of_the_likelihood_of_the_correct_rollouts(words: tuple[str, ...]) -> None:
     parts = build(quick(*GATED, *words, "train.batch_size=16"))
     batch = batch_of(parts, 0)
@@ -145,7 +151,14 @@ def test_beside_bfloat16_weights_the_displacement_is_more_than_their_rounding() 
 
 @pytest.mark.parametrize(
     ("reduction", "words"),
-    [("sequence", ()), ("token", ()), ("sequence", (LAST,)), ("sequence", (MLP,)), ("token", (MLP, LORA))],
+    [
+        ("sequence", ()),
+        ("token", ()),
+        ("sequence", (LAST,)),
+        ("sequence", (MLP,)),
+        ("token", (MLP, LORA)),
+        ("token", (HALF,)),
+    ],
     ids=str,
 )
 def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient_of_its_loss(
@@ -156,7 +169,7 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         *ALIGNED,
         *words,
         "train.batch_size=16",
-        *([] if MLP in words else ["alignment.logit_change=0.01"]),
+        *([] if MLP in words or HALF in words else ["alignment.logit_change=0.01"]),
         "credit.hold_updates=1",
         f"loss.reduction={reduction}",
     )
@@ -176,7 +189,7 @@ def test_the_alignment_of_a_ratio_is_the_inner_product_of_direction_and_gradient
         along = sum(float((parameters[name].grad * u).sum()) for name, u in unit.items())
         for parameter in parameters.values():
             parameter.grad = None
-        exact = MLP in words
+        exact = MLP in words or HALF in words
         assert value == pytest.approx(-along, rel=1e-4 if exact else 0.02, abs=1e-6 if exact else 2e-4)
     close(parts)
 
@@ -230,7 +243,7 @@ def test_by_the_features_alone_direction_and_alignment_are_the_gradients_of_thei
     close(parts)
 
 
-@pytest.mark.parametrize("which", [FEATURES, LAST, MLP])
+@pytest.mark.parametrize("which", [FEATURES, LAST, MLP, HALF])
 def test_by_fewer_parameters_the_student_is_not_read_again_for_the_gate(
     which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +265,7 @@ def test_by_fewer_parameters_the_student_is_not_read_again_for_the_gate(
 def test_what_only_a_displacement_reads_is_refused_where_there_is_none() -> None:
     for which, override, where in (
         (FEATURES, "alignment.logit_change=0.01", "all or last_layer"),
-        (FEATURES, "alignment.metric=optimiser", "all, last_layer or last_mlp"),
+        (FEATURES, "alignment.metric=optimiser", "all, last_layer, last_half or last_mlp"),
         (MLP, "alignment.logit_change=0.01", "all or last_layer"),
     ):
         with pytest.raises(ConfigError, match=rf"alignment\.parameters: {where}"):

@@ -15,7 +15,7 @@ import atesd.build
 from atesd.config import ModelConfig
 from atesd.maths.head import Head
 from atesd.models.last_layer import last_layer_of
-from atesd.models.last_mlp import last_mlp_of
+from atesd.models.last_mlp import last_half_of, last_mlp_of
 from atesd.models.load import LoadedModel, load_model
 from atesd.models.score import Scorer, completion_logprobs
 from atesd.session import train
@@ -180,12 +180,13 @@ def test_the_last_layer_by_itself_gives_the_backbone_s_output_or_is_not_used(nam
     assert all(f"layers.{len(backbone.layers) - 1}." in n or "norm" in n for n in moved)
 
 
+@pytest.mark.parametrize("end", [last_mlp_of, last_half_of])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_last_mlp_gives_the_backbone_s_output_and_its_derivative_or_is_not_used(name: str) -> None:
+def test_the_last_mlp_gives_the_backbone_s_output_and_its_derivative_or_is_not_used(name: str, end: Any) -> None:
     """Against a central difference of the whole backbone, whose norms are computed in float32."""
     model: Any = random_model(name)
     backbone = model.eval().double().get_decoder()
-    found = last_mlp_of(backbone, torch.tensor([IDS]))
+    found = end(backbone, torch.tensor([IDS]))
     assert (found is None) == (name in WITHOUT_LAST_MLP)
     if found is None:
         return

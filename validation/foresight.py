@@ -52,8 +52,8 @@ WORLDS: dict[str, tuple[str, ...]] = {
     "EMA teacher": ("data.leap_share=0", "teacher.weights=ema", "teacher.decay=0.98"),
     "bad teacher": ("data.leap_share=0",),
 }
-Part = Literal["last_layer", "last_mlp", "features"]
-CHEAPER: tuple[Part, ...] = ("last_layer", "last_mlp", "features")
+Part = Literal["last_layer", "last_half", "last_mlp", "features"]
+CHEAPER: tuple[Part, ...] = ("last_layer", "last_half", "last_mlp", "features")
 BATCHES_FOR_DIRECTION = 4
 BATCHES_SCORED = 8
 HELD_OUT_SAMPLES = 4

@@ -235,7 +235,7 @@ def _aligned() -> list[Case]:
         "logit_change": ["alignment.logit_change=0.2"],
         "optimiser": ["alignment.metric=optimiser"],
         "memory": ["alignment.memory=0.9"],
-        **{name: [f"alignment.parameters={name}"] for name in ("last_layer", "last_mlp", "features")},
+        **{name: [f"alignment.parameters={name}"] for name in ("last_layer", "last_half", "last_mlp", "features")},
         "token_reduction": ["loss.reduction=token"],
         "micro_batch_tokens": ["train.micro_batch_tokens=200"],
         **{

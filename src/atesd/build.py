@@ -208,7 +208,7 @@ def _alignment_scorer(
 def _read_again(config: Config) -> Part | None:
     """The end of the student along which the look-ahead reads it again, if not the whole or nothing of it."""
     part = config.alignment.parameters
-    return part if config.looks_ahead and (part == "last_layer" or part == "last_mlp") else None
+    return part if config.looks_ahead and part != "all" and part != "features" else None
 
 
 def _foresight(aligned: AlignmentScorer | None, prompts: TeacherPrompts, config: Config) -> Foresight:

@@ -52,7 +52,7 @@ _GRADED = ActsWhen(lambda c: c.data.checker != "none", "a data.checker other tha
 _HINTED = ActsWhen(lambda c: c.hinted.rollouts > 0, "hinted.rollouts above 0")
 _DISPLACED = ActsWhen(lambda c: c.alignment.displaces, "alignment.parameters: all or last_layer")
 _BY_PARAMETERS = ActsWhen(
-    lambda c: c.alignment.parameters != "features", "alignment.parameters: all, last_layer or last_mlp"
+    lambda c: c.alignment.parameters != "features", "alignment.parameters: all, last_layer, last_half or last_mlp"
 )
 _DRAWN = ActsWhen(lambda c: c.evaluation.temperature > 0, "evaluation.temperature above 0")
 
@@ -366,11 +366,11 @@ class AlignmentConfig(Component):
         description="whose likelihood is success: own correct rollouts; rewards centred per difficulty; the references "
         "(a misleading control); correct ones of permuted verdicts (a null control)",
     )
-    parameters: Literal["all", "last_layer", "last_mlp", "features"] = Field(
+    parameters: Literal["all", "last_layer", "last_half", "last_mlp", "features"] = Field(
         "all",
         description="whose gradient is read: all that are trained, by two displaced passes; those of the last layer, "
-        "which alone is displaced; those of its feed-forward block, by an exact derivative; or the scale of each entry "
-        "of the last hidden state, without a pass; ours",
+        "which alone is displaced; those of its second half, from the output projection on, or of its feed-forward "
+        "block, by an exact derivative; or the scale of each entry of the last hidden state, without a pass; ours",
     )
     direction_rollouts: int | None = Field(
         None,

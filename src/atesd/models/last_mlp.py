@@ -1,16 +1,17 @@
-"""The feed-forward block of the last layer by itself: what it read in a pass, and its derivative by its weights.
+"""The end of the last layer that works token by token: what it read in a pass, and its derivative by its weights.
 
-It works token by token. So neither the rest of the model nor any other token has to be read again, and the derivative
-is exact: forward-mode differentiation instead of two displaced passes.
+It is the last feed-forward block, or that and the output projection of the attention before it. Neither the rest of the
+model nor any other token has to be read again, and the derivative is exact: forward-mode differentiation instead of two
+displaced passes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -24,12 +25,18 @@ from atesd.models.token_tree import Backbone
 @final
 @dataclass(slots=True)
 class Read:
-    """What the block was given in one pass, without gradient: the residual stream behind the attention."""
+    """What the block was given in one pass, without gradient: of each module that it hears, the input."""
 
-    states: Float[Tensor, "B T F"] = field(default_factory=lambda: torch.empty(0))
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def states(self) -> Float[Tensor, "B T F"]:
+        """The inputs side by side; empty if nothing was heard."""
+        found = [self.inputs[place] for place in sorted(self.inputs)]
+        return torch.cat(found, dim=-1) if found else torch.empty(0)
 
 
-class _Block(nn.Module):
+class _Mlp(nn.Module):
     """norm(x + mlp(before(x)))."""
 
     def __init__(self, before: nn.Module, mlp: nn.Module, norm: nn.Module) -> None:
@@ -37,36 +44,59 @@ class _Block(nn.Module):
         self.before, self.mlp, self.norm = before, mlp, norm
 
     def forward(self, states: Tensor) -> Tensor:
-        """The backbone's output at these states."""
+        """The backbone's output at these states of the residual stream."""
         output: Tensor = self.norm(states + self.mlp(self.before(states)))
+        return output
+
+
+class _Half(nn.Module):
+    """The same behind x = residual + project(attended)."""
+
+    def __init__(self, project: nn.Module, mlp: _Mlp, width: int) -> None:
+        super().__init__()
+        self.project, self.mlp, self.width = project, mlp, width
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The backbone's output at the layer's input and, side by side with it, what its attention gives per head."""
+        output: Tensor = self.mlp(states[..., : self.width] + self.project(states[..., self.width :]))
         return output
 
 
 @final
 class LastMlp:
-    """The last feed-forward block of a backbone with the norms before and behind it."""
+    """The end of a backbone from its last feed-forward block on, or from the projection before it."""
 
-    def __init__(self, before: nn.Module, mlp: nn.Module, norm: nn.Module) -> None:
-        self._before = before
-        self._block = (_Block(before, mlp, norm),)  # in a tuple: nobody takes it for a part of the model
+    def __init__(self, block: nn.Module, hears: tuple[nn.Module, ...]) -> None:
+        self._hears = hears
+        self._block = (block,)  # in a tuple: nobody takes it for a part of the model
 
     def parameters(self) -> set[int]:
         """The ids of its parameters."""
         return {id(parameter) for parameter in self._block[0].parameters()}
+
+    def still(self) -> dict[int, Tensor]:
+        """A movement of no length, for trying."""
+        return {id(parameter): torch.zeros_like(parameter) for parameter in self._block[0].parameters()}
 
     @contextmanager
     def heard(self) -> Iterator[Read]:
         """Inside, a pass of the backbone tells what it gives to the block."""
         read = Read()
 
-        def hear(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            read.states = arguments[0].detach()
+        def hear(place: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+            def keep(_module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+                read.inputs[place] = (arguments[0] if arguments else options["hidden_states"]).detach()
 
-        handle = self._before.register_forward_pre_hook(hear)
+            return keep
+
+        handles = [
+            module.register_forward_pre_hook(hear(place), with_kwargs=True) for place, module in enumerate(self._hears)
+        ]
         try:
             yield read
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def output(self, states: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
         """The backbone's last hidden states, from what the block reads."""
@@ -86,29 +116,50 @@ class LastMlp:
                 if id(parameter) in along
             }
             output = functional_call(block, moved, (states,))
-            tangent: Tensor | None = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
-        return torch.zeros_like(states) if tangent is None else tangent
+            value, tangent = forward_ad.unpack_dual(output)  # type: ignore[no-untyped-call]
+        change: Tensor = torch.zeros_like(value) if tangent is None else tangent
+        return change
+
+
+def last_mlp_of(backbone: Backbone, ids: Tensor) -> LastMlp | None:
+    """The last feed-forward block with the norms before and behind it, if it is used (`_tried`); None if not."""
+    layer, block = _mlp_of(backbone)
+    return None if block is None else _tried(LastMlp(block, (layer.post_attention_layernorm,)), backbone, ids)
+
+
+def last_half_of(backbone: Backbone, ids: Tensor) -> LastMlp | None:
+    """That and the output projection of the attention before it, if it is used (`_tried`); None if not."""
+    layer, block = _mlp_of(backbone)
+    project = getattr(getattr(layer, "self_attn", None), "o_proj", None)
+    if block is None or not isinstance(project, nn.Module):
+        return None
+    half = _Half(project, block, backbone.embed_tokens.weight.shape[-1])
+    return _tried(LastMlp(half, (layer, project)), backbone, ids)
+
+
+def _mlp_of(backbone: Backbone) -> tuple[Any, _Mlp | None]:
+    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or norm is None:
+        return None, None
+    layer: Any = layers[-1]
+    before, mlp = getattr(layer, "post_attention_layernorm", None), getattr(layer, "mlp", None)
+    if not isinstance(before, nn.Module) or not isinstance(mlp, nn.Module):
+        return layer, None
+    return layer, _Mlp(before, mlp, norm)
 
 
 @torch.no_grad()
-def last_mlp_of(backbone: Backbone, ids: Tensor) -> LastMlp | None:
+def _tried(found: LastMlp, backbone: Backbone, ids: Tensor) -> LastMlp | None:
     """The block, if it gives the backbone's own output, bit for bit, on some ids, and its derivative; None if not."""
-    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
-    if not isinstance(layers, nn.ModuleList) or norm is None:
-        return None
-    before, mlp = getattr(layers[-1], "post_attention_layernorm", None), getattr(layers[-1], "mlp", None)
-    if not isinstance(before, nn.Module) or not isinstance(mlp, nn.Module):
-        return None
-    block = LastMlp(before, mlp, norm)
-    with block.heard() as read:
+    with found.heard() as read:
         wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
     if not read.states.numel():
         return None
     try:
-        same = torch.equal(block.output(read.states), wanted)
+        same = torch.equal(found.output(read.states), wanted)
         with warnings.catch_warnings():  # torch itself calls what it deprecates, at its first derivative of this kind
             warnings.simplefilter("ignore", DeprecationWarning)
-            block.change(read.states, {id(p): torch.zeros_like(p) for p in mlp.parameters()})
+            found.change(read.states, found.still())
     except (RuntimeError, TypeError, NotImplementedError):  # a block that returns more, a kernel without a derivative
         return None
-    return block if same else None
+    return found if same else None

@@ -22,7 +22,7 @@ from atesd.errors import ModelError
 from atesd.maths.fused import fused_likelihood
 from atesd.maths.head import Head
 from atesd.models.last_layer import Call, LastLayer, last_layer_of
-from atesd.models.last_mlp import LastMlp, last_mlp_of
+from atesd.models.last_mlp import LastMlp, last_half_of, last_mlp_of
 from atesd.models.load import LoadedModel
 from atesd.models.ranks import Ranks
 from atesd.models.token_tree import Backbone, follows_trees
@@ -30,8 +30,14 @@ from atesd.models.weights import ReplicatedWeights, Weights
 
 T = TypeVar("T")
 R = TypeVar("R")
-Part = Literal["last_layer", "last_mlp"]
+Part = Literal["last_layer", "last_half", "last_mlp"]
 """The end of a model from which it can be read again."""
+
+_ENDS: Mapping[Part, Callable[[Backbone, Tensor], LastLayer | LastMlp | None]] = {
+    "last_layer": last_layer_of,
+    "last_half": last_half_of,
+    "last_mlp": last_mlp_of,
+}
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context ids and completion ids."""
@@ -53,7 +59,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class MlpTail:
-    """The end of one pass: what its last feed-forward block read where completion tokens are predicted."""
+    """The end of one pass: what the block at its end read where completion tokens are predicted."""
 
     block: LastMlp
     states: Float[Tensor, "N F"]
@@ -203,7 +209,7 @@ class Scorer:
         ids = torch.arange(8, device=self._loaded.device)[None] % self._causal_lm.config.get_text_config().vocab_size
         found: LastLayer | LastMlp | None = None
         if self.has_separable_head:
-            found = (last_layer_of if part == "last_layer" else last_mlp_of)(self._backbone, ids)
+            found = _ENDS[part](self._backbone, ids)
         if found is None:
             raise ModelError(
                 f"alignment.parameters: {part} cannot be for a {type(self._causal_lm).__name__}, where it does not "
