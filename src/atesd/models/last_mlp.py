@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -83,8 +83,8 @@ class LastMlp:
         """Inside, a pass of the backbone tells what it gives to the block."""
         read = Read()
 
-        def hear(place: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
-            def keep(_module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        def hear(place: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+            def keep(_module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
                 read.inputs[place] = (arguments[0] if arguments else options["hidden_states"]).detach()
 
             return keep
@@ -123,29 +123,30 @@ class LastMlp:
 
 def last_mlp_of(backbone: Backbone, ids: Tensor) -> LastMlp | None:
     """The last feed-forward block with the norms before and behind it, if it is used (`_tried`); None if not."""
-    layer, block = _mlp_of(backbone)
-    return None if block is None else _tried(LastMlp(block, (layer.post_attention_layernorm,)), backbone, ids)
+    block = _mlp_of(backbone)
+    return None if block is None else _tried(LastMlp(block, (block.before,)), backbone, ids)
 
 
 def last_half_of(backbone: Backbone, ids: Tensor) -> LastMlp | None:
     """That and the output projection of the attention before it, if it is used (`_tried`); None if not."""
-    layer, block = _mlp_of(backbone)
+    block, layer = _mlp_of(backbone), _last_layer(backbone)
     project = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-    if block is None or not isinstance(project, nn.Module):
+    width = getattr(project, "out_features", None)
+    if block is None or layer is None or not isinstance(project, nn.Module) or not isinstance(width, int):
         return None
-    half = _Half(project, block, backbone.embed_tokens.weight.shape[-1])
-    return _tried(LastMlp(half, (layer, project)), backbone, ids)
+    return _tried(LastMlp(_Half(project, block, width), (layer, project)), backbone, ids)
 
 
-def _mlp_of(backbone: Backbone) -> tuple[Any, _Mlp | None]:
-    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
-    if not isinstance(layers, nn.ModuleList) or norm is None:
-        return None, None
-    layer: Any = layers[-1]
+def _last_layer(backbone: Backbone) -> nn.Module | None:
+    layers = getattr(backbone, "layers", None)
+    return layers[-1] if isinstance(layers, nn.ModuleList) else None
+
+
+def _mlp_of(backbone: Backbone) -> _Mlp | None:
+    layer, norm = _last_layer(backbone), getattr(backbone, "norm", None)
     before, mlp = getattr(layer, "post_attention_layernorm", None), getattr(layer, "mlp", None)
-    if not isinstance(before, nn.Module) or not isinstance(mlp, nn.Module):
-        return layer, None
-    return layer, _Mlp(before, mlp, norm)
+    parts = [part for part in (before, mlp, norm) if isinstance(part, nn.Module)]
+    return _Mlp(*parts) if len(parts) == 3 else None
 
 
 @torch.no_grad()
