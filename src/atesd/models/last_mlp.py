@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -32,8 +32,15 @@ class Read:
     @property
     def states(self) -> Float[Tensor, "B T F"]:
         """The inputs side by side; empty if nothing was heard."""
-        found = [self.inputs[place] for place in sorted(self.inputs)]
-        return torch.cat(found, dim=-1) if found else torch.empty(0)
+        return self._beside(list)
+
+    def at(self, rows: Int[Tensor, " N"], columns: Int[Tensor, " N"]) -> Float[Tensor, "N F"]:
+        """The same at some tokens."""
+        return self._beside(lambda inputs: [one[rows, columns] for one in inputs])
+
+    def _beside(self, read: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
+        found = read([self.inputs[place] for place in sorted(self.inputs)])
+        return torch.cat(found, dim=-1) if len(found) > 1 else next(iter(found), torch.empty(0))
 
 
 class _Mlp(nn.Module):

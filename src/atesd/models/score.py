@@ -172,7 +172,7 @@ class Scorer:
         if isinstance(end, LastMlp):
             with end.heard() as read:
                 hidden = self._states(ids)[rows, columns]
-            return Scored(hidden, self.head(), MlpTail(end, read.states[rows, columns]))
+            return Scored(hidden, self.head(), MlpTail(end, read.at(rows, columns)))
         with end.heard() as call:
             hidden = self._states(ids)[rows, columns]
         return Scored(hidden, self.head(), Tail(end, call, rows, columns))
