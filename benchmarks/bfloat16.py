@@ -143,7 +143,8 @@ def folder(small: bool) -> Iterator[str]:
 
 def adapted(path: str, kind: Mapping[str, Any]) -> LoadedModel:
     """The model with an adapter that changes its logits, the same one in every variant."""
-    loaded = load_model(ModelConfig(path=path, device="cpu", lora=LoraConfig(rank=16, alpha=32), **kind))
+    lora = LoraConfig(rank=16, alpha=32)
+    loaded = load_model(ModelConfig(path=path, device="cpu", max_context_tokens=256, lora=lora, **kind))
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in loaded.model.named_parameters():

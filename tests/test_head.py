@@ -204,5 +204,5 @@ def test_the_last_mlp_gives_the_backbone_s_output_and_its_derivative_or_is_not_u
             parameter += 1e-3 * along[id(parameter)]
         with found.heard() as read:
             wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        torch.testing.assert_close(found.output(read.states), wanted)
-        torch.testing.assert_close(found.change(read.states, along), (sides[0] - sides[1]) / 2e-3, rtol=0.01, atol=5e-3)
+        torch.testing.assert_close(found.output(read.at()), wanted)
+        torch.testing.assert_close(found.change(read.at(), along), (sides[0] - sides[1]) / 2e-3, rtol=0.01, atol=5e-3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quick import quick
-from validation import parts
+from validation import foresight, parts
 from validation.parts import Orders, by_part, orders, table
 
 
@@ -15,7 +15,7 @@ def test_the_parts_add_up_and_the_whole_is_the_alignment(monkeypatch: pytest.Mon
     step = {"model.layers.1.mlp.x": torch.tensor([1.0, -1.0]), "model.embed_tokens.weight": torch.tensor([-1.0])}
     found = by_part(unit, [step])
     assert (found["all"], found["last_mlp"], found["first layer"]) == ((4.0,), (1.0,), (0.0,))
-    monkeypatch.setattr(parts, "BATCHES_SCORED", 1)
+    monkeypatch.setattr(foresight, "BATCHES_SCORED", 1)
     config = quick("exposure.kind=full", "loss.gate=aligned", "alignment.min_correct=1", "train.batch_size=8")
     seen = orders(config, 0)
     ratios = len(seen.true)

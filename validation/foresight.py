@@ -16,7 +16,8 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -38,7 +39,7 @@ from atesd.runs import RunFolder, write_atomic
 from atesd.train.components import Components
 from atesd.train.listeners import Listeners
 from atesd.train.loop import Trainer
-from atesd.train.rollouts import rollout_params
+from atesd.train.rollouts import GradedRollout, rollout_params
 from atesd.train.stopwatch import Stopwatch
 from atesd.train.update import Distillation, Example, accumulate
 from validation.foresight_figure import draw_foresight
@@ -110,6 +111,13 @@ class Foresight:
 
 def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresight:
     """Train so many updates as `config` says, then compare what alignment foresees with what one step brings."""
+    with trained(config, updates) as components:
+        return _compare(components, world, checkpoint, updates)
+
+
+@contextmanager
+def trained(config: Config, updates: int) -> Iterator[Components]:
+    """Inside, a run of plain distillation after so many updates."""
     components = build(config)
     components = replace(components, method=plain_distillation(components))
     try:
@@ -117,30 +125,50 @@ def check(config: Config, world: str, checkpoint: str, updates: int) -> Foresigh
             trainer = Trainer(components, RunFolder(Path(folder), "foresight"), Listeners(()))
             for update in range(updates):
                 trainer.update(update)
-        return _compare(components, world, checkpoint, updates)
+        yield components
     finally:
         close(components)
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Rollouts beyond those that were trained on: batches for a direction, and others that are scored in every view."""
+
+    given: list[list[GradedRollout]]
+    scored: list[GradedRollout]
+    students: list[Pair]
+    contexts: list[list[tuple[int, ...]]]
+
+
+def fresh(components: Components, ratios: Sequence[float]) -> Fresh:
+    """Of the student as it is."""
+    first = components.config.train.num_updates
+    batches = [components.sampler.rollouts(first + n) for n in range(BATCHES_FOR_DIRECTION + BATCHES_SCORED)]
+    scored = [one for batch in batches[BATCHES_FOR_DIRECTION:] for one in batch]
+    contexts = [[components.prompts.view(one.problem, ratio).context for one in scored] for ratio in ratios]
+    return Fresh(batches[:BATCHES_FOR_DIRECTION], scored, [one.pair for one in scored], contexts)
+
+
+def begin(direction: SuccessDirection, rollouts: Sequence[GradedRollout], update: int) -> None:
+    """The direction of these rollouts alone."""
+    direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
+    direction.remember(rollouts)
+    direction.renew(update)
 
 
 def _compare(components: Components, world: str, checkpoint: str, updates: int) -> Foresight:
     config, scorer = components.config, look_ahead(components)
     direction = scorer.direction
     cheaper = {one: _direction(components, one) for one in CHEAPER}
-    first = config.train.num_updates  # batches beyond those that were trained on
-    given = [one for n in range(BATCHES_FOR_DIRECTION) for one in components.sampler.rollouts(first + n)]
+    seen = fresh(components, scorer.ratios)
     for some in (direction, *cheaper.values()):
-        some.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
-        some.remember(given)
-        some.renew(first)
-    scored = range(first + BATCHES_FOR_DIRECTION, first + BATCHES_FOR_DIRECTION + BATCHES_SCORED)
-    rollouts = [one for update in scored for one in components.sampler.rollouts(update)]
-    students = [one.pair for one in rollouts]
-    contexts = [[components.prompts.view(one.problem, ratio).context for one in rollouts] for ratio in scorer.ratios]
+        begin(some, [one for batch in seen.given for one in batch], config.train.num_updates)
+    students, contexts = seen.students, seen.contexts
     foreseen = _overall(scorer, students, contexts)
     by_fewer: dict[str, tuple[float, ...]] = {}
     for name, scorer.direction in cheaper.items():
         by_fewer[name] = _overall(scorer, students, contexts).values
-    gradients = {r: gradient(components, students, seen) for r, seen in zip(scorer.ratios, contexts, strict=True)}
+    gradients = {r: gradient(components, students, own) for r, own in zip(scorer.ratios, contexts, strict=True)}
     held = held_out(components)
     rate = direction.epsilon / length(gradients[scorer.ratios[-1]])
     true = [true_change(components, held, gradients[ratio], rate) for ratio in scorer.ratios]
@@ -148,7 +176,7 @@ def _compare(components: Components, world: str, checkpoint: str, updates: int) 
         world,
         checkpoint,
         updates,
-        fmean(one.verdict == "correct" for one in rollouts),
+        fmean(one.verdict == "correct" for one in seen.scored),
         scorer.ratios,
         foreseen.values,
         foreseen.errors,

@@ -8,31 +8,25 @@ from each half of them: where a part, or all parameters, do not agree with thems
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 
 import torch
 from scipy.stats import spearmanr
 
-from atesd.build import build, close
 from atesd.config import Config, load_config
-from atesd.runs import RunFolder
-from atesd.train.listeners import Listeners
-from atesd.train.loop import Trainer
 from validation.foresight import (
-    BATCHES_FOR_DIRECTION,
-    BATCHES_SCORED,
     WORLDS,
+    begin,
+    fresh,
     gradient,
     held_out,
     length,
     look_ahead,
-    plain_distillation,
     settings,
+    trained,
     true_change,
 )
 
@@ -68,36 +62,22 @@ class Orders:
 
 def orders(config: Config, updates: int) -> Orders:
     """What the parts foresee after so many updates, and what one step truly does."""
-    components = build(config)
-    components = replace(components, method=plain_distillation(components))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(components, RunFolder(Path(folder), "parts"), Listeners(()))
-            for update in range(updates):
-                trainer.update(update)
+    with trained(config, updates) as components:
         scorer, first = look_ahead(components), config.train.num_updates
-        given = [components.sampler.rollouts(first + n) for n in range(BATCHES_FOR_DIRECTION)]
-        scored = range(first + BATCHES_FOR_DIRECTION, first + BATCHES_FOR_DIRECTION + BATCHES_SCORED)
-        rollouts = [one for update in scored for one in components.sampler.rollouts(update)]
-        students = [one.pair for one in rollouts]
-        contexts = [[components.prompts.view(one.problem, r).context for one in rollouts] for r in scorer.ratios]
-        gradients = [gradient(components, students, seen) for seen in contexts]
+        seen = fresh(components, scorer.ratios)
+        gradients = [gradient(components, seen.students, contexts) for contexts in seen.contexts]
 
         def foreseen(batches: Sequence[int]) -> dict[str, Row]:
-            scorer.direction.load_state_dict({"attempts": [], "unit": {}, "epsilon": 0.0})
-            scorer.direction.remember([one for n in batches for one in given[n]])
-            scorer.direction.renew(first)
+            begin(scorer.direction, [one for n in batches for one in seen.given[n]], first)
             return by_part(scorer.direction.unit, gradients)
 
-        whole, places = foreseen(range(len(given))), set(range(len(given)))
+        whole, places = foreseen(range(len(seen.given))), set(range(len(seen.given)))
         rate = scorer.direction.epsilon / length(gradients[-1])
-        pairs = [half for half in combinations(sorted(places), len(given) // 2) if 0 in half]
+        pairs = [half for half in combinations(sorted(places), len(places) // 2) if 0 in half]
         halves = [foreseen(half) for one in pairs for half in (one, sorted(places - set(one)))]
         held = held_out(components)
         true = tuple(true_change(components, held, one, rate)[0] for one in gradients)
         return Orders(true, whole, {part: [one[part] for one in halves] for part in PARTS})
-    finally:
-        close(components)
 
 
 def by_part(unit: Mapping[str, torch.Tensor], gradients: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Row]:

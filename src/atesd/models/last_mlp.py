@@ -29,18 +29,9 @@ class Read:
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def states(self) -> Float[Tensor, "B T F"]:
-        """The inputs side by side; empty if nothing was heard."""
-        return self._beside(list)
-
-    def at(self, rows: Int[Tensor, " N"], columns: Int[Tensor, " N"]) -> Float[Tensor, "N F"]:
-        """The same at some tokens."""
-        return self._beside(lambda inputs: [one[rows, columns] for one in inputs])
-
-    def _beside(self, read: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        found = read([self.inputs[place] for place in sorted(self.inputs)])
-        return torch.cat(found, dim=-1) if len(found) > 1 else next(iter(found), torch.empty(0))
+    def at(self, *tokens: Int[Tensor, " N"]) -> Float[Tensor, "N F"]:
+        """The inputs side by side, at some tokens (rows and columns) or at all."""
+        return torch.cat([self.inputs[place][tokens] for place in sorted(self.inputs)], dim=-1)
 
 
 class _Mlp(nn.Module):
@@ -161,13 +152,14 @@ def _tried(found: LastMlp, backbone: Backbone, ids: Tensor) -> LastMlp | None:
     """The block, if it gives the backbone's own output, bit for bit, on some ids, and its derivative; None if not."""
     with found.heard() as read:
         wanted = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    if not read.states.numel():
+    if not read.inputs:
         return None
+    states = read.at()
     try:
-        same = torch.equal(found.output(read.states), wanted)
+        same = torch.equal(found.output(states), wanted)
         with warnings.catch_warnings():  # torch itself calls what it deprecates, at its first derivative of this kind
             warnings.simplefilter("ignore", DeprecationWarning)
-            found.change(read.states, found.still())
+            found.change(states, found.still())
     except (RuntimeError, TypeError, NotImplementedError):  # a block that returns more, a kernel without a derivative
         return None
     return found if same else None
