@@ -16,7 +16,7 @@ from atesd.build import build, close, objective
 from atesd.config import Config, load_config
 from atesd.control.aligned import AlignedExposure
 from atesd.control.fixed import FixedExposure
-from atesd.errors import ConfigError, NonFiniteError
+from atesd.errors import ConfigError, ModelError, NonFiniteError
 from atesd.maths.advantages import group_advantages
 from atesd.maths.divergence import Objective
 from atesd.models.score import Scorer, completion_tokens
@@ -462,6 +462,34 @@ def test_a_gate_without_a_number_stops_the_update_and_names_the_rollout() -> Non
     close(parts)
 
 
+def test_a_direction_that_is_not_finite_is_said_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = with_direction(quick(*GATED, "train.batch_size=4"))
+    direction = direction_of(parts)
+    direction.remember(parts.sampler.rollouts(1))
+    some = next(iter(parts.weights.trained.values()))
+    handle = some.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"gradient of the correct rollouts, .*, is not finite"):
+        direction.renew(1)
+    handle.remove()
+    assert not direction.known
+    assert all(parameter.grad is None for parameter in parts.weights.trained.values())
+    direction.remember(parts.sampler.rollouts(1))
+    monkeypatch.setattr(direction, "_scaled_epsilon", lambda _: float("nan"))
+    with pytest.raises(NonFiniteError, match="step of the look-ahead is not finite"):
+        direction.renew(2)
+    assert not direction.known
+    close(parts)
+
+
+@pytest.mark.parametrize("part", [MLP, HALF, LAST])
+def test_a_part_that_no_adapter_trains_is_refused_before_the_first_update(part: str) -> None:
+    lora = 'model.lora={"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}'
+    if part == LAST:
+        lora = 'model.lora={"rank": 4, "alpha": 8, "target_modules": ["layers.0.self_attn.q_proj"]}'
+    with pytest.raises(ModelError, match=r"has none of the weights that are trained .model\.lora.*q_proj"):
+        build(quick(*GATED, part, lora))
+
+
 def test_at_most_so_many_rollouts_give_the_direction() -> None:
     rows = weighted_rows(attempts(*[True] * 9), settings("alignment.min_correct=1"), 0)
     assert drawn(rows, settings(), 0) == rows
@@ -515,7 +543,9 @@ def test_a_ranked_gate_keeps_the_share_of_each_rollout_that_its_meter_ranks_firs
         student = scorer.scored([row.student_pair for row in rows])
         teacher = scorer.scored([row.teacher_pairs[0] for row in rows])
         tokens = completion_tokens([row.student_pair for row in rows], scorer.device)
-        factors = RankedGate(by, 0.4, side, Objective()).select(rows, student, [teacher], tokens).factors
+        factors = (
+            RankedGate(by, 0.4, side, Objective(), chunk_tokens=3).select(rows, student, [teacher], tokens).factors
+        )
         log_p, log_q = teacher.logits(slice(None)).log_softmax(-1), student.logits(slice(None)).log_softmax(-1)
     kl, entropy = (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)
     meter = kl if by == "disagreement" else entropy
@@ -576,7 +606,9 @@ def test_a_bfloat16_student_that_would_be_displaced_itself_is_refused() -> None:
         with pytest.raises(ConfigError, match="rounds away"):
             load_config("micro", [override, "model.dtype=bfloat16"])
         assert load_config("micro", [override, "model.dtype=bfloat16", LORA]).model.lora is not None
-        assert load_config("micro", [override, "model.dtype=bfloat16", FEATURES]).alignment.parameters == "features"
+        for part in ("features", "last_mlp", "last_half"):  # nothing is displaced
+            words = [override, "model.dtype=bfloat16", f"alignment.parameters={part}"]
+            assert load_config("micro", words).alignment.parameters == part
 
 
 def test_what_needs_verified_rollouts_is_refused_without_a_checker() -> None:

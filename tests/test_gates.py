@@ -31,6 +31,7 @@ from updates import alignment_scorer, batch_of, direction_of, distill, selector_
 
 FULL = "exposure.kind=full"
 SOFT = (FULL, "loss.gate=soft", "alignment.min_correct=1")
+PER_TOKEN = ("exposure.kind=aligned", "exposure.granularity=per_token", "loss.gate=aligned")
 BY_DIFFICULTY = (FULL, "train.grpo_weight=0.5", "train.baseline=difficulty")
 
 
@@ -46,12 +47,14 @@ def test_a_soft_weight_has_no_cliff_at_0_and_becomes_the_cut_as_it_sharpens() ->
     sharp = soft_weights(torch.tensor([0.3, -0.2, 0.5, -0.1]), 1e4)
     assert sharp.tolist() == pytest.approx([2, 0, 2, 0])
     assert soft_weights(torch.zeros(3), 4.0).tolist() == [1, 1, 1]
+    assert soft_weights(torch.tensor([-1.0, -1.2]), 1e4).tolist() == [2, 0]  # all sigmoids are 0
+    assert soft_weights(torch.tensor([-1.0]), 1e4).tolist() == [1]
 
 
 values = st.lists(st.floats(-10, 10), min_size=1, max_size=30)
 
 
-@given(values, st.floats(0.1, 20))
+@given(values, st.floats(0.1, 1e6))
 def test_soft_weights_keep_the_mass_and_the_order(values: list[float], sharpness: float) -> None:
     alignment = torch.tensor(values, dtype=torch.float64)
     weights = soft_weights(alignment, sharpness)
@@ -298,6 +301,11 @@ def test_the_presets_that_have_a_difficulty_are_known_without_reading_them() -> 
         ((FULL, "train.baseline=difficulty"), "it acts with train.method: grpo"),
         (("train.method=grpo", "train.baseline=difficulty", "train.group_size=4"), "with train.baseline: group"),
         (("exposure.kind=aligned", "exposure.granularity=per_token", "loss.gate=soft"), "own alignment or not at all"),
+        (
+            (*PER_TOKEN, "loss.gate.permute=true"),
+            "loss.gate.permute: true does not go with exposure.granularity: per_tok",
+        ),
+        ((*PER_TOKEN, "loss.gate.skip=rollouts"), "loss.gate.skip: rollouts does not go with exposure.granularity"),
         ((FULL, "loss.gate={kind: influence, bound: 1}"), "bound"),
     ],
 )

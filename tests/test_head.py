@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from atesd.session import train
 from quick import Ears, quick
 from tiny import SIZES, tiny_model
 
+EAGER_EXPERTS = {"experts_implementation": "eager", "decoder_sparse_step": 1}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
@@ -36,9 +37,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.25},
     "Cohere2": {"logit_scale": 0.25, "sliding_window": 16},
     "HyperCLOVAX": {"logits_scaling": 4.0},
+    # The eager experts have a derivative, but want their tokens by row.
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} | EAGER_EXPERTS,
 }
 SCALED = ("Gemma2", "Gemma3", "Granite", "Cohere", "Cohere2", "HyperCLOVAX")
-WITHOUT_LAST_MLP = ("Phi", "Gemma2", "Gemma3", "Cohere", "Cohere2", "HyperCLOVAX")  # other norms, or parallel blocks
+# Other norms, parallel blocks, experts.
+WITHOUT_LAST_MLP = ("Phi", "Gemma2", "Gemma3", "Cohere", "Cohere2", "HyperCLOVAX", "Qwen3Moe")
 WITHOUT_LAST_LAYER = ("Phi",)  # its norm has another name
 TEXT_OF = {"Gemma3": "Gemma3Text"}
 IDS = (12, 13, 14, 15, 2, 29)
@@ -178,6 +182,25 @@ def test_the_last_layer_by_itself_gives_the_backbone_s_output_or_is_not_used(nam
         torch.testing.assert_close(found.again(call), backbone(input_ids=ids, use_cache=False).last_hidden_state)
     moved = {n for n, p in backbone.named_parameters() if not torch.equal(p, before[n])}
     assert all(f"layers.{len(backbone.layers) - 1}." in n or "norm" in n for n in moved)
+
+
+@pytest.mark.parametrize("end", [last_mlp_of, last_half_of])
+def test_a_block_that_mixes_tokens_is_not_taken_for_the_last_mlp(end: Any) -> None:
+    backbone: Any = cast(Any, random_model("Llama")).eval().get_decoder()
+    mlp = backbone.layers[-1].mlp
+
+    class Mixing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, states: Tensor) -> Tensor:
+            mixed: Tensor = self.mlp(states) + states.cumsum(-2)
+            return mixed
+
+    assert end(backbone, torch.tensor([IDS])) is not None
+    backbone.layers[-1].mlp = Mixing()
+    assert end(backbone, torch.tensor([IDS])) is None
 
 
 @pytest.mark.parametrize("end", [last_mlp_of, last_half_of])

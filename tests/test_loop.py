@@ -12,12 +12,16 @@ from atesd.build import build, close
 from atesd.config import Config
 from atesd.data.splits import ProblemSets
 from atesd.errors import DataError, ModelError, NonFiniteError, TrainingError
+from atesd.models.teacher import Teacher
 from atesd.rows import NOT_ALWAYS, MetricsRow
 from atesd.runs import RunFolder
 from atesd.session import config_of_trained, evaluate, train
 from atesd.train import loop, update
+from atesd.train.loop import Trainer
+from atesd.train.record import UpdateRecord
 from atesd.train.rollouts import GradedRollout, RolloutSampler
-from atesd.train.update import StepMeters
+from atesd.train.selectors import RandomGate
+from atesd.train.update import Selection, StepMeters
 from quick import Ears, finished, quick
 
 NAN = float("nan")
@@ -119,3 +123,29 @@ def test_a_student_that_cannot_write_costs_its_update_and_not_the_run(
     assert "p7" in rows[2]["skipped"]
     assert set(rows[2]) == set(rows[3]) == set(MetricsRow.__annotations__) - NOT_ALWAYS
     assert (run.path / "skipped" / "update-000002.json").exists()
+
+
+def test_an_update_that_fails_half_way_leaves_no_gradient_and_does_not_stop_the_teacher_s_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select, called = RandomGate.select, []
+
+    def failing(gate: RandomGate, *given: Any) -> Selection:
+        called.append(gate)
+        if len(called) == 6:  # the second of the four rows of the second update
+            raise NonFiniteError("not finite on rollout 1")
+        return select(gate, *given)
+
+    stepped, clock = Trainer.update, []
+
+    def watched(trainer: Trainer, update: int) -> UpdateRecord:
+        assert all(parameter.grad is None for parameter in trainer.components.weights.trained.values())
+        return stepped(trainer, update)
+
+    monkeypatch.setattr(RandomGate, "select", failing)
+    monkeypatch.setattr(Trainer, "update", watched)
+    monkeypatch.setattr(Teacher, "after_update", lambda _, done: clock.append(done))
+    words = ("exposure.kind=full", "loss.gate=random", "train.micro_batch_size=1", "teacher.weights=refresh")
+    run = finished(quick(*words, "train.num_updates=4"), tmp_path / "run")
+    assert [row["skipped"] is None for row in run.rows("metrics")] == [True, False, True, True]
+    assert clock == [1, 2, 3, 4]

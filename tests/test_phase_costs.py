@@ -144,6 +144,15 @@ def test_a_run_without_an_update_after_the_first_hold_is_refused(
     assert "no update from 2 on has `seconds`" in capsys.readouterr().err
 
 
+def test_a_world_with_nothing_to_compare_with_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sweep(tmp_path / "s", ONE_WORLD[:1])
+    for cell in (tmp_path / "s").glob("*-seed-*"):
+        if not any(f"-{arm}-seed" in cell.name for arm in ("gate", "grpo")):
+            shutil.rmtree(cell)
+    assert main([str(tmp_path / "s")]) == 2
+    assert "no finished run of full or fixed exposure without a gate" in capsys.readouterr().err
+
+
 # At equal time
 
 

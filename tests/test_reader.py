@@ -150,6 +150,10 @@ def test_what_is_written_is_what_was_measured(folder, tmp_path, capsys, monkeypa
     assert set(record["figures"]) == {"3"}  # so that harder sums are not tried
     assert record["figures"]["3"]["problems"] == 3
     assert measure_folder(out, FEW)["figures"] == record["figures"]
+    with pytest.raises(ConfigError, match="--rows 15: give a multiple of 4"):
+        run_reader(tmp_path / "other", str(folder), lessons=replace(SMALL, rows=15), settings=FEW)
+    assert main(["--out", str(out)]) == 2
+    assert f"error: --out {out} exists already" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="exists already"):
         run_reader(out, str(folder), lessons=SMALL, settings=FEW)
     monkeypatch.setattr(reader, "run_reader", lambda *_, **__: {**record, "passed": 3})

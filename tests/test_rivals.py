@@ -214,8 +214,36 @@ def test_annealing_takes_easy_problems_to_0_first_and_drops_out_a_share_of_all()
             drawn = [plan.propose(f"2 p{i}", generator(0, "problem", i)) for i in range(4000)]
             assert set(drawn) == {0.0, plan.ramp(2)}
             assert drawn.count(0.0) / 4000 == pytest.approx(0.25, abs=0.03)
-        plan.on_update(stats(graded=[("2 a", 1.0), ("9 b", 0.0), ("5 c", 1.0)]))
+        for problem in ("2 a", "9 b", "5 c"):
+            plan.propose(problem, generator(0, "problem", update))
+        plan.on_update(stats())  # it hears of no verdict, nor needs one
     assert plan.ramp(9) == 0.0
+
+
+def test_annealing_stays_between_its_bounds_and_its_plan_says_the_mean_of_what_it_shows():
+    settings = config(
+        "annealing", exposure={"ratio_min": 0.3, "dropout": 0.0, "easiest_end": 1.0}, train={"num_updates": 40}
+    )
+    made = make_exposure(settings, 40, 0)
+    ratios = []
+    for update in range(40):
+        ratios.append(made.reveal_ratio(update, "3 p"))
+        drive(made, settings, range(update, update + 1))
+    # Down from 1 to .3 over the first .7, then level: .7 * .65 + .3 * .3
+    assert np.mean(ratios) == pytest.approx(0.545, abs=0.06)  # holds of 4 updates show the ratio of their first
+    assert "a mean ratio of about 0.55, or 0.55 where all" in settings.rule_note
+
+
+@pytest.mark.parametrize("kind", ["annealing", "item_response"])
+def test_a_ratio_by_difficulty_over_data_without_difficulties_is_said(kind):
+    words = ["data.source=mine.jsonl", "model.path=x", "data.checker=math"]
+    settings = load_config("micro", [f"exposure.kind={kind}", *words])
+    assert any("mine.jsonl names no difficulty: all problems count as one" in line for line in acting_lines(settings))
+    assert not any(
+        "names no difficulty" in line for line in acting_lines(load_config("micro", [f"exposure.kind={kind}"]))
+    )
+    with pytest.raises(ConfigError, match=r"easiest_end.* acts with data that names difficulties"):
+        load_config("micro", ["exposure.kind=annealing", "exposure.easiest_end=0.4", *words])
 
 
 # On curves where its source says that it arrives
@@ -319,7 +347,7 @@ def test_a_cut_after_any_update_changes_nothing(kind):
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_a_ratio_is_held_and_stays_between_the_bounds(kind):
-    bounds = {"ratio_max": 0.6} if kind == "control_share" else {"ratio_min": 0.2, "ratio_max": 0.6}
+    bounds = {"ratio_max": 0.6} if kind in ("control_share", "annealing") else {"ratio_min": 0.2, "ratio_max": 0.6}
     settings = config(kind, exposure=bounds)
     made = make_exposure(settings, 24, 0)
     require_offers(made, Exposure, kind, "")
@@ -411,6 +439,10 @@ def test_a_rule_that_follows_verdicts_needs_a_checker(kind):
         ({"kind": "success_setpoint", "low": 0.7}, "low 0.7 is above high 0.6; swap them"),
         ({"kind": "control_share", "ratio_min": 0.1}, "ratio_min 0.1 would lift the control holds off 0"),
         ({"kind": "control_share", "ratio_max": 0.05}, "step 0.1 is above ratio_max 0.05"),
+        (
+            {"kind": "annealing", "ratio_min": 0.1},
+            "ratio_min 0.1 would lift the dropout off 0; leave it out, or set dro",
+        ),
         ({"kind": "annealing", "hardest_end": 0.2}, "easiest_end 0.5 is above hardest_end 0.2; swap them"),
         ({"kind": "success_trend", "ratio_min": 0}, "expected above 0 and at most 1"),
         ({"kind": "annealing", "granularity": "per_problem"}, "per_problem_in_difficulty"),

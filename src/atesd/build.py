@@ -250,7 +250,7 @@ def _gate(config: Config, aligned: AlignmentScorer | None) -> Selector:
         case RandomGateSettings(share=share):
             return RandomGate(share, config.train.seed)
         case RankedGateSettings(kind=kind, share=share, side=side):
-            return RankedGate(kind, share, side, objective(config))
+            return RankedGate(kind, share, side, objective(config), chunk)
         case _:
             return EveryToken()
 

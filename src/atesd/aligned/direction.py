@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from atesd.aligned.line import HiddenLine, Line, TwoPoints
 from atesd.config import Config
-from atesd.errors import ModelError
+from atesd.errors import ModelError, NonFiniteError
 from atesd.maths.advantages import difficulty_advantages
 from atesd.maths.keyed import generator
 from atesd.models.prompts import PromptEncoder
@@ -92,6 +92,17 @@ class SuccessDirection:
                 f"{config.model.path}: its output head is not a linear layer that atesd knows how to read, so that "
                 "alignment.parameters: features cannot be; set alignment.parameters: all"
             )
+        end = scorer.end
+        if end is not None and not end.parameters() & {id(parameter) for parameter in weights.trained.values()}:
+            raise ModelError(
+                f"alignment.parameters: {self._of} has none of the weights that are trained"
+                + (
+                    ""
+                    if config.model.lora is None
+                    else f" (model.lora.target_modules: {config.model.lora.target_modules})"
+                )
+                + "; set alignment.parameters: all, or train some of that part"
+            )
         self._attempts: list[Attempt] = []
         self._unit: dict[str, Tensor] = {}
         self._remembered = 0.0
@@ -123,7 +134,8 @@ class SuccessDirection:
         A_i by `alignment.success` (see `weighted_rows`). With `alignment.memory` m it is w / |w|, w = u + m w_before,
         in which a hold without a direction leaves nothing.
 
-        The gradients of the parameters must be clear, and are clear again afterwards.
+        The gradients of the parameters must be clear, and are clear again afterwards. Raises `NonFiniteError` where the
+        gradient, or the step along it, is not finite; then there is no direction for this hold.
         """
         attempts, self._attempts = self._attempts, []
         before, self._unit = self._unit, {}
@@ -135,19 +147,26 @@ class SuccessDirection:
         if self._config.alignment.metric == "optimiser":
             ascent = self._step_metric(ascent)
         length = _length(ascent.values())
-        if not torch.isfinite(length) or length == 0:
+        if not torch.isfinite(length):
+            raise NonFiniteError("the gradient of the correct rollouts, which the look-ahead follows, is not finite")
+        if length == 0:
             return
         self._unit = {name: value / length for name, value in ascent.items()}
         self._remember_direction(before)
         self.epsilon = self._scaled_epsilon(rows) if self._config.alignment.displaces else 1.0
-        if not math.isfinite(self.epsilon) or self.epsilon == 0:
-            self._unit = {}
+        if math.isfinite(self.epsilon) and self.epsilon != 0:
+            return
+        self._unit = {}
+        if self.epsilon != 0:
+            raise NonFiniteError("the step of the look-ahead is not finite: the logits beside the student are not")
 
     def _remember_direction(self, before: Mapping[str, Tensor]) -> None:
         """Turn the direction of this hold towards those of the holds before: w = u + m w_before, then w / |w|."""
         kept = self._config.alignment.memory * self._remembered if before else 0.0
         if kept:
-            self._unit = {name: value + kept * before[name] for name, value in self._unit.items()}
+            for name, value in before.items():
+                own = self._unit.get(name)
+                self._unit[name] = kept * value if own is None else own + kept * value
         # Also without memory, where |u| is 1 up to the rounding of its entries: another division may change last bits.
         self._remembered = float(_length(self._unit.values()))
         self._unit = {name: value / self._remembered for name, value in self._unit.items()}

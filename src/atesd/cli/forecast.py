@@ -265,7 +265,8 @@ def _doubts(work: Work) -> Iterator[str]:
     if not work.shape.plain:
         yield "memory and times are those of Llama's layers in this model's sizes: its own were not checked"
     if work.config.looks_ahead:
-        yield "not counted is the look-ahead of aligned exposure: its time, and its copies of the trained weights"
+        copies = ", and its copies of the trained weights" if work.config.alignment.displaces else ""
+        yield f"not counted is the look-ahead of aligned exposure: its time{copies}"
     if sharding_of(work.config) != "none":
         yield "the memory of sharded weights was not held against a run"
     if work.config.sampling.engine == "server":

@@ -102,6 +102,8 @@ def acting_lines(config: Config) -> Iterator[str]:
         changed = [s for s in describe_settings(config) if s.path.startswith("exposure.") and s.changed]
         own = "".join(f", {s.path.removeprefix('exposure.')} {yaml_value(s.value)}" for s in changed)
         yield f"exposure: {config.exposure.kind}{own}: {method_name(config)}"
+        if config.group_note:
+            yield config.group_note
         if config.decides and config.credit.discount_note:
             yield config.credit.discount_note
         clip = "not clipped" if loss.clip == "none" else f"clip {loss.clip} at {loss.threshold:g} nats"

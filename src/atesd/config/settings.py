@@ -882,6 +882,8 @@ class Config(Component):
                 f"loss.gate: {self.loss.gate.kind} with exposure.granularity: per_token: a token that chooses "
                 "its ratio is gated by its own alignment or not at all; set loss.gate: none or aligned"
             )
+        if self.granularity == "per_token":
+            self._require_whole_rollouts()
         if self.centres_by_difficulty and not self.data.has_difficulties:
             asks = "train.baseline: difficulty" if self.train.has_policy_gradient else "loss.gate: influence"
             raise ValueError(
@@ -895,11 +897,12 @@ class Config(Component):
                 f"loss.gate.skip: update would skip the policy gradient of train.grpo_weight {self.train.grpo_weight:g}"
                 " too; set loss.gate.skip: rollouts or none"
             )
-        displaced = self.looks_ahead and self.alignment.parameters != "features"
+        displaced = self.looks_ahead and self.alignment.displaces
         if displaced and self.model.dtype == "bfloat16" and self.model.lora is None:
             raise ValueError(
-                "model.dtype: bfloat16 without model.lora rounds away the displacement that aligned needs; set "
-                "alignment.parameters: features, model.lora, or model.dtype: float32"
+                "model.dtype: bfloat16 without model.lora rounds away the displacement that alignment.parameters: "
+                f"{self.alignment.parameters} needs; set alignment.parameters: last_half, last_mlp or features, "
+                "model.lora, or model.dtype: float32"
             )
         if self.looks_ahead and self.model.sharding != "none":
             raise ValueError(
@@ -921,6 +924,19 @@ class Config(Component):
                 f"model.max_context_tokens {self.model.max_context_tokens}"
             )
         return self
+
+    def _require_whole_rollouts(self) -> None:
+        """Raise `ValueError` where a gate of whole rollouts would meet tokens that choose their own ratio."""
+        gate = self.loss.gate
+        set_aside = {
+            "permute: true": isinstance(gate, PermutableGate) and gate.permute,
+            "skip: rollouts": isinstance(gate, LookAheadGate) and gate.skip == "rollouts",
+        }
+        for words in (words for words, given in set_aside.items() if given):
+            raise ValueError(
+                f"loss.gate.{words} does not go with exposure.granularity: per_token, where each token chooses its "
+                "ratio and its gate together; leave it out, or set exposure.granularity: update"
+            )
 
     def _require_hints(self) -> None:
         """Raise `ValueError` where hinted rollouts would leave nothing to train on, or mean nothing."""
@@ -1001,6 +1017,16 @@ class Config(Component):
         """What the run can tell the rule that decides its ratios; empty where no rule does."""
         run = Run(self.credit, self.train.num_updates, self.train.seed)
         return self.exposure.budget(run, self.train.batch_size) if self.decides else ""
+
+    @property
+    def group_note(self) -> str:
+        """That a ratio for each difficulty is one for all where the data has no difficulties; else empty."""
+        if "difficulty" not in self.granularity or self.data.has_difficulties:
+            return ""
+        return (
+            f"exposure.granularity: {self.granularity}, and data.source: {self.data.source_name} names no difficulty: "
+            "all problems count as one; set data.columns.difficulty where there is one"
+        )
 
     @property
     def estimate_note(self) -> str:

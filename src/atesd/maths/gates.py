@@ -18,11 +18,15 @@ def soft_weights(alignment: Float[Tensor, " N"], sharpness: float) -> Float[Tens
     """Sigmoid weights of the tokens of one rollout, of mean 1: a smooth form of the cut at alignment 0. Ours.
 
     weight_n = s_n / mean(s), s_n = sigmoid(sharpness * a_n / rms(a)), with a the alignments and rms their root mean
-    square. Without any alignment all are 1; as `sharpness` grows s becomes the cut.
+    square. Without any alignment all are 1; as `sharpness` grows s becomes the cut, or where no alignment is positive
+    the largest alone.
     """
     least = torch.finfo(alignment.dtype).tiny
     share = alignment / alignment.abs().amax().clamp(min=least)  # first of the largest: squares of small ones are 0
-    gate = torch.sigmoid(sharpness * share / share.square().mean().sqrt().clamp(min=least))
+    scaled = sharpness * share / share.square().mean().sqrt().clamp(min=least)
+    # Each over the largest, by their logarithms: of large negative numbers all sigmoids are 0, and 0 / 0 is no weight.
+    logs = torch.nn.functional.logsigmoid(scaled)
+    gate = torch.exp(logs - logs.amax())
     return gate / gate.mean()
 
 

@@ -98,10 +98,14 @@ class Trainer:
         return UpdateRecord(update, row, decisions, batch, meters)
 
     def _without_step(self, update: int, error: NonFiniteError) -> UpdateRecord:
-        """What is written of an update that came to no step: the model could not even write its completions."""
-        if self.components.loaded.ranks.size > 1:
+        """What is written of an update that came to no step. Its gradient is cleared; the teacher's clock goes on."""
+        c = self.components
+        if c.loaded.ranks.size > 1:
             raise error  # the other ranks have been told, and stop too
-        rate = self.components.optimiser.learning_rate(update)
+        for parameter in c.weights.trained.values():
+            parameter.grad = None
+        c.teacher.after_update(update + 1)
+        rate = c.optimiser.learning_rate(update)
         return UpdateRecord(update, skipped_row(update, str(error), rate), [])
 
     def _asked(self, rows: tuple[Revealed, ...]) -> list[Example]:

@@ -69,10 +69,16 @@ class RankedGate:
     """
 
     def __init__(
-        self, by: Literal["disagreement", "entropy"], share: float, side: Literal["low", "high"], objective: Objective
+        self,
+        by: Literal["disagreement", "entropy"],
+        share: float,
+        side: Literal["low", "high"],
+        objective: Objective,
+        chunk_tokens: int | None,
     ) -> None:
         self._meter = {"disagreement": "kl", "entropy": "student_entropy"}[by]
-        self._share, self._largest, self._objective = share, side == "high", objective
+        self._share, self._largest = share, side == "high"
+        self._objective, self._chunk_tokens = objective, chunk_tokens
 
     def select(
         self, examples: Sequence[Example], student: Scored, teachers: Sequence[Scored], tokens: Int[Tensor, " N"]
@@ -80,7 +86,13 @@ class RankedGate:
         """Factor 1 for the ceil(share |y|) first tokens of a rollout in the order of the meter."""
         [teacher] = teachers
         meters = divergence_profile(
-            self._objective, student.hidden, student.head, [teacher.hidden], teacher.head, tokens
+            self._objective,
+            student.hidden,
+            student.head,
+            [teacher.hidden],
+            teacher.head,
+            tokens,
+            chunk_tokens=self._chunk_tokens,
         )
         factors = []
         for values in by_example(meters[0][self._meter], examples):

@@ -175,9 +175,15 @@ def answer_table(tables: Sequence[SweptTable], given: Sequence[PriceList], rival
 
 
 def _fixed(table: SweptTable) -> str:
-    """An arm of full or fixed exposure without a gate, from which `Scored` knows the others."""
+    """An arm of full or fixed exposure without a gate, from which `Scored` knows the others. Raises `RunError`."""
     configs = {arm: group.runs[0].config for arm, group in table.groups.items()}
-    return next(arm for arm, one in configs.items() if one.distils and _is_plain(one) and one.loss.gate.kind == "none")
+    for arm, one in configs.items():
+        if one.distils and _is_plain(one) and one.loss.gate.kind == "none":
+            return arm
+    raise RunError(
+        f"{table.name}: no finished run of full or fixed exposure without a gate, with which the others are compared; "
+        f"finished are {', '.join(configs)}: go on with the sweep"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from atesd.data.sources import load_problems
 from atesd.data.views import TextRenderer
 from atesd.engine.factory import engine_for
 from atesd.engine.interface import Request, SamplingParams
-from atesd.errors import ConfigError
+from atesd.errors import AtesdError, ConfigError
 from atesd.maths.keyed import generator
 from atesd.models.load import LoadedModel, load_model, save_model
 from atesd.models.prompts import PromptEncoder
@@ -217,14 +217,16 @@ def run_reader(
     """Teach `model`, write it in bfloat16 to `out`, measure what was written, and return its record (`gates.json`).
 
     `passed` is the most operations of the easiest sums on which the gate is passed; None if there are none.
-    Raises `ConfigError` for a folder that exists.
+    Raises `ConfigError` for a folder that exists, and for rows that are no whole number of steps.
     """
     if out.exists():
         raise ConfigError(f"--out {out} exists already; give another folder")
     lessons = lessons or Lessons()
+    if lessons.rows < 1 or lessons.rows % lessons.batch_size:
+        raise ConfigError(f"--rows {lessons.rows}: give a multiple of {lessons.batch_size}, the rows of a step")
     began, cpu = time.perf_counter(), time.process_time()
     config = load_config(RECIPE, [f"model.path={model}", "model.lora=null", "data.validation_size=128", *settings])
-    eager = with_overrides(config, ["model.attention=eager"])  # the faster one at these lengths
+    eager = with_overrides(config, ["model.attention=eager", "model.device=cpu"])  # eager: faster at these lengths
     loaded = load_model(eager.model)
     problems = fresh_sums(config, lessons)
     desk = desk_of(loaded, config, lessons)
@@ -265,7 +267,7 @@ def measure_folder(folder: Path, settings: Sequence[str] = ()) -> dict[str, Any]
 
 
 def main(words: Sequence[str]) -> int:
-    """The command; its exit code is 0 where the gate is passed."""
+    """The command; its exit code is 0 where the gate is passed, 1 where it is missed, 2 on an error."""
     parser = argparse.ArgumentParser(prog="python -m atesd_lab.studies.reader", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the taught model")
     parser.add_argument("--model", default="smollm2", help="model.path of the model that is taught")
@@ -283,7 +285,11 @@ def main(words: Sequence[str]) -> int:
         most_operations=asked.operations,
         learning_rate=asked.learning_rate,
     )
-    record = run_reader(asked.out, asked.model, asked.seed, lessons, progress=_tell)
+    try:
+        record = run_reader(asked.out, asked.model, asked.seed, lessons, progress=_tell)
+    except AtesdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     told = {name: record[name] for name in ("rows", "seconds", "cpu_seconds", "passed", "figures")}
     print(json.dumps(told, indent=2))
     return 0 if record["passed"] is not None else 1
