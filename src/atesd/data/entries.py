@@ -57,7 +57,8 @@ class Entry:
 class Reading:
     """What a source gave: usable entries, bad rows, a line on each row that is left out on purpose, and notes.
 
-    `place` is what messages call a row by its number; `part` says from which of several sources it is.
+    `place` is what messages call a row by its number; `part` says from which of several sources it is; `filtered` rows
+    are not of those that a preset keeps.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Reading:
     notes: tuple[str, ...] = ()
     place: Callable[[int], str] = row_place
     part: Callable[[int], int] = only_part
+    filtered: int = 0
 
     @property
     def skipped(self) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def read_table(table: Table, config: DataConfig) -> Reading:
             kept.append(Row(row.number, values))
     line = f"{table.name}: {filtered} rows left out: data.preset: {config.preset} keeps {preset.kept}"
     reading = checked(table.name, kept, preset.columns, config.checker, table.place)
-    return replace(reading, left_out=(line,) if filtered else (), part=table.part)
+    return replace(reading, left_out=(line,) if filtered else (), part=table.part, filtered=filtered)
 
 
 def table_of(config: DataConfig) -> Table:
