@@ -117,6 +117,22 @@ def test_a_bad_row_is_refused_with_its_number_and_reason(tmp_path, bad, expected
     assert reason(tmp_path, bad).startswith(expected)
 
 
+def test_a_copy_with_an_id_of_its_own_is_a_copy_all_the_same(tmp_path):
+    rows = [
+        row(0, key="a"),
+        row(1, key="b"),
+        row(0, key="c"),
+        row(1, key="b"),
+        row(2, problem="What is  1 + 1?", key="c"),
+    ]
+    message = refusal(jsonl(tmp_path / "p.jsonl", rows), columns=ColumnsConfig(id="key"))
+    assert message.splitlines()[1:4] == [
+        "  row 3: the same problem as row 1",
+        "  row 4: its id 'b' is that of row 2",
+        "  row 5: the same problem as row 2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("columns", "bad", "expected"),
     [

@@ -101,30 +101,41 @@ def checked(
     """
     entries: list[Entry] = []
     bad: list[BadRow] = []
-    seen: dict[str, int] = {}
     own = is_named(checker)
     for row in rows:
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         try:
-            entry = _entry(row, columns, own)
+            entries.append(_entry(row, columns, own))
         except _BadValueError as error:
             bad.append(BadRow(row.number, str(error)))
-            continue
-        first = seen.setdefault(entry.id, row.number)
-        if first == row.number:
-            entries.append(entry)
-        else:
-            same = SAME_PROBLEM if columns.id is None else f"its id '{shown(entry.id)}' is that of"
-            bad.append(BadRow(row.number, f"{same} {place(first)}"))
-    contradicted = _contradicted(entries, checker) if solutions and not own else {}
+    copies = _copies(entries, columns.id is not None, place)
+    contradicted = _contradicted((e for e in entries if e.row not in copies), checker) if solutions and not own else {}
     bad += [
         BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
     ]
-    usable = tuple(entry for entry in entries if entry.row not in contradicted)
+    bad += [BadRow(row, reason) for row, reason in copies.items()]
+    usable = tuple(entry for entry in entries if entry.row not in contradicted and entry.row not in copies)
     return Reading(name, usable, tuple(bad), place=place)
+
+
+def _copies(entries: Iterable[Entry], named: bool, place: Callable[[int], str]) -> dict[int, str]:
+    """Why entries are copies of one before them, by row: the same text, and where a column names them the same id."""
+    texts: dict[str, int] = {}
+    names: dict[str, int] = {}
+    reasons = {}
+    for entry in entries:
+        text = text_hash(entry.text) if named else entry.id
+        if entry.id in names:
+            same = f"its id '{shown(entry.id)}' is that of" if named else SAME_PROBLEM
+            reasons[entry.row] = f"{same} {place(names[entry.id])}"
+        elif text in texts:
+            reasons[entry.row] = f"{SAME_PROBLEM} {place(texts[text])}"
+        else:
+            names[entry.id] = texts[text] = entry.row
+    return reasons
 
 
 def _entry(row: Row, columns: ColumnsConfig, own: bool) -> Entry:
