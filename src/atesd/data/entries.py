@@ -93,11 +93,13 @@ def checked(
     place: Callable[[int], str] = row_place,
     *,
     solutions: bool = True,
+    complete: bool = False,
 ) -> Reading:
     """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only.
 
     A checker of the user's is not asked here: any text is an answer, and no solution is compared with it.
-    `solutions` False: the answers alone count, whatever the solutions come to.
+    `solutions` False: the answers alone count, whatever the solutions come to. Of the copies of a problem the first is
+    used whose solution does not come to another answer; `complete`: the first that has a solution, if any has.
     """
     entries: list[Entry] = []
     bad: list[BadRow] = []
@@ -110,8 +112,9 @@ def checked(
             entries.append(_entry(row, columns, own))
         except _BadValueError as error:
             bad.append(BadRow(row.number, str(error)))
-    copies = _copies(entries, columns.id is not None, place)
-    contradicted = _contradicted((e for e in entries if e.row not in copies), checker) if solutions and not own else {}
+    contradicted = _contradicted(entries, checker) if solutions and not own else {}
+    sound = (entry for entry in entries if entry.row not in contradicted)
+    copies = _copies(sorted(sound, key=lambda e: complete and not e.solution), columns.id is not None, place)
     bad += [
         BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
@@ -122,7 +125,7 @@ def checked(
 
 
 def _copies(entries: Iterable[Entry], named: bool, place: Callable[[int], str]) -> dict[int, str]:
-    """Why entries are copies of one before them, by row: the same text, and where a column names them the same id."""
+    """Why entries are copies of an earlier one, by row: the same text, and where a column names them the same id."""
     texts: dict[str, int] = {}
     names: dict[str, int] = {}
     reasons = {}
