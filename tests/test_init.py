@@ -161,6 +161,47 @@ def test_an_answer_that_is_a_list_of_one_is_found(tmp_path):
     assert survey([jsonl(tmp_path / "p.jsonl", some)]).settings["columns"] == {"answer": "answer"}
 
 
+def stated(i: int, boxed: int, answer: int) -> dict[str, Any]:
+    return {"problem": f"p{i}", "solution": f"a\nb\n\\boxed{{{boxed}}}", "answer": answer}
+
+
+def test_an_answer_column_is_read_though_some_solutions_come_to_another_answer(tmp_path):
+    found = survey([jsonl(tmp_path / "p.jsonl", [stated(i, 999 if i % 10 == 3 else i, i) for i in range(60)])])
+    assert found.settings["columns"] == {"answer": "answer"}
+    assert (len(found.reading.entries), len(found.reading.bad)) == (54, 6)
+
+
+def test_a_column_that_most_solutions_contradict_holds_no_answers(tmp_path):
+    found = survey([jsonl(tmp_path / "p.jsonl", [stated(i, i, i if i % 3 == 0 else -1) for i in range(60)])])
+    assert (found.settings.get("columns"), len(found.reading.entries)) == (None, 60)
+
+
+def test_of_two_answer_columns_that_with_fewer_contradictions_is_read(tmp_path):
+    some = [{**stated(i, i, i if i % 3 else -1), "final_answer": i} for i in range(60)]
+    assert survey([jsonl(tmp_path / "p.jsonl", some)]).settings["columns"] == {"answer": "final_answer"}
+
+
+def openr1(i: int, verified: bool) -> dict[str, Any]:
+    marks = {"correctness_math_verify": [verified], "is_reasoning_complete": [True]}
+    return {**stated(i, i, i), "generations": [f"x\ny\n\\boxed{{{i}}}"], **marks}
+
+
+@pytest.mark.parametrize("share", [10, 2])  # one row of so many is filtered
+def test_a_preset_is_read_though_its_filter_leaves_rows_out(tmp_path, share):
+    checked = [{**FORMS["plain"](i), "correct": bool(i % share)} for i in range(60)]
+    verified = [openr1(i, bool(i % share)) for i in range(60)]
+    for name, some in (("openthoughts-114k", checked), ("openr1", verified)):
+        found = survey([jsonl(tmp_path / "p.jsonl", some)])
+        assert found.settings.get("preset") == name
+        assert len(found.reading.entries) == 60 - 60 // share
+        assert f"{60 // share} rows left out, as it keeps those " in found.found[1]
+
+
+def test_a_preset_that_keeps_no_row_is_not_read(tmp_path):
+    found = survey([jsonl(tmp_path / "p.jsonl", [{**FORMS["plain"](i), "correct": "yes"} for i in range(60)])])
+    assert ("preset" in found.settings, len(found.reading.entries)) == (False, 60)
+
+
 def test_two_forms_in_one_file_give_the_rows_of_the_commoner_one(tmp_path):
     found = survey([jsonl(tmp_path / "p.jsonl", [*rows("plain")[:80], *rows("messages")[80:]])])
     assert (len(found.reading.entries), len(found.reading.bad)) == (80, 40)

@@ -117,6 +117,43 @@ def test_a_bad_row_is_refused_with_its_number_and_reason(tmp_path, bad, expected
     assert reason(tmp_path, bad).startswith(expected)
 
 
+def test_a_copy_with_an_id_of_its_own_is_a_copy_all_the_same(tmp_path):
+    rows = [
+        row(0, key="a"),
+        row(1, key="b"),
+        row(0, key="c"),
+        row(1, key="b"),
+        row(2, problem="What is  1 + 1?", key="c"),
+    ]
+    message = refusal(jsonl(tmp_path / "p.jsonl", rows), columns=ColumnsConfig(id="key"))
+    assert message.splitlines()[1:4] == [
+        "  row 3: the same problem as row 1",
+        "  row 4: its id 'b' is that of row 2",
+        "  row 5: the same problem as row 2",
+    ]
+
+
+def test_a_bad_copy_does_not_take_the_good_one_with_it(tmp_path):
+    rows = [row(i, gold="5" if i == 8 else 2 * i) for i in range(200)]
+    source = jsonl(tmp_path / "p.jsonl", [*rows, row(8, gold=16), row(8, gold=16)])
+    sets = load_problems(settings(source, columns=ColumnsConfig(answer="gold"), on_bad_row="skip"))
+    assert EIGHT in {problem.text for problem in every(sets)}
+    assert [line.split("p.jsonl: ")[1] for line in sets.skipped] == [
+        "row 9: its solution boxes '16' but its answer is '5'",
+        "row 202: the same problem as row 201",
+    ]
+
+
+def test_a_copy_without_a_reference_does_not_take_the_one_with_it_where_references_are_wanted(tmp_path):
+    rows = [row(i, gold=2 * i, **({"solution": None} if i == 8 else {})) for i in range(200)]
+    source = jsonl(tmp_path / "p.jsonl", [*rows, row(8, gold=16)])
+    wanted = {"columns": ColumnsConfig(answer="gold"), "on_bad_row": "skip"}
+    for choice, reference in (("skip", "Add."), ("keep", "Final")):
+        sets = load_problems(settings(source, on_missing_reference=choice, **wanted))
+        problem = {problem.text: problem for problem in every(sets)}[EIGHT]
+        assert problem.reference.startswith(reference)
+
+
 @pytest.mark.parametrize(
     ("columns", "bad", "expected"),
     [

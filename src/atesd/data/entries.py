@@ -57,7 +57,8 @@ class Entry:
 class Reading:
     """What a source gave: usable entries, bad rows, a line on each row that is left out on purpose, and notes.
 
-    `place` is what messages call a row by its number; `part` says from which of several sources it is.
+    `place` is what messages call a row by its number; `part` says from which of several sources it is; `filtered` rows
+    are not of those that a preset keeps.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Reading:
     notes: tuple[str, ...] = ()
     place: Callable[[int], str] = row_place
     part: Callable[[int], int] = only_part
+    filtered: int = 0
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -91,38 +93,52 @@ def checked(
     place: Callable[[int], str] = row_place,
     *,
     solutions: bool = True,
+    complete: bool = False,
 ) -> Reading:
     """Sort the rows of `name` into entries and bad rows. `checker` exact compares boxed answers as strings only.
 
     A checker of the user's is not asked here: any text is an answer, and no solution is compared with it.
-    `solutions` False: the answers alone count, whatever the solutions come to.
+    `solutions` False: the answers alone count, whatever the solutions come to. Of the copies of a problem the first is
+    used whose solution does not come to another answer; `complete`: the first that has a solution, if any has.
     """
     entries: list[Entry] = []
     bad: list[BadRow] = []
-    seen: dict[str, int] = {}
     own = is_named(checker)
     for row in rows:
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         try:
-            entry = _entry(row, columns, own)
+            entries.append(_entry(row, columns, own))
         except _BadValueError as error:
             bad.append(BadRow(row.number, str(error)))
-            continue
-        first = seen.setdefault(entry.id, row.number)
-        if first == row.number:
-            entries.append(entry)
-        else:
-            same = SAME_PROBLEM if columns.id is None else f"its id '{shown(entry.id)}' is that of"
-            bad.append(BadRow(row.number, f"{same} {place(first)}"))
     contradicted = _contradicted(entries, checker) if solutions and not own else {}
+    sound = (entry for entry in entries if entry.row not in contradicted)
+    copies = _copies(sorted(sound, key=lambda e: complete and not e.solution), columns.id is not None, place)
     bad += [
         BadRow(entry.row, f"{OTHER_ANSWER[0]} '{shown(entry.boxed)}' but its answer is '{shown(entry.answer)}'")
         for entry in contradicted.values()
     ]
-    usable = tuple(entry for entry in entries if entry.row not in contradicted)
+    bad += [BadRow(row, reason) for row, reason in copies.items()]
+    usable = tuple(entry for entry in entries if entry.row not in contradicted and entry.row not in copies)
     return Reading(name, usable, tuple(bad), place=place)
+
+
+def _copies(entries: Iterable[Entry], named: bool, place: Callable[[int], str]) -> dict[int, str]:
+    """Why entries are copies of an earlier one, by row: the same text, and where a column names them the same id."""
+    texts: dict[str, int] = {}
+    names: dict[str, int] = {}
+    reasons = {}
+    for entry in entries:
+        text = text_hash(entry.text) if named else entry.id
+        if entry.id in names:
+            same = f"its id '{shown(entry.id)}' is that of" if named else SAME_PROBLEM
+            reasons[entry.row] = f"{same} {place(names[entry.id])}"
+        elif text in texts:
+            reasons[entry.row] = f"{SAME_PROBLEM} {place(texts[text])}"
+        else:
+            names[entry.id] = texts[text] = entry.row
+    return reasons
 
 
 def _entry(row: Row, columns: ColumnsConfig, own: bool) -> Entry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from atesd.data.quantities import UNITS, read_quantity, same_quantity, split_unit
+from atesd.data.quantities import UNITS, read_quantity, same_quantity, split_unit, units_differ, without_factor
 from atesd.data.spelling import normalise, tidy, unwrapped
 
 LONGEST = 4000
@@ -147,7 +147,7 @@ def _pairs(gold: str, answer: str) -> Pairs:
     """What sympy compares: without units; a per cent also as its hundredth."""
     (expected, unit), (found, other) = _without_unit(gold), _without_unit(answer)
     expected, found = expected.strip() or gold, found.strip() or answer
-    if unit and other and unit != other and "%" not in (unit, other):
+    if units_differ(unit, other) and "%" not in (unit, other):
         return ()
     if _OF_Y.match(expected if _OF_X.match(found) else found):
         expected, found = _OF_X.sub("y=", expected, count=1), _OF_X.sub("y=", found, count=1)
@@ -161,7 +161,12 @@ def _pairs(gold: str, answer: str) -> Pairs:
 
 
 def _without_unit(text: str) -> tuple[str, str]:
-    return (text, "") if _ANGLE_FUNCTION.search(text) and _CIRCLE.search(text) else split_unit(text)
+    if _ANGLE_FUNCTION.search(text) and _CIRCLE.search(text):
+        return text, ""
+    text, factor = without_factor(text)
+    bare, unit = split_unit(text)
+    times = rf"({bare.strip()}) \cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
+    return bare if factor == 1 else times, unit
 
 
 def _in_radians(text: str) -> str:

@@ -1,7 +1,7 @@
 r"""Answers that are one number: exact value, per cent, unit. They are compared here, without sympy.
 
-Read are digits with separators, fractions, mixed numbers, powers of ten, per cents, degrees, money, and a unit behind
-the number. docs/answers.md lists what is equal.
+Read are digits with separators, fractions, mixed numbers, powers of ten, number words (`5 million`), per cents,
+degrees, money, and a unit behind the number. docs/answers.md lists what is equal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import prod
 
 from atesd.data.spelling import tidy, unwrapped
 
@@ -46,7 +47,7 @@ _DEGREE = re.compile(
     r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|\\text\{\s*degrees?\s*\}|degrees?)\s*"
     r"(?:\\text\{\s*([CFK])\s*\}|([CFK])|\\text\{\s*(?:degrees?\s+)?(Celsius|Fahrenheit)\s*\})?$"
 )
-_MONEY = r"(?:\\text\{\s*(?:USD|US|EUR|GBP|Rs\.?)\s*\}|\\pounds|\\euro|€|£|¥|₹|USD|US|EUR|GBP|Rs\.?)\s*"
+_MONEY = r"(\\text\{\s*(?:USD|US|EUR|GBP|Rs\.?|€|£|¥|₹)\s*\}|\\pounds|\\euro|€|£|¥|₹|USD|US|EUR|GBP|Rs\.?)\s*"
 _PRICE = re.compile(rf"([-+]?)\s*{_MONEY}(?=[-+.\d\\])")
 _POWER = r"(?:\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))?"
 _TEXT_UNIT = re.compile(rf"\s*(?:/|\\cdot|\\times)?\s*\\text\{{\s*((?:[^{{}}]|\{{[^{{}}]*\}})*?)\s*\}}{_POWER}\s*$")
@@ -57,6 +58,13 @@ _MATHS_WORDS = """
 and mod log exp sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan sqrt inf infinity nan
 alpha beta gamma delta theta lambda sigma omega times cdot over choose plus minus
 """
+_BASES = r"(?:in )?base(?: (?:\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen))?\W*$"
+_CHANGED = re.compile(
+    rf"\W*(?:(?:squared|cubed|factorial|remainder)\b|{_BASES}|(?:and|or|plus|minus|times|over|to) (?:-?\d"
+    r"|(?:\w+ )?(?:half|halves|thirds?|fourths?|quarters?)\b))",
+    re.IGNORECASE,
+)
+"""Remarks that change the number in front of them."""
 _NO_UNITS = frozenset(_MATHS_WORDS.split())
 _OPEN_END = re.compile(r"[-+*/^_=<>,;:({\[\\]$")
 
@@ -74,7 +82,8 @@ for _names in (
     "mg milligram",
     "g gram gm",
     "kg kilogram kilo",
-    "lb pound",
+    "lb",
+    "pound",
     "oz ounce",
     "ms millisecond",
     "s sec second",
@@ -90,11 +99,43 @@ for _names in (
     "dollar usd",
     "euro eur",
     "rupee rs",
+    "yen",
     "degree deg",
     "radian rad",
     "mph",
 ):
     UNITS |= dict.fromkeys(_names.split(), _names.split()[0])
+
+_TENS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+_ORDINAL_WORDS = "third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth"
+_MULTIPLES = {"dozen": Fraction(12)} | {word: Fraction(10**power) for word, power in _TENS.items()}
+_PARTS = {"half": Fraction(1, 2)} | {
+    word: Fraction(1, parts)
+    for word, parts in zip(_ORDINAL_WORDS.split(), (*range(3, 11), 10**2, 10**3, 10**6), strict=True)
+}
+FACTORS = _MULTIPLES | _PARTS | {"halves" if word == "half" else f"{word}s": part for word, part in _PARTS.items()}
+"""Number words. In the plural a multiple is what is counted (`7 dozens`), as a quarter is; `5 third graders` too."""
+_FACTOR_WORD = rf"(?:{'|'.join(word for word in FACTORS if word not in _PARTS)})"
+_FACTOR_WORDS = rf"({_FACTOR_WORD}(?: +{_FACTOR_WORD})*(?![A-Za-z-])|(?:{'|'.join(_PARTS)})(?=\s*\}}?$))"
+_FACTOR = re.compile(
+    rf"(?:(?<=[\d)}}])|(?<=\\pi))\s*(?:\\text\{{\s*)?{_FACTOR_WORDS}|(?<=[A-Za-z])\s*\\text\{{\s*{_FACTOR_WORDS}",
+    re.IGNORECASE,
+)
+_NUMBER_WORD = re.compile(rf"\s*{_FACTOR_WORDS}", re.IGNORECASE)
+_SUM_OR_LIST = re.compile(r"[+;<>=]|,(?!\}?\d{3})|(?<=[^\s{(^])\s*-")
+_WITH_FACTOR = re.compile(
+    r"(?:[A-Za-z\s.'/(){}]|(?<=[A-Za-z])-(?=[A-Za-z])|\\text\{|\^\s*\{?-?\d+|\\?%|\^\s*\{?\\circ|\\degree)*+"
+)
+"""What may stand behind the number words that are of the whole answer: a unit, a remark."""
+
+CURRENCIES: dict[str, str] = {
+    **dict.fromkeys(("US", "USD"), "dollar^1"),
+    **dict.fromkeys(("EUR", r"\euro", "€"), "euro^1"),
+    **dict.fromkeys(("GBP", r"\pounds", "£"), "sterling^1"),
+    **dict.fromkeys(("Rs", "₹"), "rupee^1"),
+    "¥": "yen^1",
+}
+_POUNDS = {frozenset(("pound^1", other)) for other in ("lb^1", "sterling^1")}  # a pound may be either
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +160,54 @@ class Quantity:
 
 def read_quantity(answer: str) -> Quantity | None:
     r"""The one number that the answer is, such as `-1\frac12`, `50.0\%`, `\$1{,}234`, `1.4 \times 10^9`, `5 cm`."""
-    return None if len(answer) > _LONGEST else _quantity(tidy(answer))
+    if len(answer) > _LONGEST:
+        return None
+    dollar = "\\$" in answer or answer.count("$") == 1  # a pair of them is mathematics
+    return _quantity(tidy(answer), "dollar^1" if dollar else "")
 
 
-def _quantity(text: str) -> Quantity | None:
+def _quantity(text: str, money: str) -> Quantity | None:
+    """`money`: the unit that a sign says which is not in the text."""
     name = _NAME.match(text)
     rest = text[name.end() :] if name else text
     if about := _ABOUT.match(rest):
         rest = rest[about.end() :]
-    rest = _PRICE.sub(r"\1", rest, count=1) if _PRICE.match(rest) else rest
-    bare, unit = split_unit(_ORDINAL.sub("", rest))
+    if price := _PRICE.match(rest):
+        rest = price[1] + rest[price.end() :]
+        money = CURRENCIES[re.sub(r"\\text|[{}\s.]", "", price[2])]
+    rest, factor = without_factor(_ORDINAL.sub("", rest))
+    bare, unit = split_unit(rest)
     number = _number(unwrapped(bare))
     if number is None:
         return None
+    number, unit = _times(number, factor), unit or money
     written = re.sub(r"[\s{}=]|\\approx", "", name[0]) if name and "\\text" not in name[0] else ""
     return Quantity(number, unit == "%", "" if unit == "%" else unit, written)
+
+
+def without_factor(text: str) -> tuple[str, Fraction]:
+    r"""(`text` without the number words behind its number, their product): `5 \text{ million dollars}` has 10^6.
+
+    Number words in a sum or a list stay where they are.
+    """
+    words = _FACTOR.search(text)
+    if words is None:
+        return text, Fraction(1)
+    start, end = words.span(1 if words[1] else 2)
+    if _SUM_OR_LIST.search(text[:start]) or not _WITH_FACTOR.fullmatch(text, end):
+        return text, Fraction(1)
+    return text[:start] + text[end:], prod(FACTORS[word] for word in text[start:end].lower().split())
+
+
+def _times(number: Number, factor: Fraction) -> Number:
+    """A number by a number word; a decimal stays one, with as many digits."""
+    if factor == 1:
+        return number
+    power = len(str(max(factor.numerator, factor.denominator))) - 1
+    power = power if factor >= 1 else -power
+    if factor == Fraction(10) ** power:
+        return replace(number, value=number.value * factor, places=number.places - power)
+    return replace(number, value=number.value * factor, digits=min(number.digits, 1), places=0)
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -161,6 +235,8 @@ def _is_unit(before: str, name: str) -> bool:
     before = before.rstrip()
     outside = re.sub(r"\\text\{[^{}]*\}", "", before[-200:])
     letter = len(name) == 1 and name not in _LETTER_UNITS
+    if (_CHANGED.match(name) and not _known(name)) or _NUMBER_WORD.match(name):
+        return False
     return bool(re.search(r"[\dA-Za-z]", outside)) and not letter and not _OPEN_END.search(before)
 
 
@@ -176,8 +252,10 @@ def _without_bare_unit(text: str) -> tuple[str, str]:
         return before, ""
     if len(first) < (3 if touches else 2) or not re.search(r"(?:[\d}]|\\pi)\s*$", before):
         return text, ""
-    if _known(first) or first.lower() in ("sq", "cu"):
+    if _known(first) or _known(word) or first.lower() in ("sq", "cu"):
         return before, _known(word)
+    if _CHANGED.match(word) or _NUMBER_WORD.match(word):
+        return text, ""
     counted = len(first) > (3 if touches else 2) and first.lower() not in _NO_UNITS
     return (before, "") if counted and _number(unwrapped(before)) is not None else (text, "")
 
@@ -299,7 +377,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool | None:
     """Whether two quantities are the same; None where that is not decided by them as numbers."""
     if gold.name and answer.name and gold.name != answer.name:
         return False
-    if gold.unit and answer.unit and gold.unit != answer.unit:
+    if units_differ(gold.unit, answer.unit):
         return False
     if (gold.number.doubtful and answer.number.doubtful) or _is_list(gold.number):
         return None
@@ -307,6 +385,11 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool | None:
         return same_number(gold.number, answer.number)
     scaled = [_hundredth(part.number) if part.percent else part.number for part in (gold, answer)]
     return same_number(gold.number, answer.number) or same_number(scaled[0], scaled[1])
+
+
+def units_differ(one: str, other: str) -> bool:
+    """Whether both are known and not the same; per cents aside, which are no unit."""
+    return "" not in (one, other) and one != other and frozenset((one, other)) not in _POUNDS
 
 
 def _hundredth(number: Number) -> Number:

@@ -125,8 +125,9 @@ def read_table(table: Table, config: DataConfig) -> Reading:
         else:
             kept.append(Row(row.number, values))
     line = f"{table.name}: {filtered} rows left out: data.preset: {config.preset} keeps {preset.kept}"
-    reading = checked(table.name, kept, preset.columns, config.checker, table.place)
-    return replace(reading, left_out=(line,) if filtered else (), part=table.part)
+    complete = config.on_missing_reference != "keep"
+    reading = checked(table.name, kept, preset.columns, config.checker, table.place, complete=complete)
+    return replace(reading, left_out=(line,) if filtered else (), part=table.part, filtered=filtered)
 
 
 def table_of(config: DataConfig) -> Table:
@@ -151,7 +152,8 @@ def _read_mapped(table: Table, columns: ColumnsConfig, config: DataConfig, *, so
     rows = chats.unfolded(read_columns(table, _settings(columns)))
     if columns.messages is not None:
         columns = columns.model_copy(update=MESSAGE_COLUMNS)
-    reading = checked(table.name, rows, columns, config.checker, table.place, solutions=solutions)
+    complete = config.on_missing_reference != "keep"
+    reading = checked(table.name, rows, columns, config.checker, table.place, solutions=solutions, complete=complete)
     return replace(reading, notes=chats.notes(table.name), part=table.part)
 
 

@@ -13,7 +13,7 @@ from atesd.data.answers import marked_answer
 from atesd.data.entries import Reading
 from atesd.data.messages import turns_of
 from atesd.data.presets import PRESETS
-from atesd.data.rows import BadRow, Row, Table, cell, shown
+from atesd.data.rows import OTHER_ANSWER, BadRow, Row, Table, cell, shown
 from atesd.data.segments import split_reference
 from atesd.data.sources import read_table, table_of
 from atesd.data.tables import open_table
@@ -61,16 +61,30 @@ def survey(sources: Sequence[str]) -> Survey:
     columns = _columns(rows)
     base = {"source": list(sources) if len(sources) > 1 else sources[0]}
     tried = [{**base, **settings, **_chat_settings(columns, settings)} for settings in _candidates(columns)]
-    best, chosen = 0, tried[:1]
+    best, chosen = (0, False, 0), tried[:1]
     for settings in tried:
-        count = sum(bool(entry.solution) for entry in _read(rows, settings).entries)
-        if count > best:
-            best, chosen = count, [settings]
-        if best == len(rows):
+        fit = _fit(_read(rows, settings), settings)
+        if fit > best:
+            best, chosen = fit, [settings]
+        if best == (len(rows), True, 0):
             break
-    if not best:
+    if not best[0]:
         raise DataError(f"{', '.join(sources)}: {_hopeless(columns, rows, chosen)}")
     return _whole(chosen[0], columns)
+
+
+def _fit(reading: Reading, settings: Mapping[str, Any]) -> tuple[int, bool, int]:
+    """How well a reading fits, to compare: rows understood; whether answers or a filter are read; contradictions, < 0.
+
+    Understood is also what a preset filters, and a row whose solution comes to another answer than the column states:
+    that a reading finds faults is no reason to read less. Where most rows are contradicted, the column holds no
+    answers.
+    """
+    usable = sum(bool(entry.solution) for entry in reading.entries)
+    contradicted = sum(row.reason.startswith(OTHER_ANSWER) for row in reading.bad)
+    understood = usable + reading.filtered + (contradicted if contradicted < usable else 0)
+    knows = "preset" in settings or "answer" in settings.get("columns", {})
+    return (understood, knows, -contradicted) if usable else (0, False, 0)
 
 
 def best_segmenter(reading: Reading) -> tuple[str, list[int]]:
@@ -216,8 +230,10 @@ def _whole(settings: Mapping[str, Any], columns: Columns) -> Survey:
     named = settings.get("columns", {})
     used = {*named.values(), *(() if "messages" in named else ("problem", "solution"))}
     if "preset" in settings:
-        used = {*PRESETS[settings["preset"]].reads}
+        preset = PRESETS[settings["preset"]]
+        used = {*preset.reads}
         found = [f"the columns of data.preset: {settings['preset']}"]
+        found += [f"{reading.filtered} rows left out, as it keeps {preset.kept}"] if reading.filtered else []
     elif "messages" in named:
         found = [f"chats in '{named['messages']}'"]
     else:
