@@ -399,10 +399,15 @@ class RunFolder:
     def _require_none_added(
         self, kind: RowKind, lines: Sequence[bytes], written: RowsWritten | None, updates_done: int
     ) -> None:
-        """Raise `RunError` for rows that the checkpoint does not know; only its own update may be evaluated later."""
-        added = [] if written is None else lines[written["rows"] :]
+        """Raise `RunError` for rows that the checkpoint does not know; of evaluations, for what stands twice.
+
+        Any update may be evaluated later, on other problems too; that of the checkpoint may stand twice.
+        """
+        first = len(lines) if written is None else written["rows"]
+        added = list(lines[first:])
         if kind == "evaluations":
-            added = [line for line in added if json.loads(line)["update"] < updates_done]
+            twice = [line for place, line in enumerate(added, first) if line in lines[:place]]
+            added = [line for line in twice if json.loads(line)["update"] < updates_done]
         if added:
             raise RunError(
                 f"{self._rows_path(kind)}: holds {len(added)} more rows of the first {updates_done} updates than when "
