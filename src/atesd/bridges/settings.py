@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from atesd.bridges.core import MEASURED
@@ -109,6 +110,15 @@ def taken(measure: Mapping[Any, Callable[[], float]], wanted: Iterable[str]) -> 
         if not isinstance(value, int | float):
             raise ConfigError(f"measure: {name} gave {value!r:.40}; expected a number (a tensor: its .item())")
     return {name: float(value) for name, value in found.items()}
+
+
+def logged_as(metrics: Mapping[str, str], logged: Mapping[str, Any], due: Container[str]) -> dict[str, float]:
+    """What a trainer logged, by measurement. Raises `ConfigError` where one that is `due` has another name there."""
+    for name, key in metrics.items():
+        if key not in logged and name in due:
+            near = ", ".join(get_close_matches(key, map(str, logged), cutoff=0.0)) or "nothing"
+            raise ConfigError(f"metrics: {name}: {key} was not logged when it was due; nearest was {near}. Correct it")
+    return {name: float(logged[key]) for name, key in metrics.items() if key in logged}
 
 
 def updates_per_batch(every: int, accumulated: int) -> int:
