@@ -102,7 +102,9 @@ def test_verl_stops_at_the_first_update_whose_metric_was_not_logged(
     logged = {"val/acc": 0.5, "critic/score/mean": 0.25, "actor/lr": 1e-5}
     owner = owner_of(tmp_path, settings, name)
     near = {"probe_success": "val/acc", "train_success": "critic/score/mean"}[name]
-    with pytest.raises(ConfigError, match=rf"metrics: {name}: {key} was not logged when it was due; nearest was {near}"):
+    with pytest.raises(
+        ConfigError, match=rf"metrics: {name}: {key} was not logged when it was due; nearest was {near}"
+    ):
         steps(verl, owner, {name: key}, [logged])
     owner.end(False)
 

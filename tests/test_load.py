@@ -218,7 +218,9 @@ def test_an_adapter_whose_file_lacks_weights_is_refused(folder, tmp_path):
     held = load_file(tmp_path / "adapter_model.safetensors")
     del held[next(name for name in held if "lora_B" in name)]
     save_file(held, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"adapter_model.safetensors: Found missing adapter keys .*; fetch the adapter"):
+    with pytest.raises(
+        ModelError, match=r"adapter_model.safetensors: Found missing adapter keys .*; fetch the adapter"
+    ):
         load_model(ModelConfig(path=str(tmp_path)))
 
 

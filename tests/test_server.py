@@ -148,7 +148,9 @@ def test_all_weights_are_not_published_where_rounding_would_swallow_the_adapter(
     if not swallowed:
         engine.publish(1)
         return
-    with pytest.raises(EngineError, match=r"would swallow \d+ % .* set sampling.server.publish: adapter, or model.dtype"):
+    with pytest.raises(
+        EngineError, match=r"would swallow \d+ % .* set sampling.server.publish: adapter, or model.dtype"
+    ):
         engine.publish(1)
     assert [path.name for path in shared.glob("atesd-*/*") if path.is_dir()] == []
 

@@ -294,6 +294,8 @@ class RunFolder:
         refused = [text for setting, text in changes.items() if not _may_change(setting)]
         if config.train.num_updates < self.config.train.num_updates:
             refused.append(changes["train.num_updates"] + " (it may only grow)")
+        elif "train.num_updates" in changes and _is_shuffled_replay(config):
+            refused.append(changes["train.num_updates"] + " (exposure.replay_order: shuffled permutes the whole run)")
         if refused:
             raise RunError(
                 f"{self.path}: the config differs from the one this run began with:\n  "
@@ -656,11 +658,17 @@ def _length_notes(old: Config, new: Config) -> list[str]:
     if old.train.num_updates == new.train.num_updates:
         return []
     dependent = {
-        "exposure.schedule": new.distils and new.exposure.kind == "schedule",
-        "exposure.policy.entropy_cost": new.decides and new.exposure.kind == "learned",
-        "train.learning_rate_schedule": new.train.learning_rate_schedule != "constant",
+        "exposure.schedule depends": new.distils and new.exposure.kind == "schedule",
+        "exposure.kind: annealing depends": new.distils and new.exposure.kind == "annealing",
+        "exposure.factory may depend": new.distils and new.exposure.kind == "custom",
+        "exposure.policy.entropy_cost depends": new.decides and new.exposure.kind == "learned",
+        "train.learning_rate_schedule depends": new.train.learning_rate_schedule != "constant",
     }
-    return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
+    return [f"{name} on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
+
+
+def _is_shuffled_replay(config: Config) -> bool:
+    return isinstance(config.exposure, ReplaySettings) and config.exposure.replay_order == "shuffled"
 
 
 def recorded_factories(config: Config) -> dict[str, dict[str, str | None]]:

@@ -433,7 +433,9 @@ def _adapted(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreT
         try:
             adapted: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
         except UserWarning as warning:
-            raise ModelError(f"{adapter / ADAPTER_WEIGHTS}: {first_line(warning):.200}; fetch the adapter again") from None
+            raise ModelError(
+                f"{adapter / ADAPTER_WEIGHTS}: {first_line(warning):.200}; fetch the adapter again"
+            ) from None
     require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
     return adapted
 
