@@ -14,6 +14,7 @@ import pytest
 from atesd.bridges.owner import Owner
 from atesd.config import dump_config
 from atesd.errors import ConfigError
+from atesd.runs import RunFolder
 
 TRAINERS, VERSION = ("verl", "tinker-cookbook", "ms-swift"), metadata.version
 CREDIT = {"progress_signal": "probe_success", "hold_updates": 2, "lookahead_updates": 2}
@@ -141,3 +142,54 @@ def test_tinker_stops_at_the_first_update_whose_metric_was_not_logged(monkeypatc
     exposed.told({"test/correct": 0.5, "optim/lr": 1e-5}, 0)
     exposed.told({"optim/lr": 1e-5}, 1)
     exposed._log.close()
+
+
+# One exposure on several processes.
+
+REFERENCE = "First 2 + 3 = 5.\nThen 5 + 4 = 9.\nSo \\boxed{9}."
+
+
+@pytest.fixture
+def swift(monkeypatch: pytest.MonkeyPatch) -> Any:
+    modules = {
+        "swift": {},
+        "swift.callbacks": {"callbacks_map": {}},
+        "swift.rl_core": {},
+        "swift.rl_core.data": {"OnPolicySample": SimpleNamespace(build_teacher_view=lambda _: True)},
+    }
+    return imported(monkeypatch, "swift", modules)
+
+
+def callback(bridge: Any, settings: Any, out: Path, template: str = "{prompt}\n\n{reference}", **measure: Any) -> Any:
+    """The callback as ms-swift makes it, of a trainer on two processes, about to train."""
+    bridge.expose(settings, out / "run", template, measure)
+    args = SimpleNamespace(
+        logging_steps=1, gradient_accumulation_steps=1, save_strategy="no", per_device_train_batch_size=1, world_size=2,
+        seed=0, learning_rate=1e-5, process_index=0, resume_from_checkpoint=None,
+    )  # fmt: skip
+    state = SimpleNamespace(global_step=0, max_steps=6)
+    trainer = SimpleNamespace(state=state, model=SimpleNamespace(training=True))
+    made = sys.modules["swift.callbacks"].callbacks_map["atesd"](args, trainer)
+    made.on_train_begin(args, state)
+    return made
+
+
+def test_what_ms_swift_measures_and_shows_is_that_of_all_processes(
+    swift: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    # The other process measures 1.0, and shows views of effective ratio 1.
+    def gathered(own: list[Any]) -> list[Any]:
+        return [*own, {"probe_success": 1.0}] if isinstance(own[0], dict) else [*own, *((r, 1.0) for r, _ in own)]
+
+    monkeypatch.setattr(swift, "gather_object", gathered)
+    exposed = callback(swift, PROBED, tmp_path, probe_success=lambda: 0.0)
+    args, state = SimpleNamespace(), exposed._trainer.state
+    exposed.on_step_begin(args, state)
+    sample = SimpleNamespace(messages=[{"role": "user", "content": "2 + 3 + 4?"}], teacher_prompt=REFERENCE)
+    exposed.view(sample)
+    own = exposed._shown[0][1]
+    state.global_step = 1
+    exposed.on_log(args, state, logs={"loss": 0.5, "learning_rate": 1e-5})
+    row = RunFolder.open(tmp_path / "run").rows("metrics")[0]
+    assert (row["probe_success"], row["effective_ratio"]) == (0.5, (own + 1) / 2)
+    exposed.close()

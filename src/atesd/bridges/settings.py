@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from math import fsum
 from typing import Any
 
 from atesd.bridges.core import MEASURED
@@ -110,6 +111,11 @@ def taken(measure: Mapping[Any, Callable[[], float]], wanted: Iterable[str]) -> 
         if not isinstance(value, int | float):
             raise ConfigError(f"measure: {name} gave {value!r:.40}; expected a number (a tensor: its .item())")
     return {name: float(value) for name, value in found.items()}
+
+
+def means_of(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What all processes measured, the same on each of them: their exposures must not drift apart."""
+    return {name: fsum(one[name] for one in measured) / len(measured) for name in measured[0]}
 
 
 def logged_as(metrics: Mapping[str, str], logged: Mapping[str, Any], due: Container[str]) -> dict[str, float]:

@@ -180,9 +180,10 @@ def _whole(loaded: LoadedModel) -> LoadedModel:
         return loaded
     lost = swallowed_share(loaded.model, loaded.model.dtype)
     if lost > MOST_LOST:
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
         raise EngineError(
-            f"sampling.server.publish: weights merges the adapter into {str(loaded.model.dtype)[6:]} weights, and their "
-            f"rounding would swallow {100 * lost:.0f} % of what it changes, allowed are {100 * MOST_LOST:.0f} %; set "
+            f"sampling.server.publish: weights merges the adapter into {dtype} weights, and their rounding would "
+            f"swallow {100 * lost:.0f} % of what it changes, allowed are {100 * MOST_LOST:.0f} %; set "
             "sampling.server.publish: adapter, or model.dtype: float32"
         )
     copied: Any = copy.deepcopy(loaded.model)
