@@ -108,13 +108,23 @@ def lines(done: Exported) -> Iterator[str]:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a folder to a private repository of the hub; returns its address. `RunError` where the hub refuses."""
+    """Upload a folder to a private repository of the hub; returns its address.
+
+    Raises `RunError` where the hub refuses, or the repository was there and is public.
+    """
     try:
         from huggingface_hub import HfApi
 
         hub = HfApi()
         address = str(hub.create_repo(name, private=True, exist_ok=True))
+        if not hub.repo_info(name).private:
+            raise RunError(
+                f"--push {name}: {address} is there already and public; make it private, or give another name. The "
+                f"export is whole in {folder}"
+            )
         hub.upload_folder(repo_id=name, folder_path=folder)
+    except RunError:
+        raise
     except Exception as error:  # of the network, of the hub, of a missing package: their classes have no common base
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
