@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, Literal, NoReturn, cast, get_args, overload
 from filelock import FileLock, Timeout
 
 from atesd.config import Config, ReplaySettings, acting_settings, dump_config, load_config
-from atesd.errors import RunError
+from atesd.errors import ConfigError, RunError
 from atesd.importing import sha256_of
 from atesd.refusals import reason, refusals_told
 from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow, revealed
@@ -427,12 +427,27 @@ class RunFolder:
 
 
 def recorded_ratios(config: Config) -> tuple[list[float], int]:
-    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind."""
+    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind.
+
+    As many as this run needs, if there are so many; an update that was skipped there has the ratio of its hold. Raises
+    `ConfigError` where no update of that hold has one.
+    """
     if not isinstance(config.exposure, ReplaySettings):
         return [], 1
     recorded = RunFolder.open(config.exposure.replay_run)
     hold_updates = recorded.config.credit.hold_updates if recorded.config.exposure.holds else 1
-    return revealed(recorded.whole_rows("metrics")), hold_updates
+    rows = recorded.whole_rows("metrics")
+    found: list[float] = []
+    for update in range(min(len(rows), config.train.num_updates) if revealed(rows) else 0):
+        start = update - update % hold_updates
+        held = revealed(rows[start : update + 1]) or revealed(rows[update : start + hold_updates])[:1]
+        if not held:
+            raise ConfigError(
+                f"exposure.replay_run: update {update} was skipped in {recorded.path}, and nobody knows its ratio; set "
+                f"train.num_updates to at most {update}, or replay another run"
+            )
+        found.append(held[-1])
+    return found, hold_updates
 
 
 def new_manifest(
