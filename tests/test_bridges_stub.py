@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -193,3 +194,40 @@ def test_what_ms_swift_measures_and_shows_is_that_of_all_processes(
     row = RunFolder.open(tmp_path / "run").rows("metrics")[0]
     assert (row["probe_success"], row["effective_ratio"]) == (0.5, (own + 1) / 2)
     exposed.close()
+
+
+# What the teacher reads.
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{prompt} Think first.", "must hold {prompt} and {reference}, and no other field"),
+        ("{reference}", "must hold {prompt} and {reference}, and no other field"),
+        ("{prompt}{reference}{}", "must hold {prompt} and {reference}, and no other field"),
+        ("{prompt}{reference}{answer}", "must hold {prompt} and {reference}, and no other field"),
+        ("{prompt}{reference:>9}", "must hold {prompt} and {reference}, and no other field"),
+        (
+            "{prompt}{reference} {",
+            "Single '{' encountered in format string; write a brace that is text twice, {{ or }}",
+        ),
+    ],
+)
+def test_a_template_that_cannot_word_the_teachers_message_is_refused_before_the_training(
+    swift: Any, verl: Any, tmp_path: Path, template: str, said: str
+):
+    with pytest.raises(ConfigError, match=f"template: .*{re.escape(said)}"):
+        swift.expose(PROBED, tmp_path / "run", template)
+    with pytest.raises(ConfigError, match=f"bridge.template: .*{re.escape(said)}"):
+        verl.own_settings({"bridge": {"settings": "exposure.yaml", "out": "run", "template": template}})
+
+
+def test_a_brace_that_is_text_is_written_twice(swift: Any, verl: Any, tmp_path: Path):
+    template = "{{{prompt}}} {reference}"
+    exposed = callback(swift, {"exposure": {"kind": "full"}}, tmp_path, template)
+    sample = SimpleNamespace(messages=[{"role": "user", "content": "2 + 3 + 4?"}], teacher_prompt=REFERENCE)
+    assert exposed.view(sample) == f"{{2 + 3 + 4?}} {REFERENCE}"
+    exposed.close()
+    mine = verl.own_settings({"bridge": {"settings": "exposure.yaml", "out": "run", "template": template}})
+    assert verl.teacher_messages([{"role": "user", "content": "2?"}], "2", mine["template"])[0]["content"] == "{2?} 2"
+    assert verl.own_settings({"bridge": {"settings": "exposure.yaml", "out": "run"}})["template"] == verl._TEMPLATE

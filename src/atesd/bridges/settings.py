@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import fsum
+from string import Formatter
 from typing import Any
 
 from atesd.bridges.core import MEASURED
@@ -102,6 +103,20 @@ def require_whole_batches(config: Config, updates_per_batch: int, steps: int, wh
             f"{what}: {steps} is no multiple of {updates_per_batch}, the updates that one generation batch serves; a "
             "run resumed there would give updates of two holds one ratio. Save, and resume, at a multiple"
         )
+
+
+def require_template(template: str, setting: str) -> str:
+    """The wording of a teacher's message. `ConfigError` unless it has `{prompt}`, `{reference}` and no other field."""
+    try:
+        fields = {one[1:] for one in Formatter().parse(template) if one[1] is not None}
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {template!r}: {error}; write a brace that is text twice, {{{{ or }}}}") from None
+    if fields != {("prompt", "", None), ("reference", "", None)}:
+        raise ConfigError(
+            f"{setting}: {template!r} must hold {{prompt}} and {{reference}}, and no other field; write a brace that "
+            "is text twice"
+        )
+    return template
 
 
 def taken(measure: Mapping[Any, Callable[[], float]], wanted: Iterable[str]) -> dict[str, float]:

@@ -25,7 +25,15 @@ from transformers import TrainerCallback
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log, checkpoint_of
 from atesd.bridges.problems import message_text, problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config, means_of, require_whole_batches, taken, updates_per_batch
+from atesd.bridges.settings import (
+    Settings,
+    bridge_config,
+    means_of,
+    require_template,
+    require_whole_batches,
+    taken,
+    updates_per_batch,
+)
 from atesd.config import Config
 from atesd.control.interface import Measurement
 from atesd.data.own_segmenter import segmenter_of
@@ -44,8 +52,10 @@ def expose(
     """Make the callback `atesd` known to ms-swift, and let its samples ask for their teacher's view.
 
     `out` is the run folder, `template` words the teacher's last message. `measure` has a function for each probe that
-    the exposure wants before some updates. A mistake in `settings` is said when the trainer is made.
+    the exposure wants before some updates. A mistake in `settings` is said when the trainer is made, one in `template`
+    at once: `ConfigError`.
     """
+    require_template(template, "template")
     callbacks_map["atesd"] = partial(Exposed, settings, Path(out), template, measure or {})
     OnPolicySample.build_teacher_view = _build_teacher_view
 
