@@ -133,6 +133,13 @@ def test_the_teacher_reads_the_view_and_the_step_is_told_what_shipped(bridge: An
     assert (run.manifest["status"], run.manifest["trainer"]) == ("finished", "prime-rl")
 
 
+def test_a_segmenter_of_the_users_own_cuts_the_references(bridge: Any, tmp_path: Path) -> None:
+    bridge.expose({**HALF, "data": {"segmenter": "own_functions:kept"}}, tmp_path / "run", UPDATES)
+    loop = Loop(tmp_path)
+    loop.play(1)
+    assert loop.algorithm.hints == [CUT] * 2  # by lines, as ours cuts this one
+
+
 def test_a_rollout_that_ships_late_counts_where_it_ships_at_the_ratio_it_was_scored_at(
     bridge: Any, tmp_path: Path
 ) -> None:

@@ -270,11 +270,12 @@ def test_a_validation_counts_as_the_probe_of_the_next_update(tmp_path: Path, mon
     monkeypatch.setattr(PPOTrainerSync, "_validate", lambda _: next(found))
     monkeypatch.setattr(PPOTrainerSync, "_compute_metrics", lambda *_, **__: None)
     monkeypatch.setattr(PPOTrainerSync, "_save_checkpoint", lambda _: None)
-    monkeypatch.setattr(bridge.ray, "get", heard.append)
+    monkeypatch.setattr(bridge.ray, "get", lambda given: heard.append(given) if isinstance(given, tuple) else given)
     trainer = object.__new__(bridge.ExposedTrainer)
     trainer.config, trainer.global_steps = config_of(tmp_path), 1
     trainer._own = {"metrics": {"probe_success": "val/acc", "train_success": "critic/score/mean"}}
-    trainer._exposure = SimpleNamespace(told=SimpleNamespace(remote=lambda *given: given))
+    told, due = SimpleNamespace(remote=lambda *given: given), SimpleNamespace(remote=lambda _: {"probe_success"})
+    trainer._exposure = SimpleNamespace(told=told, due=due)
     trainer._validate()  # before training
     for step in (1, 2):
         trainer.global_steps = step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,3 +187,18 @@ def test_an_upload_that_fails_is_an_error_of_ours_and_the_export_stays(tmp_path:
         push(tmp_path, "me/it")
     with pytest.raises(ConfigError, match="expected OWNER/NAME"):
         export.require_hub_name("a b")
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_nothing_is_uploaded_to_a_repository_that_is_public(tmp_path: Path, monkeypatch, private: bool):
+    sent: list[str] = []
+    hub = "huggingface_hub.HfApi"
+    monkeypatch.setattr(f"{hub}.create_repo", lambda *_, **__: "https://hub/me/it")
+    monkeypatch.setattr(f"{hub}.repo_info", lambda *_, **__: SimpleNamespace(private=private))
+    monkeypatch.setattr(f"{hub}.upload_folder", lambda *_, **given: sent.append(given["repo_id"]))
+    if private:
+        assert push(tmp_path, "me/it") == "https://hub/me/it"
+    else:
+        with pytest.raises(RunError, match=r"--push me/it: https://hub/me/it is there already and public; make[^`]*$"):
+            push(tmp_path, "me/it")
+    assert sent == ["me/it"] * private

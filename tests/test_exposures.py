@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -14,8 +15,9 @@ from atesd.control.fixed import FixedExposure, ramp, random_ratios, replayed
 from atesd.control.learned import LearnedExposure
 from atesd.errors import ConfigError
 from atesd.records import UpdateStats
+from atesd.rows import skipped_row
 from atesd.runs import recorded_ratios
-from fake_run import write_fake_run
+from fake_run import begin_run, fake_config, write_fake_run
 
 STATS = UpdateStats(0.5, 0.5, math.nan, 0.1, 0.1, 0.5)
 
@@ -96,6 +98,33 @@ def test_a_shuffled_replay_has_the_same_ratios_in_an_order_of_its_own():
     assert sorted(orders[0]) == recorded
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != recorded
+
+
+@pytest.mark.parametrize(
+    ("skipped", "ratios"),
+    [
+        ({2}, [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3]),  # not .1, .1, .2, ..
+        ({3, 4}, [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3]),
+        ({3, 4, 5}, "update 3 was skipped in .* and nobody knows its ratio; set train.num_updates to at most 3"),
+        ({8}, [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3]),  # beyond what is replayed
+        (set(range(9)), []),
+    ],
+)
+def test_a_skipped_update_of_the_recorded_run_keeps_its_place(tmp_path: Path, skipped: set[int], ratios):
+    # Holds of 3 updates: .1 three times, .2 three times, .3 three times.
+    recorded = {"exposure": {"kind": "bandit"}, "credit": {"hold_updates": 3, "lookahead_updates": 3}}
+    run = begin_run(tmp_path / "run", fake_config(9, **recorded))
+    for update in range(9):
+        row = {**skipped_row(update, "", 0.0), "skipped": None, "reveal_ratio": (0.1, 0.2, 0.3)[update // 3]}
+        run.append("metrics", skipped_row(update, "loss", 0.0) if update in skipped else row)
+    config = Config.model_validate(
+        {"exposure": {"kind": "replay", "replay_run": str(run.path)}, "train": {"num_updates": 8}}
+    )
+    if isinstance(ratios, str):
+        with pytest.raises(ConfigError, match=ratios):
+            recorded_ratios(config)
+    else:
+        assert recorded_ratios(config) == (ratios, 3)
 
 
 def test_a_shuffled_replay_permutes_holds_and_leaves_them_whole():

@@ -109,6 +109,22 @@ def test_an_evaluation_made_after_the_end_is_no_fault(run: RunFolder):
     assert run.rows("evaluations")[-1]["samples"] == 9
 
 
+@pytest.mark.parametrize("changes", [{"split": "aime24"}, {"samples": 9}, {"split": "mine.jsonl", "update": 2}])
+def test_an_older_update_evaluated_after_the_end_hinders_neither_more_updates_nor_a_walk_back(
+    run: RunFolder, changes: dict[str, Any]
+):
+    # As `atesd evaluate --benchmark aime24 --update 0` does, and the log of a bridge.
+    run.append("evaluations", run.rows("evaluations")[0] | {"update": 0} | changes)
+    added = run.rows("evaluations")[-1]
+    more = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"num_updates": 5})})
+    assert train(more, run.path).status == "finished"
+    assert run.rows("evaluations").count(added) == 1
+    for newest in ("update-000005", "update-000004"):
+        shutil.rmtree(run.checkpoints / newest)
+    assert train(more, run.path).status == "finished"
+    assert run.rows("evaluations").count(added) == 1
+
+
 @pytest.mark.parametrize("name", ["", "model.safetensors", "tokenizer.json", "config.json", "README.md"])
 @pytest.mark.parametrize("kind", ["link to itself", "link to a folder", "link to a file", "folder", "file"])
 def test_whatever_stands_in_the_trained_model_s_place_is_replaced_and_nothing_beyond_a_link(

@@ -165,6 +165,13 @@ def test_the_state_of_full_training_is_five_copies_of_the_weights(shape: ModelSh
     assert step.total == 5 * 4 * 1_720_574_976 + 2 * 4 * 151_936 * 2048
 
 
+def test_an_average_of_bfloat16_weights_is_in_float32_and_rounded_for_the_teachers_pass(shape: ModelShape) -> None:
+    phases = memory(work(shape, *FULL, "model.dtype=bfloat16", "teacher.weights=ema"))
+    copies = {phase.name: phase.parts["teacher copy"] for phase in phases if "teacher copy" in phase.parts}
+    assert copies.pop("teacher") == 6 * shape.parameters
+    assert set(copies.values()) == {4 * shape.parameters}
+
+
 def test_an_adapter_in_bfloat16_has_no_teachers_copy_and_float32_moments(shape: ModelShape) -> None:
     # By hand: rank 64 on 28 layers of 2,048 to 2,048, 1,024, 1,024; 2,048 to 2,048; 2,048 to 6,144 twice and back.
     adapter = 28 * 64 * ((2048 + 2048) * 2 + (2048 + 1024) * 2 + (2048 + 6144) * 3)

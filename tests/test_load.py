@@ -174,16 +174,54 @@ def test_an_adapter_trained_on_top_of_a_saved_one_is_read_back_with_both(folder,
 def test_an_adapter_on_a_bfloat16_base_is_read_back_bit_for_bit(folder, tmp_path):
     # What training changes is smaller than the rounding of bfloat16 weights: merged, most of it would be lost.
     half = ModelConfig(path=str(folder), dtype="bfloat16")
-    loaded = load_model(half.model_copy(update={"lora": LORA}))
-    with torch.no_grad():
-        for name, parameter in ReplicatedWeights(loaded.model).trained.items():
-            if "lora_B" in name:
-                parameter.add_(1e-3)
+    loaded = raised(load_model(half.model_copy(update={"lora": LORA})), 1e-3)
     save_model(loaded, tmp_path)
     again = load_model(half.model_copy(update={"path": str(tmp_path)}))
     assert torch.equal(logits(again), logits(loaded))
     assert not torch.equal(logits(again), logits(load_model(half)))
     assert ReplicatedWeights(again.model).trained == {}
+
+
+def raised(loaded: LoadedModel, by: float) -> LoadedModel:
+    """With an adapter that adds something."""
+    with torch.no_grad():
+        for name, parameter in ReplicatedWeights(loaded.model).trained.items():
+            if "lora_B" in name:
+                parameter.add_(by)
+    return loaded
+
+
+def test_an_adapter_on_top_of_a_saved_one_in_bfloat16_is_read_back_with_both_bit_for_bit(folder, tmp_path):
+    half = ModelConfig(path=str(folder), dtype="bfloat16", lora=LORA)
+    stages, path = [], str(folder)
+    for number in range(3):  # each on top of the one before
+        stages.append(raised(load_model(half.model_copy(update={"path": path})), 0.02))
+        path = str(tmp_path / str(number))
+        save_model(stages[-1], Path(path))
+        again = load_model(ModelConfig(path=path, dtype="bfloat16"))
+        assert torch.equal(logits(again), logits(stages[-1]))
+    assert len({tuple(logits(stage).flatten().tolist()) for stage in stages}) == 3
+
+
+def test_a_new_adapter_on_a_saved_one_in_bfloat16_says_what_is_lost(folder, tmp_path):
+    config = ModelConfig(path=str(folder), dtype="bfloat16", lora=LORA)
+    save_model(load_model(config), tmp_path)
+    onto = config.model_copy(update={"path": str(tmp_path)})
+    assert "with model.dtype: float32 nothing is" in str(load.merging_note(onto))
+    for kept in (config, onto.model_copy(update={"dtype": "float32"}), onto.model_copy(update={"lora": None})):
+        assert load.merging_note(kept) is None
+
+
+@pytest.mark.filterwarnings("default:Found missing adapter keys")
+def test_an_adapter_whose_file_lacks_weights_is_refused(folder, tmp_path):
+    save_model(load_model(ModelConfig(path=str(folder), lora=LORA)), tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    del held[next(name for name in held if "lora_B" in name)]
+    save_file(held, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"adapter_model.safetensors: Found missing adapter keys .*; fetch the adapter"
+    ):
+        load_model(ModelConfig(path=str(tmp_path)))
 
 
 def test_an_adapter_without_its_base_says_so(folder, tmp_path):

@@ -408,6 +408,37 @@ def test_what_ends_bit_exactness_is_told(tmp_path: Path):
         assert any(said in note and "no longer bit-exact" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("exposure", "said"),
+    [
+        ({"kind": "annealing"}, "exposure.kind: annealing depends"),
+        ({"kind": "custom", "factory": "mine:make"}, "exposure.factory may depend"),
+    ],
+)
+def test_an_exposure_that_plans_the_whole_run_says_so_when_it_grows(
+    tmp_path: Path, exposure: dict[str, Any], said: str
+):
+    config = changed(exposure=exposure)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"num_updates": 80})})
+    notes = begin(tmp_path / "run", config).begin_session(longer, command=[], updates_done=50, threads=1)
+    assert f"{said} on train.num_updates; no longer bit-exact" in notes
+    notes = begin(tmp_path / "same", config).begin_session(config, command=[], updates_done=50, threads=1)
+    assert not any(said in note for note in notes)
+
+
+@pytest.mark.parametrize("order", ["recorded", "shuffled"])
+def test_a_shuffled_replay_does_not_grow_as_its_order_is_that_of_the_whole_run(tmp_path: Path, order: str):
+    config = changed(exposure={"kind": "replay", "replay_run": "elsewhere", "replay_order": order})
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"num_updates": 80})})
+    run = begin(tmp_path / "run", config)
+    assert run.check_config(config) == []
+    if order == "recorded":
+        assert run.check_config(longer) == ["train.num_updates: 50 -> 80"]
+        return
+    with pytest.raises(RunError, match=r"train.num_updates: 50 -> 80 \(exposure.replay_order: shuffled permutes"):
+        run.check_config(longer)
+
+
 def test_the_batch_of_a_skipped_update_is_kept_with_its_non_finite_numbers_spelled_out(run: RunFolder):
     path = run.dump_skipped(12, {"loss": math.nan, "rollouts": ({"ids": (1, 2), "logprobs": [-math.inf]},)})
     assert path == run.path / "skipped" / "update-000012.json"

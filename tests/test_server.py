@@ -133,6 +133,28 @@ def test_all_weights_may_be_published_of_a_model_with_an_adapter_which_stays_as_
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
 
 
+@pytest.mark.parametrize(("by", "swallowed"), [(1e-4, True), (0.05, False)])
+def test_all_weights_are_not_published_where_rounding_would_swallow_the_adapter(tmp_path, by, swallowed):
+    # Of a weight of .1 bfloat16 resolves .0005.
+    tiny_folder(tmp_path / "tiny")
+    loaded = load_model(ModelConfig(path=str(tmp_path / "tiny"), dtype="bfloat16", lora=LoraConfig(rank=4, alpha=8)))
+    shared = tmp_path / "shared"
+    engine = engine_at(loaded, served(loaded), publish="weights", folder=str(shared))
+    engine.publish(0)  # nothing is learned yet
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(by)
+    if not swallowed:
+        engine.publish(1)
+        return
+    with pytest.raises(
+        EngineError, match=r"would swallow \d+ % .* set sampling.server.publish: adapter, or model.dtype"
+    ):
+        engine.publish(1)
+    assert [path.name for path in shared.glob("atesd-*/*") if path.is_dir()] == []
+
+
 def test_an_adapter_cannot_be_published_of_a_model_without_one():
     with pytest.raises(ConfigError, match=r"publish: adapter, but the model has none; set model.lora"):
         engine_at(tiny_model(), served(tiny_model()), publish="adapter")

@@ -25,6 +25,7 @@ from atesd.config import Config, ModelConfig
 from atesd.errors import ConfigError, ModelError, RunError
 from atesd.maths.keyed import generator
 from atesd.models.load import DTYPES, LoadedModel, load_adapted, load_model, save_model
+from atesd.models.merging import MOST_LOST, swallowed_share
 from atesd.models.model_folder import ADAPTER, read_object
 from atesd.models.processor import attention_of
 from atesd.models.quiet import quiet
@@ -34,8 +35,6 @@ from atesd.session import config_of_trained
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference of a logit that passes, as a share of the largest logit: rounding through all layers (ours)."""
-MOST_LOST = 0.5
-"""Largest share of the adapter's change that rounding the merged weights may swallow (ours)."""
 TEXTS, TOKENS = 4, 64
 """How many texts are compared, and how many tokens of each at most."""
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]{0,95}")
@@ -109,13 +108,23 @@ def lines(done: Exported) -> Iterator[str]:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a folder to a private repository of the hub; returns its address. `RunError` where the hub refuses."""
+    """Upload a folder to a private repository of the hub; returns its address.
+
+    Raises `RunError` where the hub refuses, or the repository was there and is public.
+    """
     try:
         from huggingface_hub import HfApi
 
         hub = HfApi()
         address = str(hub.create_repo(name, private=True, exist_ok=True))
+        if not hub.repo_info(name).private:
+            raise RunError(
+                f"--push {name}: {address} is there already and public; make it private, or give another name. The "
+                f"export is whole in {folder}"
+            )
         hub.upload_folder(repo_id=name, folder_path=folder)
+    except RunError:
+        raise
     except Exception as error:  # of the network, of the hub, of a missing package: their classes have no common base
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
@@ -168,18 +177,10 @@ def _copy_adapter(run: RunFolder, part: Path) -> None:
 def _merged(loaded: LoadedModel, trained: ModelConfig, dtype: str) -> tuple[LoadedModel, float]:
     """The adapter added to its base in float32 and rounded to `dtype`, and the share of it that rounding swallows.
 
-    The share is the length of all rounding errors of adapted weights over that of what the adapter adds. Raises
-    `ModelError` where it is beyond `MOST_LOST`.
+    Raises `ModelError` where it is beyond `MOST_LOST`.
     """
     model: Any = load_adapted(trained.model_copy(update={"dtype": "float32"}))
-    error, change = 0.0, 0.0
-    with torch.no_grad():
-        for layer in (module for module in model.modules() if getattr(module, "lora_A", None)):
-            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-            whole = layer.get_base_layer().weight + delta
-            error += (whole.to(DTYPES[dtype]).float() - whole).square().sum().item()
-            change += delta.square().sum().item()
-    lost = math.sqrt(error / change) if change else 0.0
+    lost = swallowed_share(model, DTYPES[dtype])
     if lost > MOST_LOST:
         raise ModelError(
             f"--merged: rounding the merged weights to {dtype} would swallow {100 * lost:.0f} % of what the adapter "

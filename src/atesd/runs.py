@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, Literal, NoReturn, cast, get_args, overload
 from filelock import FileLock, Timeout
 
 from atesd.config import Config, ReplaySettings, acting_settings, dump_config, load_config
-from atesd.errors import RunError
+from atesd.errors import ConfigError, RunError
 from atesd.importing import sha256_of
 from atesd.refusals import reason, refusals_told
 from atesd.rows import DecisionRow, EvaluationRow, MetricsRow, Row, RowKind, SampleRow, revealed
@@ -294,6 +294,8 @@ class RunFolder:
         refused = [text for setting, text in changes.items() if not _may_change(setting)]
         if config.train.num_updates < self.config.train.num_updates:
             refused.append(changes["train.num_updates"] + " (it may only grow)")
+        elif "train.num_updates" in changes and _is_shuffled_replay(config):
+            refused.append(changes["train.num_updates"] + " (exposure.replay_order: shuffled permutes the whole run)")
         if refused:
             raise RunError(
                 f"{self.path}: the config differs from the one this run began with:\n  "
@@ -399,10 +401,15 @@ class RunFolder:
     def _require_none_added(
         self, kind: RowKind, lines: Sequence[bytes], written: RowsWritten | None, updates_done: int
     ) -> None:
-        """Raise `RunError` for rows that the checkpoint does not know; only its own update may be evaluated later."""
-        added = [] if written is None else lines[written["rows"] :]
+        """Raise `RunError` for rows that the checkpoint does not know; of evaluations, for what stands twice.
+
+        Any update may be evaluated later, on other problems too; that of the checkpoint may stand twice.
+        """
+        first = len(lines) if written is None else written["rows"]
+        added = list(lines[first:])
         if kind == "evaluations":
-            added = [line for line in added if json.loads(line)["update"] < updates_done]
+            twice = [line for place, line in enumerate(added, first) if line in lines[:place]]
+            added = [line for line in twice if json.loads(line)["update"] < updates_done]
         if added:
             raise RunError(
                 f"{self._rows_path(kind)}: holds {len(added)} more rows of the first {updates_done} updates than when "
@@ -420,12 +427,27 @@ class RunFolder:
 
 
 def recorded_ratios(config: Config) -> tuple[list[float], int]:
-    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind."""
+    """The ratio of every update of `exposure.replay_run`, and how long each held there; none under another kind.
+
+    As many as this run needs, if there are so many; an update that was skipped there has the ratio of its hold. Raises
+    `ConfigError` where no update of that hold has one.
+    """
     if not isinstance(config.exposure, ReplaySettings):
         return [], 1
     recorded = RunFolder.open(config.exposure.replay_run)
     hold_updates = recorded.config.credit.hold_updates if recorded.config.exposure.holds else 1
-    return revealed(recorded.whole_rows("metrics")), hold_updates
+    rows = recorded.whole_rows("metrics")
+    found: list[float] = []
+    for update in range(min(len(rows), config.train.num_updates) if revealed(rows) else 0):
+        start = update - update % hold_updates
+        held = revealed(rows[start : update + 1]) or revealed(rows[update : start + hold_updates])[:1]
+        if not held:
+            raise ConfigError(
+                f"exposure.replay_run: update {update} was skipped in {recorded.path}, and nobody knows its ratio; set "
+                f"train.num_updates to at most {update}, or replay another run"
+            )
+        found.append(held[-1])
+    return found, hold_updates
 
 
 def new_manifest(
@@ -651,11 +673,17 @@ def _length_notes(old: Config, new: Config) -> list[str]:
     if old.train.num_updates == new.train.num_updates:
         return []
     dependent = {
-        "exposure.schedule": new.distils and new.exposure.kind == "schedule",
-        "exposure.policy.entropy_cost": new.decides and new.exposure.kind == "learned",
-        "train.learning_rate_schedule": new.train.learning_rate_schedule != "constant",
+        "exposure.schedule depends": new.distils and new.exposure.kind == "schedule",
+        "exposure.kind: annealing depends": new.distils and new.exposure.kind == "annealing",
+        "exposure.factory may depend": new.distils and new.exposure.kind == "custom",
+        "exposure.policy.entropy_cost depends": new.decides and new.exposure.kind == "learned",
+        "train.learning_rate_schedule depends": new.train.learning_rate_schedule != "constant",
     }
-    return [f"{name} depends on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
+    return [f"{name} on train.num_updates; no longer bit-exact" for name, is_so in dependent.items() if is_so]
+
+
+def _is_shuffled_replay(config: Config) -> bool:
+    return isinstance(config.exposure, ReplaySettings) and config.exposure.replay_order == "shuffled"
 
 
 def recorded_factories(config: Config) -> dict[str, dict[str, str | None]]:

@@ -22,6 +22,7 @@ from atesd.build import build, close
 from atesd.config import Config, dump_config
 from atesd.engine.factory import engine_note
 from atesd.errors import RunError
+from atesd.models.load import merging_note
 from atesd.models.processor import attention_note
 from atesd.models.prompts import control_line, spelling_control_tokens
 from atesd.models.ranks import Ranks, process_group
@@ -231,9 +232,7 @@ def _notes(components: Components) -> Iterator[str]:
     choice = engine_note(components.loaded, config.sampling.engine)
     if choice is not None:
         yield choice
-    attention = attention_note(config.model)
-    if attention is not None:
-        yield attention
+    yield from filter(None, (attention_note(config.model), merging_note(config.model)))
     if config.model.dtype == "bfloat16" and config.model.lora is None:
         yield (
             "model.dtype: bfloat16 without model.lora: whatever changes a weight by less than its rounding (about "

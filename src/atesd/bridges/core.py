@@ -97,6 +97,11 @@ class Handle:
         with self._lock:
             return self.exposure.measurements(update)
 
+    def due(self, update: int) -> frozenset[str]:
+        """What the exposure must be told of this update besides its means: `measurements`, and verdicts it follows."""
+        verdicts = {"train_success"} if self.config.exposure.follows_verdicts else set[str]()
+        return frozenset(self.measurements(update) | verdicts)
+
     def ratio(self, update: int, group: str = "") -> float:
         """The reveal ratio of an update and group. Raises `ValueError` for an update that was already observed."""
         with self._lock:

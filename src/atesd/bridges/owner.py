@@ -25,6 +25,7 @@ class Owner:
         self._handle, self._failures = Handle(config_from_text(config)), list[str]()
         fingerprint = f"of the rows of {trainer}, which come one by one"
         self._log = Log(out, self._handle, trainer=trainer, fingerprint=fingerprint)
+        self._resumed, self._seen = bool(updates_done), set[str]()
         if updates_done:
             self._log.resume(Path(folder), updates_done, may_lose=1)
         else:
@@ -35,6 +36,10 @@ class Owner:
         config = self._handle.config
         require_problems([(prompt, dict(context))], config, f"'{prompt:.40}', row")
         return self._handle.show(update, problem_in(prompt, dict(context), segmenter_of(config.data))).text
+
+    def due(self, update: int) -> set[str]:
+        """What of an update must have been logged, as it never was before; nothing in a run that goes on."""
+        return set() if self._resumed else self._handle.due(update) - self._seen
 
     def failed(self, message: str) -> None:
         """Remember an error of a worker, which its trainer may only log."""
@@ -48,6 +53,7 @@ class Owner:
         if self._failures:
             count = len(self._failures)
             raise TrainingError(f"update {update}: {count} rollouts had no teacher; the first: {self._failures[0]}")
+        self._seen |= values.keys()
         measured = {name: value for name, value in values.items() if name != "train_success"}
         if "train_success" in values:
             self._handle.grade(update, [("", 0, values["train_success"])])

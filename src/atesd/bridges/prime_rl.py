@@ -29,6 +29,7 @@ from atesd.bridges.log import Log
 from atesd.bridges.problems import problem_in, require_problems
 from atesd.bridges.settings import Settings, bridge_config
 from atesd.config import ModelConfig
+from atesd.data.own_segmenter import segmenter_of
 from atesd.errors import ConfigError, TrainingError
 
 _NOTE = "atesd"  # the key in a trace's info that says what its teacher read
@@ -86,7 +87,7 @@ class Exposed:
             self._begun = True
         pair = (question_of(trace), demonstration)
         require_problems([pair], config, f"'{pair[0]:.40}', row")
-        problem = problem_in(*pair, config.data.segmenter)
+        problem = problem_in(*pair, segmenter_of(config.data))
         ratio, view = self.handle.look(self._update, problem)
         shown = {"reveal_ratio": ratio, "effective_ratio": view.effective_ratio}
         trace.info[_NOTE] = {"update": self._update, "problem": problem.id, "difficulty": problem.difficulty, **shown}

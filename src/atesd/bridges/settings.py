@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from math import fsum
+from string import Formatter
 from typing import Any
 
 from atesd.bridges.core import MEASURED
@@ -102,6 +105,20 @@ def require_whole_batches(config: Config, updates_per_batch: int, steps: int, wh
         )
 
 
+def require_template(template: str, setting: str) -> str:
+    """The wording of a teacher's message. `ConfigError` unless it has `{prompt}`, `{reference}` and no other field."""
+    try:
+        fields = {one[1:] for one in Formatter().parse(template) if one[1] is not None}
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {template!r}: {error}; write a brace that is text twice, {{{{ or }}}}") from None
+    if fields != {("prompt", "", None), ("reference", "", None)}:
+        raise ConfigError(
+            f"{setting}: {template!r} must hold {{prompt}} and {{reference}}, and no other field; write a brace that "
+            "is text twice"
+        )
+    return template
+
+
 def taken(measure: Mapping[Any, Callable[[], float]], wanted: Iterable[str]) -> dict[str, float]:
     """What the user's functions measure of what is wanted. Raises `ConfigError` for a result that is no number."""
     found: dict[str, Any] = {name: function() for name, function in measure.items() if name in set(wanted)}
@@ -109,6 +126,20 @@ def taken(measure: Mapping[Any, Callable[[], float]], wanted: Iterable[str]) -> 
         if not isinstance(value, int | float):
             raise ConfigError(f"measure: {name} gave {value!r:.40}; expected a number (a tensor: its .item())")
     return {name: float(value) for name, value in found.items()}
+
+
+def means_of(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What all processes measured, the same on each of them: their exposures must not drift apart."""
+    return {name: fsum(one[name] for one in measured) / len(measured) for name in measured[0]}
+
+
+def logged_as(metrics: Mapping[str, str], logged: Mapping[str, Any], due: Container[str]) -> dict[str, float]:
+    """What a trainer logged, by measurement. Raises `ConfigError` where one that is `due` has another name there."""
+    for name, key in metrics.items():
+        if key not in logged and name in due:
+            near = ", ".join(get_close_matches(key, map(str, logged), cutoff=0.0)) or "nothing"
+            raise ConfigError(f"metrics: {name}: {key} was not logged when it was due; nearest was {near}. Correct it")
+    return {name: float(logged[key]) for name, key in metrics.items() if key in logged}
 
 
 def updates_per_batch(every: int, accumulated: int) -> int:

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from accelerate.utils import gather_object
 from swift.callbacks import callbacks_map
 from swift.rl_core.data import OnPolicySample
 from transformers import TrainerCallback
@@ -24,7 +25,15 @@ from transformers import TrainerCallback
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log, checkpoint_of
 from atesd.bridges.problems import message_text, problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config, require_whole_batches, taken, updates_per_batch
+from atesd.bridges.settings import (
+    Settings,
+    bridge_config,
+    means_of,
+    require_template,
+    require_whole_batches,
+    taken,
+    updates_per_batch,
+)
 from atesd.config import Config
 from atesd.control.interface import Measurement
 from atesd.data.own_segmenter import segmenter_of
@@ -43,8 +52,10 @@ def expose(
     """Make the callback `atesd` known to ms-swift, and let its samples ask for their teacher's view.
 
     `out` is the run folder, `template` words the teacher's last message. `measure` has a function for each probe that
-    the exposure wants before some updates. A mistake in `settings` is said when the trainer is made.
+    the exposure wants before some updates. A mistake in `settings` is said when the trainer is made, one in `template`
+    at once: `ConfigError`.
     """
+    require_template(template, "template")
     callbacks_map["atesd"] = partial(Exposed, settings, Path(out), template, measure or {})
     OnPolicySample.build_teacher_view = _build_teacher_view
 
@@ -61,6 +72,7 @@ class Exposed(TrainerCallback):
             raise ConfigError(f"logging_steps: {args.logging_steps}: the loss is known only where it is logged; set 1")
         self._settings, self._out, self._template, self._measure = settings, out, template, measure
         self._trainer, self.handle = trainer, cast("Handle | None", None)
+        self._shown: list[tuple[float, float]] = []  # ratio and effective ratio of each view since the last step
         every = getattr(args, "steps_per_generation", None) or 1
         self._batch_updates = updates_per_batch(int(every), int(args.gradient_accumulation_steps))
         self.config = self._config(args, 1)
@@ -75,7 +87,9 @@ class Exposed(TrainerCallback):
         require_problems([pair], self.config, f"'{pair[0]:.40}', row")
         problem, reference = problem_in(*pair, segmenter_of(self.config.data)), None
         if self.handle is not None and self._trainer.model.training:
-            reference = self.handle.show(self._trainer.state.global_step, problem, self._batch_updates).text
+            ratio, view = self.handle.look(self._trainer.state.global_step, problem)
+            self._shown.append((ratio, view.effective_ratio))
+            reference = view.text
         return self._template.format(prompt=pair[0], reference=problem.reference if reference is None else reference)
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -92,11 +106,14 @@ class Exposed(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
-        self._measured = taken(self._measure, self.handle.measurements(state.global_step))
+        measured = gather_object([taken(self._measure, self.handle.measurements(state.global_step))])
+        self._measured = means_of(measured)
 
     def on_log(self, args: Any, state: Any, *_: Any, **parts: Any) -> None:  # noqa: ARG002
         logs = parts["logs"]
         if self.handle is not None and "loss" in logs:
+            shown, self._shown = gather_object(self._shown), []
+            self.handle.note(state.global_step - 1, shown, self._batch_updates)
             feedback = Feedback(float(logs["loss"]), None, float(logs["learning_rate"]), self._measured)
             self._log.write(self.handle.observe(state.global_step - 1, feedback))
 

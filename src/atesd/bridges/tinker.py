@@ -20,7 +20,7 @@ from typing import Any, final
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log
 from atesd.bridges.problems import problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config, require_probes
+from atesd.bridges.settings import Settings, bridge_config, logged_as, require_probes
 from atesd.config import Config
 from atesd.control.interface import Measurement
 from atesd.data.own_segmenter import segmenter_of
@@ -64,6 +64,7 @@ class Exposed:
             out, self.handle, trainer=version, fingerprint="of a batch provider, not known before it is read"
         )
         self._begun, self._listening = False, False
+        self._resumed, self._seen = False, set[str]()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -102,9 +103,13 @@ class Exposed:
             self._log.close()
 
     def told(self, metrics: Mapping[str, Any], update: int) -> None:
-        """What `main` logs at the end of an update: its evaluations came before the step, its means with it."""
+        """What `main` logs at the end of an update: its evaluations came before the step, its means with it.
+
+        Raises `ConfigError` where a metric that is named was not logged the first time that it is due.
+        """
         losses = [sign * metrics[name] for name, sign in _LOSSES.items() if name in metrics]
-        values = {name: float(metrics[key]) for name, key in self._metrics.items() if key in metrics}
+        values = logged_as(self._metrics, metrics, set() if self._resumed else self.handle.due(update) - self._seen)
+        self._seen |= values.keys()
         if (success := values.pop("train_success", None)) is not None:
             self.handle.grade(update, [("", 0, success)])
         if "sdft/mean_teacher_entropy" in metrics:
@@ -117,6 +122,7 @@ class Exposed:
         """A first batch that is not batch 0 is that of a resume. Its checkpoint may be one update ahead of the log."""
         if index:
             self._log.resume(Path(self._cfg.log_path), index, may_lose=1)
+            self._resumed = True
         else:
             self._log.begin()
         self._begun = True

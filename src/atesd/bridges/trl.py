@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from atesd.bridges.core import Feedback, Handle
 from atesd.bridges.log import Log, checkpoint_of
 from atesd.bridges.problems import Judge, columns, problem_in, require_problems
-from atesd.bridges.settings import Settings, bridge_config, require_whole_batches, taken, updates_per_batch
+from atesd.bridges.settings import Settings, bridge_config, means_of, require_whole_batches, taken, updates_per_batch
 from atesd.bridges.trl_sdpo import Rollouts
 from atesd.config import Config
 from atesd.control.interface import Measurement
@@ -107,7 +107,7 @@ class Exposed(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, *_: Any, **parts: Any) -> None:  # noqa: ARG002
         assert self.handle is not None
         measured = gather_object([taken(self._measure, self.handle.measurements(state.global_step))])
-        self._measured = {name: math.fsum(one[name] for one in measured) / len(measured) for name in measured[0]}
+        self._measured = means_of(measured)
         self._rate = float(parts["optimizer"].param_groups[0]["lr"])
         self._before = len(self._losses())
 

@@ -26,7 +26,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from atesd.bridges.owner import Owner
 from atesd.bridges.problems import message_text
-from atesd.bridges.settings import bridge_config, require_probes
+from atesd.bridges.settings import bridge_config, logged_as, require_probes, require_template
 from atesd.config import Config, ViewsConfig, dump_config
 from atesd.errors import ConfigError, DataError
 
@@ -75,7 +75,8 @@ class ExposedTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: Any, metrics: Any, timing_raw: Any, global_steps: int, epoch: int) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         found = {**self._before, **{name: value for name, value in metrics.items() if name not in self._probed}}
-        values = {name: float(found[key]) for name, key in self._own["metrics"].items() if key in found}
+        due = ray.get(self._exposure.due.remote(global_steps - 1))
+        values = logged_as(self._own["metrics"], found, due)
         loss, rate = float(metrics.get(_LOSS, "nan")), float(metrics.get("actor/lr", 0.0))
         saved, self._saved = self._saved, None
         ray.get(self._exposure.told.remote(global_steps - 1, loss, rate, values, saved))
@@ -140,12 +141,12 @@ class ExposedManager(AgentLoopManagerTQ):
 
 
 def own_settings(config: Any) -> dict[str, Any]:
-    """The group `bridge` of verl's config. Raises `ConfigError` for what is missing or not known there."""
+    """The group `bridge` of verl's config. Raises `ConfigError` for what is missing, not known there or no template."""
     mine = {"template": _TEMPLATE, "metrics": {}, **dict(config.get("bridge") or {})}
     missing, unknown = [name for name in _KEYS if name not in mine], sorted(set(mine) - {*_KEYS})
     if missing or unknown:
         raise ConfigError(f"bridge: missing {missing}, unknown {unknown}; allowed are {', '.join(_KEYS)}")
-    return {**mine, "metrics": dict(mine["metrics"])}
+    return {**mine, "metrics": dict(mine["metrics"]), "template": require_template(mine["template"], "bridge.template")}
 
 
 def run_config(config: Any, mine: Mapping[str, Any], num_updates: int) -> Config:

@@ -12,6 +12,7 @@ from atesd.config import Component, Config, TrainConfig, describe_settings, meth
 from atesd.control.budget import Learner, affordable, decisions
 from atesd.data.own_checker import checker_line
 from atesd.importing import sha256_of
+from atesd.models.load import merging_note
 from atesd.models.processor import attention_note
 from atesd.models.prompts import control_line
 from atesd.records import Split
@@ -44,9 +45,7 @@ def plan_lines(components: Components) -> Iterator[str]:
     trained = sum(parameter.numel() for parameter in components.weights.trained.values())
     total = sum(parameter.numel() for parameter in components.loaded.model.parameters())
     yield f"model: {config.model.path} on {components.loaded.device}, {total:,} parameters, {trained:,} trained"
-    attention = attention_note(config.model)
-    if attention is not None:
-        yield attention
+    yield from filter(None, (attention_note(config.model), merging_note(config.model)))
     yield from acting_lines(config)
     yield from map(visible, components.encoder.notes())
     yield visible(control_line(problems["train"], components.encoder))

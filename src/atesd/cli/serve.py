@@ -109,8 +109,8 @@ def _admitted(rank: int) -> int:
         if rank <= admitted:
             return admitted
     raise ConfigError(
-        f"model.lora.rank: {rank} is more than vLLM takes; expected at most {_RANKS[-1]}, or sampling.server.publish: "
-        "weights"
+        f"model.lora.rank: {rank} is more than vLLM takes; expected at most {_RANKS[-1]}, or with "
+        "model.dtype: float32 sampling.server.publish: weights"
     )
 
 
@@ -125,8 +125,8 @@ def _base(config: Config) -> str:
     if _adapts(config):
         raise ConfigError(
             f"model.path: {config.model.path} is an adapter, and model.lora trains another on top of it: servers would "
-            "need its base with the first one merged; save that as a model folder, or set sampling.server.publish: "
-            "weights"
+            "need its base with the first one merged; name in model.path what `atesd export RUN --merged` writes of "
+            "the first one's run"
         )
     return model_source(require_adapter(Path(source)))
 

@@ -28,6 +28,7 @@ from atesd.config import ServerSettings
 from atesd.engine.wire import Wire, at_once
 from atesd.errors import ConfigError, EngineError, RunError
 from atesd.models.load import LoadedModel, save_model
+from atesd.models.merging import MOST_LOST, swallowed_share
 from atesd.refusals import refusals_told, remove
 from atesd.runs import held
 
@@ -69,8 +70,8 @@ class Publisher:
     def publish(self, update: int, tensors: Mapping[str, Tensor] | None = None) -> str | None:
         """Bring the weights of this moment to every server; returns the adapter's name, None for all weights.
 
-        `tensors`: `Weights.saved`. Raises `EngineError` that names the folder or the server that refuses, and leaves
-        no half of it on the disk.
+        `tensors`: `Weights.saved`. Raises `EngineError` that names the folder or the server that refuses, or for a
+        merge that rounding would swallow, and leaves no half of it on the disk.
         """
         own = self._own = self._own or self._opened()
         self._count += 1
@@ -171,9 +172,20 @@ def cards_of(wire: Wire) -> list[ModelCard]:
 
 
 def _whole(loaded: LoadedModel) -> LoadedModel:
-    """The model as one without adapters; a copy where it has one, so that no weight of the student is rounded."""
+    """The model as one without adapters; a copy where it has one, so that no weight of the student is rounded.
+
+    Raises `EngineError` where rounding would swallow so much of the adapter that servers sampled from its base.
+    """
     if not hasattr(loaded.model, "peft_config"):
         return loaded
+    lost = swallowed_share(loaded.model, loaded.model.dtype)
+    if lost > MOST_LOST:
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        raise EngineError(
+            f"sampling.server.publish: weights merges the adapter into {dtype} weights, and their rounding would "
+            f"swallow {100 * lost:.0f} % of what it changes, allowed are {100 * MOST_LOST:.0f} %; set "
+            "sampling.server.publish: adapter, or model.dtype: float32"
+        )
     copied: Any = copy.deepcopy(loaded.model)
     return replace(loaded, model=copied.merge_and_unload())
 

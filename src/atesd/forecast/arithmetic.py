@@ -184,6 +184,11 @@ class Work:
         return weights != "live" and not (weights == "frozen" and self.config.model.lora is not None)
 
     @property
+    def averages(self) -> bool:
+        """Whether the teacher's own values are an average, which is kept in float32."""
+        return self.has_copy and self.config.teacher.weights == "ema"
+
+    @property
     def rounded(self) -> bool:
         """Whether attention is eager and adapters compute in bfloat16: the choice of a CPU that computes in it."""
         return self.kind.on_cpu and self.config.model.prefers_eager_on_cpu
@@ -270,7 +275,8 @@ def _state(work: Work) -> dict[str, float]:
     """What is there in every phase."""
     base = 0 if work.config.model.lora is None else work.shape.parameters * work.entry
     own = work.trained * work.master
-    held = {"weights": base + own, "teacher copy": own * work.has_copy, "optimiser": 2 * own}
+    copy = work.trained * max(4, work.master) if work.averages else own
+    held = {"weights": base + own, "teacher copy": copy * work.has_copy, "optimiser": 2 * own}
     return {name: size / work.shards for name, size in held.items()}
 
 
@@ -350,9 +356,16 @@ def _teacher(work: Work, state: Mapping[str, float], made: Mapping[str, float]) 
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widest = max(3 * shape.intermediate + 3 * shape.hidden, 2 * shape.hidden + 3 * queries + 2 * keys)
     before = made if work.rows > work.together else {}
+    rounded = work.trained * work.master / work.shards if work.averages and work.master < 4 else 0.0
     return Phase(
         "teacher",
-        {**state, **before, "activations": work.entry * tokens * widest, "buffers": _gathered(work)},
+        {
+            **state,
+            **before,
+            "teacher copy": state["teacher copy"] + rounded,
+            "activations": work.entry * tokens * widest,
+            "buffers": _gathered(work),
+        },
     )
 
 

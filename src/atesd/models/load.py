@@ -6,6 +6,7 @@ import contextlib
 import importlib.resources
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from atesd.models.model_checks import (
 )
 from atesd.models.model_folder import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     CONFIG,
     GENERATION,
     TOKENIZER,
@@ -391,16 +393,28 @@ def _with_saved_adapter(config: ModelConfig, adapter: Path, above: tuple[str, ..
     """The base model that an adapter's folder names, at `config.revision`, with the adapter added into its weights.
 
     On a bfloat16 base the adapter, itself in float32, is kept beside the weights as in training: what it changes is
-    about as small as their rounding, and merged it would be lost. Only a new adapter on top asks for merging there.
+    about as small as their rounding, and merged it would be lost. Only an adapter on top, new or saved, asks for
+    merging there: PEFT reads none back on a model that is wrapped already.
     """
     adapted: Any = _adapted(config, adapter, above)
-    if config.dtype == "bfloat16" and config.lora is None:
+    if config.dtype == "bfloat16" and config.lora is None and not above:
         return cast(PreTrainedModel, adapted)
     with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
         merged: PreTrainedModel = adapted.merge_and_unload()
     # An adapter trained on top names its base by this: without it, it would be read back on the model below both.
     merged.name_or_path = str(adapter.resolve())
     return merged
+
+
+def merging_note(config: ModelConfig) -> str | None:
+    """What is lost of an adapter in `model.path` below a new one; None where nothing is."""
+    if config.dtype != "bfloat16" or config.lora is None or not (Path(model_source(config.path)) / ADAPTER).is_file():
+        return None
+    return (
+        f"model.path: {config.path} is an adapter, and the new one lies on bfloat16 weights with it merged in: what it "
+        "changes by less than their rounding (about 1/256 of a weight) is lost; with model.dtype: float32 nothing is, "
+        "and `atesd export RUN --merged --dtype float32` writes that model by itself"
+    )
 
 
 def _adapted(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreTrainedModel:
@@ -415,7 +429,13 @@ def _adapted(config: ModelConfig, adapter: Path, above: tuple[str, ...]) -> PreT
     model = _weights(config.model_copy(update={"path": base}), source, local, above)
     peft = _peft()
     with explained(str(adapter), f"{ADAPTER} and its weights"), quiet():
-        adapted: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)  # PEFT leaves those as they began
+        try:
+            adapted: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        except UserWarning as warning:
+            raise ModelError(
+                f"{adapter / ADAPTER_WEIGHTS}: {first_line(warning):.200}; fetch the adapter again"
+            ) from None
     require_untied(adapted, f"{adapter / ADAPTER}: target_modules and modules_to_save")
     return adapted
 

@@ -21,19 +21,24 @@ from atesd.models.weights import Weights, overwrite
 
 @final
 class Teacher:
-    """Holds the teacher's own values of the trained parameters, as far as they differ from the student's."""
+    """Holds the teacher's own values of the trained parameters, as far as they differ from the student's.
+
+    An average is kept in float32 beside weights in bfloat16: there, 1 - decay of a difference is below the rounding.
+    """
 
     def __init__(self, weights: Weights, config: TeacherConfig) -> None:
         self._weights = weights
         self._config = config
         self._adapter_off = config.weights == "frozen" and weights.has_adapter
         own_copy = config.weights != "live" and not self._adapter_off
-        self._values = {name: part.tensor.clone() for name, part in weights.parts().items()} if own_copy else {}
+        kept = torch.float32 if config.weights == "ema" else None
+        parts = weights.parts() if own_copy else {}
+        self._values = {name: part.tensor.to(kept or part.tensor.dtype, copy=True) for name, part in parts.items()}
 
     @contextmanager
     def weights(self) -> Iterator[None]:
         """Inside, the model is the teacher, without gradient; afterwards it is the student again, bit for bit."""
-        with self._weights.without_adapter() if self._adapter_off else self._weights.exchanged(self._values):
+        with self._weights.without_adapter() if self._adapter_off else self._weights.exchanged(self._as_student()):
             yield
 
     @torch.no_grad()
@@ -41,7 +46,7 @@ class Teacher:
         """Move the teacher's clock: average (`ema`) or copy (`refresh`) after a student update."""
         if isinstance(self._config, EmaTeacher):
             for name, part in self._weights.parts().items():
-                self._values[name].lerp_(part.tensor, 1 - self._config.decay)
+                self._values[name].lerp_(part.tensor.to(self._values[name].dtype), 1 - self._config.decay)
         elif isinstance(self._config, RefreshedTeacher) and updates_done % self._config.every == 0:
             overwrite(self._values, {name: part.tensor for name, part in self._weights.parts().items()})
 
@@ -58,3 +63,8 @@ class Teacher:
                 f"{len(values)}; resume with the teacher settings of the run"
             )
         overwrite(self._values, values)
+
+    def _as_student(self) -> dict[str, Tensor]:
+        """The values in the types of the student's: themselves where these are the same."""
+        parts = self._weights.parts() if self._values else {}
+        return {name: value.to(parts[name].tensor.dtype) for name, value in self._values.items()}
