@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from atesd.config import parse_yaml
 from atesd.errors import ConfigError, DataError, RunError
+from atesd.rows import skipped_row
 from atesd.runs import RunFolder, new_manifest
 from atesd.text import MISSING, duration
 from atesd_lab.cli.reproduce import run_experiments
-from atesd_lab.paper import numbers, sweep, tokens, words
+from atesd_lab.paper import exposure, numbers, policy, reproduce, sweep, tokens, words
 from atesd_lab.paper.aligned_measure import fixed_ratios
 from atesd_lab.paper.bench import RATIOS, read_bench
 from atesd_lab.paper.claims import Claim
@@ -23,7 +26,7 @@ from atesd_lab.paper.drawing import accuracy_dots, panels
 from atesd_lab.paper.exposure import is_control
 from atesd_lab.paper.reproduce import EXPERIMENTS, claims_table, named, write_experiments
 from atesd_lab.paper.scale import Scale, budget, cells_for, load_scale
-from atesd_lab.report.rows import RunRows, shares
+from atesd_lab.report.rows import RunRows, at_common_updates, shares
 from atesd_lab.stats.contrast import Contrast, over_seeds
 from atesd_lab.stats.differences import paired_difference
 from atesd_lab.stats.selection import halves_of
@@ -308,16 +311,120 @@ def test_no_correct_rollout_is_an_error_that_names_the_setting(scale: Scale, tmp
         tokens.report(read_bench(cells, scale.wanted(["tokens"])))
 
 
+def rewrite(folder: Path, kind: str, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Each row of a run as `change` returns it; None drops it."""
+    rows = [change(json.loads(line)) for line in (folder / f"{kind}.jsonl").read_text("utf-8").splitlines()]
+    overwrite_rows(folder, kind, "".join(f"{json.dumps(row)}\n" for row in rows if row is not None))
+
+
+def skip(folder: Path, update: int) -> None:
+    """What a run has of an update that it skipped: a row without numbers, no decision, no rollouts."""
+    rewrite(folder, "metrics", lambda row: skipped_row(update, "nan", 0.1) if row["update"] == update else row)
+    for kind in ("decisions", "samples"):
+        if (folder / f"{kind}.jsonl").exists():
+            rewrite(folder, kind, lambda row: None if row["update"] == update else row)
+
+
 def test_a_mismatch_at_a_skipped_update_is_an_error_that_names_the_run(scale: Scale, tmp_path: Path):
     cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
     for cell in cells:
         write_cell(cell)
     path = cells[0].job.folder
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
-    rows[10]["top1_disagreement"] = None
-    overwrite_rows(path, "metrics", "".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(RunError, match=rf"{path.name}: update 10 was skipped"):
+    skip(path, 10)
+    with pytest.raises(RunError, match=rf"{path.name} has those of \[0\]; .*train anew"):
         sweep.mismatch_table(read_bench(cells, scale.wanted(["tokens"])))
+
+
+def test_series_of_several_seeds_are_read_at_the_updates_that_all_have(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=2)
+    for cell in cells:
+        write_cell(cell)
+        run = RunFolder.open(cell.job.folder)
+        run.append("samples", sample_row(19, ["a"], np.random.default_rng(0), token_kl=[RATIOS[cell.points["arm"]]]))
+        run.append("evaluations", evaluation_row(5, 0.5, np.random.default_rng(0)))
+        rewrite(cell.job.folder, "samples", dict)  # and no tally of the rows
+    path = cells[0].job.folder
+    skip(path, 7)
+    skip(path, 19)
+    rewrite(path, "evaluations", lambda row: None if row["update"] == 5 else row)
+    bench = read_bench(cells, scale.wanted(["tokens"]))
+    assert sweep.logged_updates(bench, "leaps") == [0, 10]
+    assert [row[1] for row in sweep.optimum_table(bench).rows] == ["0", "10", "20"]
+    sweep._draw_mismatch(bench, "leaps")
+    skipped, whole = bench["leaps"].runs(cells[0].points["arm"])
+    updates, each = at_common_updates("kl", [skipped.series("kl"), whole.series("kl")])
+    assert updates == [update for update in range(UPDATES) if update not in (7, 19)]
+    assert each[1] == [whole.series("kl")[1][update] for update in updates]
+    with pytest.raises(RunError, match="kl: there is no update at which every run has it"):
+        at_common_updates("kl", [([0], [1.0]), ([1], [1.0])])
+
+
+def test_policies_of_several_seeds_are_averaged_at_one_update(
+    scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arms = [*RATIOS, *exposure.LEARNED]
+    some = [
+        cell
+        for cell in cells_for(scale, ["exposure"], tmp_path, FEW, seeds=2)
+        if cell.points["world"] == "leaps" and cell.points["arm"] in arms
+    ]
+    for cell in some:
+        write_cell(cell)
+        if cell.seed == 1 and cell.points["arm"] not in RATIOS:
+            skip(cell.job.folder, 8)
+    bench = read_bench(some, [("leaps", arm) for arm in arms])
+    runs = bench["leaps"].runs("sound")
+    assert exposure.policy_means(runs)[0] == [0, 4, 12, 16]
+    table = policy.density_table(bench, "leaps", "sound")
+    assert [row[0] for row in table.rows] == ["0", "4", "12", "16"]
+    # decision_row: concentrations 1.7 + update / 20 and 1.7 + update / 30 in both seeds; by hand at update 16
+    assert float(table.rows[-1][2]) == pytest.approx(2.5 / (2.5 + 1.7 + 16 / 30), abs=0.005)
+    monkeypatch.setattr(exposure, "NULL_SEEDS", range(2))
+    exposure._draw_ratios(bench)  # over the null band of its settings, whatever these hold
+
+
+def test_a_rollout_is_followed_where_every_ratio_logged_it_with_a_finite_kl(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=2)
+    for cell in cells:
+        write_cell(cell)
+        rewrite(cell.job.folder, "samples", lambda row: row | {"token_kl": [None, *row["token_kl"][1:]]})
+        if (cell.points["arm"], cell.seed) == ("full", 0):
+            skip(cell.job.folder, 0)
+    single, every = tokens.report(read_bench(cells, scale.wanted(["tokens"]))).tables
+    # write_cell at ratio 1 and seed 1: 0.001 and 0.101 are left; their mean is 0.051
+    assert single.rows[-1][2:] == ("0.0510", "0.243", "0.101", "2: \\boxed{3}")
+    assert {row[1] for row in every.rows} == {"1"}
+
+
+def test_runs_without_logged_rollouts_or_test_problems_are_refused_in_words(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
+    for cell in cells:
+        write_cell(cell)
+        overwrite_rows(cell.job.folder, "samples", "")
+        rewrite(cell.job.folder, "evaluations", lambda row: None if row["split"] == "test" else row)
+    bench = read_bench(cells, scale.wanted(["tokens"]))
+    for made in (sweep.mismatch_claims, tokens.report):
+        with pytest.raises(RunError, match=r"train\.log_samples"):
+            made(bench)
+    for read in (bench["leaps"].base_test, lambda: bench["leaps"].last_test("full")):
+        with pytest.raises(RunError, match=r"never evaluated on test; set data\.test_size above 0"):
+            read()
+    with pytest.raises(ConfigError, match=r"data\.test_size is 0"):
+        cells_for(scale, ["tokens"], tmp_path, ["data.test_size=0"], seeds=1)
+
+
+def test_an_experiment_that_breaks_is_named_and_the_others_are_written(
+    scale: Scale, three: tuple[Path, list[Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def breaks(_: object) -> None:
+        [].pop()
+
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "policy", breaks)
+    folders = {cell.job.folder for cell in three[1]}
+    broken, credit = write_experiments(scale, ["policy", "credit"], three[1], folders, tmp_path)
+    assert broken.missing.startswith("IndexError: pop from empty list (test_reproduce.py:")
+    assert credit.findings is not None
+    assert "Not written: IndexError: pop from empty list" in (tmp_path / "results.md").read_text("utf-8")
 
 
 def test_an_experiment_is_trained_and_written_end_to_end(scale: Scale, tmp_path: Path):

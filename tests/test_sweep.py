@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from atesd.config import load_config
 from atesd.errors import ConfigError, RunError
+from atesd_lab.cli import worker
 from atesd_lab.cli.sweep import LiveSweep, PlainSweep, SweepProgress
 from atesd_lab.sweep import jobs, workers
 from atesd_lab.sweep.grid import command_lines, scores, write_shared
@@ -413,6 +415,32 @@ def test_a_run_folder_that_is_in_use_is_held_too(tmp_path: Path):
     with folder.lock():
         assert job.is_held()
     assert not job.is_held()
+
+
+def test_a_disk_that_takes_no_owner_file_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = fake_cells(tmp_path, "a")[0].job
+    begin_run(job.folder, job.config)
+    (job.folder / ".owner.json").mkdir()  # as on a full disk, what names the owner cannot be written
+    assert not job.is_in_use()
+    monkeypatch.setattr(worker, "_run", lambda _: 1)
+    assert worker._ending(job) == {"code": 1, "held": False, "goes_on": False}
+
+
+@pytest.mark.parametrize("place", ["a-seed-0/.lock", ".claims/a-seed-0.lock"])
+def test_a_cell_whose_lock_the_disk_refuses_fails_with_its_reason(
+    place: str, tmp_path: Path, pretender: type[Pretender], monkeypatch: pytest.MonkeyPatch
+):
+    found = fake_cells(tmp_path, "a", "b")
+    begin_run(found[0].job.folder, found[0].job.config)
+    (tmp_path / place).unlink(missing_ok=True)
+    (tmp_path / place).mkdir(parents=True)  # what is no file cannot be locked, whoever asks
+    board, _ = run(found)
+    assert [entry.status for entry in board] == ["failed", "finished"]
+    assert re.search(rf"a-seed-0: .*{place}: cannot be locked: ", board[0].reason)
+    assert pretender.given == ["b-seed-0"]
+    monkeypatch.setattr(worker, "_run", lambda _: 1)
+    if place.startswith("a-"):
+        assert worker._ending(found[0].job)["held"] is False
 
 
 def test_a_folder_with_other_settings_is_refused_before_anything_begins(tmp_path: Path, pretender: type[Pretender]):

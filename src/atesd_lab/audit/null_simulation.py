@@ -87,12 +87,19 @@ def frozen(measured: Sequence[MeasuredRatio], seed: int, probe_noise: Mapping[st
     return stats
 
 
-def null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int, seeds: Sequence[int]) -> NullBand:
+def null_band(
+    credit: CreditConfig,
+    policy: PolicyConfig,
+    decisions: int,
+    seeds: Sequence[int],
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> NullBand:
     """Where a controller wanders whose reward is nothing but noise: the band to draw behind a learned curve.
 
     Every signal is a standard normal draw, whatever the ratio. Its scale does not matter: advantages are normalised.
+    `bounds`: the lowest and the highest ratio that may act.
     """
-    curves = [drive(credit, policy, decisions, seed, noise(seed)).means for seed in seeds]
+    curves = [drive(credit, policy, decisions, seed, noise(seed), bounds).means for seed in seeds]
     columns = list(zip(*curves, strict=True))
     means = tuple(sum(column) / len(column) for column in columns)
     deviations = tuple(

@@ -16,6 +16,7 @@ import torch
 import atesd.build  # noqa: F401 (loaded while nobody waits for it)
 from atesd.cli import main
 from atesd.data.benchmarks import Asked
+from atesd.errors import RunError
 from atesd_lab.sweep.jobs import Job, Scoring
 
 
@@ -51,8 +52,16 @@ def _ending(job: Job) -> dict[str, Any]:
         if not ours:
             return {"code": 1, "held": True, "goes_on": True}
         code = 0 if job.was_finished() else _run(job)
-        held = code != 0 and job.is_in_use()
+        held = code != 0 and _is_in_use(job)
     return {"code": code, "held": held, "goes_on": code == 0 and job.config.model.path.startswith("world:")}
+
+
+def _is_in_use(job: Job) -> bool:
+    """Whether another process has the run; not where the disk allows no lock: that is why the run failed."""
+    try:
+        return job.is_in_use()
+    except RunError:
+        return False
 
 
 def _run(job: Job) -> int:

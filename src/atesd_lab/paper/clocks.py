@@ -15,6 +15,7 @@ from atesd_lab.paper.bench import Bench, Findings, main_world
 from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.report.canvas import colour, plain, styled
+from atesd_lab.report.rows import at_common_updates, validated
 from atesd_lab.stats.contrast import POINTS, Contrast, over_seeds
 
 MOVING: Mapping[str, str] = {"ema": "EMA", "refresh": "refresh", "live": "live"}
@@ -81,9 +82,9 @@ def _draw(bench: Bench) -> Figure:
     figure, all_axes = panels(len(bench), width=3.4)
     for axes, (world, name) in zip(all_axes, _weights(bench).items(), strict=True):
         for index, arm in enumerate(ARMS):
-            rows = [run.evaluated("validation") for run in bench[world].runs(arm)]
-            updates = [int(row["update"]) for row in rows[0]]
-            values = [[100 * row["average"]["value"] for row in some] for some in rows]
+            validations = [validated(run) for run in bench[world].runs(arm)]
+            updates, shares = at_common_updates(f"{world}, {arm}: accuracy on validation", validations)
+            values = [[100 * share for share in one] for one in shares]
             axes.plot(
                 updates, np.mean(values, axis=0), color=colour(index), linewidth=2, marker="o", markersize=3, label=arm
             )

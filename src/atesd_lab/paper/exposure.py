@@ -5,14 +5,14 @@ The controls are a reward that is shuffled, a policy that is never updated, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from atesd.config import CreditConfig, PolicyConfig
+from atesd.config import Config, CreditConfig, PolicyConfig
 from atesd.table import Table
 from atesd.text import MISSING, number
 from atesd_lab.audit.null_simulation import NullBand, null_band
@@ -21,8 +21,8 @@ from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import accuracy_dots, draw_seeds, panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import running_mean, styled
-from atesd_lab.report.decisions import policies
-from atesd_lab.report.rows import RunRows
+from atesd_lab.report.decisions import Policy, policies
+from atesd_lab.report.rows import RunRows, at_common_updates
 from atesd_lab.report.svg import INK
 from atesd_lab.stats.contrast import Contrast
 
@@ -178,10 +178,15 @@ def _own_claims(bench: Bench) -> list[Claim]:
     return claims
 
 
+def _null_band(config: Config, decisions: int) -> NullBand:
+    """The band of a config's reward, policy and bounds: 10 s for 50 decisions, once for worlds that share these."""
+    return _band(config.credit.model_dump_json(), config.policy.model_dump_json(), decisions, config.bounds)
+
+
 @cache
-def _null_band(credit: CreditConfig, policy: PolicyConfig, decisions: int) -> NullBand:
-    """The band of all worlds that share these settings: 10 s for 50 decisions."""
-    return null_band(credit, policy, decisions, NULL_SEEDS)
+def _band(credit: str, policy: str, decisions: int, bounds: tuple[float, float]) -> NullBand:
+    reward = CreditConfig.model_validate_json(credit)
+    return null_band(reward, PolicyConfig.model_validate_json(policy), decisions, NULL_SEEDS, bounds)
 
 
 @styled
@@ -189,9 +194,8 @@ def _draw_ratios(bench: Bench) -> Figure:
     figure, all_axes = panels(len(bench), width=4.6, height=3.6)
     for axes, world in zip(all_axes, bench, strict=True):
         runs = bench[world].runs("sound")
-        config = runs[0].config
-        updates, means = policy_means(runs[0])
-        band = _null_band(config.credit, config.policy, len(means))
+        updates, _ = policy_means(runs[:1])
+        band = _null_band(runs[0].config, len(updates))
         middle, reach = np.array(band.mean), 2 * np.array(band.deviation)
         axes.fill_between(
             updates, middle - reach, middle + reach, color=INK, alpha=0.12, linewidth=0, label="null band"
@@ -199,11 +203,12 @@ def _draw_ratios(bench: Bench) -> Figure:
         for index, arm in enumerate(LEARNED):
             mine = bench[world].runs(arm)
             if arm in OURS:
-                ratios = [running_mean(np.array(run.series("reveal_ratio")[1]), SMOOTH).tolist() for run in mine]
-                draw_seeds(axes, mine[0].series("reveal_ratio")[0], ratios, index, f"{arm}, mean of {SMOOTH} updates")
+                held = [run.series("reveal_ratio") for run in mine]
+                ratios = [(at, running_mean(np.array(values), SMOOTH).tolist()) for at, values in held]
+                shared, each = at_common_updates(f"{world}, {arm}: the reveal ratio", ratios)
+                draw_seeds(axes, shared, each, index, f"{arm}, mean of {SMOOTH} updates")
             else:
-                curves = [policy_means(run) for run in mine]
-                draw_seeds(axes, curves[0][0], [means for _, means in curves], index, f"{arm}, mean of the Beta")
+                draw_seeds(axes, *policy_means(mine), index, f"{arm}, mean of the Beta")
         axes.axhline(RATIOS[best_fixed(bench[world])], color=INK, linestyle=":", linewidth=1.4, label="best fixed")
         axes.set(title=world, xlabel="update", ylim=(-0.03, 1.03))
         axes.set_ylabel("reveal ratio")
@@ -211,7 +216,14 @@ def _draw_ratios(bench: Bench) -> Figure:
     return figure
 
 
-def policy_means(run: RunRows) -> tuple[list[int], list[float]]:
-    """The update and the mean of the Beta of every decision."""
-    held = policies(run)
-    return [policy.start for policy in held], [policy.mean for policy in held]
+def policies_at(runs: Sequence[RunRows]) -> tuple[list[int], list[list[Policy]]]:
+    """The updates before which all runs decided, and the policy of each run at them. `RunError` without any."""
+    held = list(map(policies, runs))
+    series = [([policy.start for policy in one], one) for one in held]
+    return at_common_updates(f"the policy of {', '.join(run.name for run in runs)}", series)
+
+
+def policy_means(runs: Sequence[RunRows]) -> tuple[list[int], list[list[float]]]:
+    """The updates of these decisions, and the mean of the Beta of each run at them."""
+    updates, each = policies_at(runs)
+    return updates, [[policy.mean for policy in held] for held in each]

@@ -15,10 +15,10 @@ from atesd.text import MISSING
 from atesd_lab.paper.bench import Bench, Findings
 from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
-from atesd_lab.paper.exposure import policy_means
+from atesd_lab.paper.exposure import policies_at, policy_means
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import colour, styled
-from atesd_lab.report.decisions import moments, policies
+from atesd_lab.report.decisions import Policy, moments
 from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
 from atesd_lab.stats.contrast import over_seeds
@@ -32,7 +32,7 @@ def report(bench: Bench) -> Findings:
     paper = printed("policy_over_training")
     claims = []
     for arm in list(bench[world].groups):
-        moves = [means[-1] - means[0] for _, means in map(policy_means, bench[world].runs(arm))]
+        moves = [means[-1] - means[0] for means in policy_means(bench[world].runs(arm))[1]]
         contrast = over_seeds("last mean - first mean", moves, "of ratio")
         printed_move = f"{paper['start_mean']} to a mode of {paper['late_mode']}"
         claims.append(Claim(f"{world}: the policy ({arm}) moves up over training", "paper", printed_move, (contrast,)))
@@ -53,10 +53,10 @@ def density_table(bench: Bench, world: str, arm: str) -> Table:
     runs = bench[world].runs(arm)
     paper = printed("policy_over_training")
     rows = []
-    held = policies(runs[0])
-    places = moments(len(held))
+    updates, each = policies_at(runs)
+    places = moments(len(updates))
     for place in places:
-        density = mixture(runs, place)
+        density = mixture([held[place] for held in each])
         mass = np.cumsum(density) / density.sum()
         low, high = (float(GRID[np.searchsorted(mass, share)]) for share in (0.05, 0.95))
         words = {
@@ -64,17 +64,17 @@ def density_table(bench: Bench, world: str, arm: str) -> Table:
             places[-1]: f"mode {paper['late_mode']}, mass {paper['mass']}",
         }
         mean, mode = float((GRID * density).sum() / density.sum()), float(GRID[density.argmax()])
-        update = str(held[place].start)
-        rows.append((update, words.get(place, MISSING), f"{mean:.2f}", f"{mode:.2f}", f"{low:.2f} to {high:.2f}"))
+        rows.append(
+            (str(updates[place]), words.get(place, MISSING), f"{mean:.2f}", f"{mode:.2f}", f"{low:.2f} to {high:.2f}")
+        )
     columns = ("update", "paper", "mean", "mode", "90 % of the mass")
     return Table(f"{world}, {arm}: the policy's density over training", columns, tuple(rows))
 
 
-def mixture(runs: Sequence[RunRows], place: int) -> NDArray[np.float64]:
-    """The mean over runs of the Beta density at a decision, on `GRID`."""
-    each = [policies(run)[place] for run in runs]
+def mixture(held: Sequence[Policy]) -> NDArray[np.float64]:
+    """The mean of some Beta densities, on `GRID`."""
     density: NDArray[np.float64] = np.mean(
-        [beta.pdf(GRID, one.concentration1, one.concentration0) for one in each], axis=0
+        [beta.pdf(GRID, one.concentration1, one.concentration0) for one in held], axis=0
     )
     return density
 
@@ -91,13 +91,13 @@ def _draw_ridges(bench: Bench, world: str) -> Figure:
 
 
 def _draw_ridge(axes: Axes, runs: Sequence[RunRows], index: int) -> None:
-    held = policies(runs[0])
-    places = moments(len(held))
-    densities = [mixture(runs, place) for place in places]
+    updates, each = policies_at(runs)
+    places = moments(len(updates))
+    densities = [mixture([held[place] for held in each]) for place in places]
     tallest = max(float(density.max()) for density in densities)
     for step, density in enumerate(densities):
         height = 1.6 * density / tallest - step
         axes.fill_between(GRID, -step, height, color="white", linewidth=0, zorder=step + 2)
         axes.fill_between(GRID, -step, height, color=colour(index), alpha=0.45, linewidth=0, zorder=step + 2)
         axes.plot(GRID, height, color=INK, linewidth=0.7, zorder=step + 2)
-    axes.set_yticks([-step for step in range(len(places))], [str(held[place].start) for place in places])
+    axes.set_yticks([-step for step in range(len(places))], [str(updates[place]) for place in places])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,8 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], Findings]] = {
     "controllers": controllers.report,
     "words": words.report,
 }
+UNFORESEEN = (ValueError, LookupError, TypeError, ArithmeticError, StopIteration)
+"""What rows that nobody thought of raise: the other experiments are written all the same."""
 RULE = (
     "Each row is one claim: of the paper, with its number, or ours. Beside it stand our difference or differences with "
     "their 95 % intervals. The claim *agrees* if all intervals are above 0, and *disagrees* if one is below 0; "
@@ -78,7 +81,10 @@ def named(name: str, scale: Scale) -> list[str]:
 def write_experiments(
     scale: Scale, names: Sequence[str], cells: Sequence[Cell], finished: Set[Path], out: Path
 ) -> list[Written]:
-    """Write NAME.md and figures/NAME-*.svg and .png for every experiment whose cells are finished, and results.md."""
+    """Write NAME.md and figures/NAME-*.svg and .png for every experiment whose cells are finished, and results.md.
+
+    One that cannot be made does not keep the others back: it is named with the reason.
+    """
     pooling = pooling_for(cells, finished)
     written = [_write(name, scale, cells, finished, out, pooling) for name in names]
     write_atomic(out / "results.md", summary(written, about(cells)).encode())
@@ -97,6 +103,9 @@ def _write(
         findings = EXPERIMENTS[name](read_bench(mine, pairs, pooling))
     except AtesdError as error:
         return Written(name, None, str(error))
+    except UNFORESEEN as error:
+        cause = traceback.extract_tb(error.__traceback__)[-1]
+        return Written(name, None, f"{type(error).__name__}: {error} ({Path(cause.filename).name}:{cause.lineno})")
     for key, figure in findings.figures.items():
         write_figure(figure, out / "figures" / f"{name}-{key}")
     notes = () if pooling is None else (about(cells),)

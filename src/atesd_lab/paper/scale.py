@@ -129,6 +129,9 @@ def cells_for(
     )
     cells = cells_of(plan, out / FOLDER, "reproduce")
     if scale.benchmarks is None:
+        for cell in {cell.points["world"]: cell for cell in cells}.values():
+            if not cell.job.config.data.test_size:
+                raise ConfigError("data.test_size is 0; every experiment compares arms on the test problems")
         return cells
     return _evaluated(cells, asked_of(scale, None, ()) if asked is None else asked, scale.benchmarks, overrides)
 

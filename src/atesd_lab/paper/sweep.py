@@ -18,7 +18,7 @@ from atesd_lab.paper.claims import Claim, ends_above
 from atesd_lab.paper.drawing import draw_seeds, log_axis, panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import colour, dash, styled
-from atesd_lab.report.rows import RunRows, average, natural, shares
+from atesd_lab.report.rows import RunRows, at_common_updates, natural, shares, validated
 from atesd_lab.stats.contrast import Contrast, over_seeds
 from atesd_lab.stats.mismatch import Mismatch, mismatch
 from atesd_lab.stats.selection import best_fixed
@@ -68,11 +68,13 @@ def optimum_table(bench: Bench) -> Table:
     """Which fixed ratio is best after how many updates, on validation: where the optimum is, and whether it moves."""
     rows = []
     for world in bench:
-        tested = {arm: [run.evaluated("validation") for run in bench[world].runs(arm)] for arm in ARMS}
-        for place, first in enumerate(tested["full"][0]):
-            means = {arm: fmean(average(rows[place]) for rows in some) for arm, some in tested.items()}
-            best = f"{RATIOS[best_fixed(RATIOS, means)]:g}" if first["update"] else MISSING
-            rows.append((world, str(first["update"]), *map(percent, means.values()), best))
+        runs = [(arm, run) for arm in ARMS for run in bench[world].runs(arm)]
+        updates, each = at_common_updates(f"{world}: accuracy on validation", [validated(run) for _, run in runs])
+        for place, update in enumerate(updates):
+            found = [(arm, values[place]) for (arm, _), values in zip(runs, each, strict=True)]
+            means = {arm: fmean(value for mine, value in found if mine == arm) for arm in ARMS}
+            best = f"{RATIOS[best_fixed(RATIOS, means)]:g}" if update else MISSING
+            rows.append((world, str(update), *map(percent, means.values()), best))
     columns = ("world", "update", *(f"{ratio:g}" for ratio in RATIOS.values()), "best")
     notes = ("Means over seeds; equal before the first update. The lowest of equals is called best.",)
     return Table("Average@k on validation in %, by fixed ratio and update", columns, tuple(rows), notes)
@@ -84,8 +86,25 @@ def token_kl(run: RunRows, update: int) -> list[float]:
 
 
 def logged_updates(bench: Bench, world: str) -> list[int]:
-    """The updates whose rollouts were logged."""
-    return sorted({int(row["update"]) for row in bench[world].runs("full")[0].samples})
+    """The updates whose rollouts every run logged; one that a run skipped is none.
+
+    Raises `RunError` where there is none, or only one though a run logged more.
+    """
+    runs = [run for arm in ARMS for run in bench[world].runs(arm)]
+    each = [_logged(run) for run in runs]
+    common, least = set.intersection(*each), min(2, max(map(len, each)))
+    if len(common) < max(1, least):
+        logged, name = min((sorted(own), run.name) for own, run in zip(each, runs, strict=True))
+        raise RunError(
+            f"{world}: fewer than two updates have logged rollouts in every run; {name} has those of {logged}; set "
+            "train.log_samples above 0, and train anew what skipped an update"
+        )
+    return sorted(common)
+
+
+def _logged(run: RunRows) -> set[int]:
+    measured = set(run.series("top1_disagreement")[0])
+    return {row["update"] for row in run.samples if row["update"] in measured and token_kl(run, row["update"])}
 
 
 def mismatch_table(bench: Bench) -> Table:
@@ -107,10 +126,7 @@ def mismatch_table(bench: Bench) -> Table:
 
 
 def _disagreement(run: RunRows, update: int) -> float:
-    measured = dict(zip(*run.series("top1_disagreement"), strict=True))
-    if update not in measured:
-        raise RunError(f"{run.name}: update {update} was skipped, so that its disagreement is unknown; train it anew")
-    return measured[update]
+    return dict(zip(*run.series("top1_disagreement"), strict=True))[update]
 
 
 def difficulty_classes(bench: Bench, world: str) -> dict[str, list[str]]:
@@ -226,11 +242,12 @@ def _draw_mismatch(bench: Bench, world: str) -> Figure:
     figure.legend(*early.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     for index, (arm, ratio) in enumerate(RATIOS.items()):
         series = [run.series("top1_disagreement") for run in bench[world].runs(arm)]
-        smooth = 100 * np.mean([values for _, values in series], axis=0)
+        shared, each = at_common_updates(f"{world}, {arm}: top-1 disagreement", series)
+        smooth = 100 * np.mean(each, axis=0)
         width = max(1, len(smooth) // 10)
         kernel = np.convolve(smooth, np.ones(width) / width, mode="valid")
         disagreement.plot(
-            series[0][0][width - 1 :], kernel, label=f"ratio {ratio:g}", color=colour(index), linestyle=dash(index)
+            shared[width - 1 :], kernel, label=f"ratio {ratio:g}", color=colour(index), linestyle=dash(index)
         )
     disagreement.set(title="Top-1 disagreement", xlabel=f"update (mean of {width})", ylabel="% of tokens")
     figure.legend(*disagreement.get_legend_handles_labels(), loc="outside lower right", ncols=5, columnspacing=1)

@@ -5,12 +5,13 @@ At the first update all fixed ratios of a seed score the same rollouts, so nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from atesd.errors import RunError
 from atesd.rows import SampleRow
@@ -21,27 +22,30 @@ from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.drawing import panels
 from atesd_lab.paper.numbers import printed
 from atesd_lab.report.canvas import plain, styled
-from atesd_lab.report.rows import RunRows
 from atesd_lab.report.svg import INK
 from atesd_lab.stats.contrast import over_seeds
 
+Floats = NDArray[np.float64]
 LOW = "fixed-0.25"
+
+
+Rollout = Mapping[str, SampleRow]
+"""One rollout of the student: its row of every arm."""
 
 
 def report(bench: Bench) -> Findings:
     """Mean, max and argmax per ratio of the fixed rollout; the heat map; the same over all correct rollouts."""
     (world,) = bench
-    chosen = the_rollout(bench[world].runs("full"))
-    seed, place = chosen
-    shown = {arm: _correct(bench[world].runs(arm)[seed])[place] for arm in RATIOS}
+    by_seed = correct_rollouts(bench, world)
+    shown = max((one for some in by_seed for one in some), key=lambda one: len(one["full"]["tokens"]))
     paper = printed("one_rollout_kl")
     return Findings(
         "One rollout under several ratios: figure 4A",
-        (rollout_table(shown), all_rollouts_table(bench, world)),
+        (rollout_table(shown), all_rollouts_table(world, by_seed)),
         {"heat": _draw_heat(shown)},
         (
-            _claim(bench, world, "mean", f"{paper['ratio_1.0']['mean']} against {paper['ratio_0.3']['mean']}"),
-            _claim(bench, world, "max", f"{paper['ratio_1.0']['max']} against {paper['ratio_0.3']['max']}"),
+            _claim(world, by_seed, "mean", f"{paper['ratio_1.0']['mean']} against {paper['ratio_0.3']['mean']}"),
+            _claim(world, by_seed, "max", f"{paper['ratio_1.0']['max']} against {paper['ratio_0.3']['max']}"),
         ),
         (
             "The rollout: the correct one with the most tokens in the first update, the first seed's and then the "
@@ -50,27 +54,44 @@ def report(bench: Bench) -> Findings:
     )
 
 
-def the_rollout(runs: Sequence[RunRows]) -> tuple[int, int]:
-    """(seed's place, place among its correct rollouts) of the longest correct rollout of the first update.
+def correct_rollouts(bench: Bench, world: str) -> list[list[Rollout]]:
+    """By seed, the correct rollouts of the first logged update that have a finite KL under every ratio.
 
-    Raises `RunError` if no seed has a correct one among those logged.
+    A seed of which one ratio's run skipped that update has none. Raises `RunError` where no seed has one.
     """
-    found = [
-        (-len(row["tokens"]), seed, place) for seed, run in enumerate(runs) for place, row in enumerate(_correct(run))
-    ]
-    if not found:
+    runs = [bench[world].runs(arm) for arm in RATIOS]
+    first = min((row["update"] for some in runs for run in some for row in run.samples), default=None)
+    found: list[list[Rollout]] = []
+    for by_arm in zip(*runs, strict=True):
+        logged = [[row for row in run.samples if row["update"] == first] for run in by_arm]
+        alike = len(set(map(len, logged))) == 1
+        rollouts = [dict(zip(RATIOS, rows, strict=True)) for rows in zip(*logged, strict=True)] if alike else []
+        found.append([one for one in rollouts if all(map(_counts, one.values()))])
+    if not any(found):
         raise RunError("no logged rollout of the first update is correct; raise train.log_samples or train.batch_size")
-    _, seed, place = min(found)
-    return seed, place
+    return found
 
 
-def rollout_table(shown: dict[str, SampleRow]) -> Table:
+def _counts(row: SampleRow) -> bool:
+    return row["verdict"] == "correct" and bool(_finite(row).size)
+
+
+def _kl(row: SampleRow) -> Floats:
+    """KL per token, NaN where it was not finite."""
+    return np.array(row["token_kl"], dtype=float)
+
+
+def _finite(row: SampleRow) -> Floats:
+    kl = _kl(row)
+    return kl[np.isfinite(kl)]
+
+
+def rollout_table(shown: Rollout) -> Table:
     """Per ratio: mean, max, and the token at which the KL is largest."""
     paper = {"full": printed("one_rollout_kl", "ratio_1.0"), LOW: printed("one_rollout_kl", "ratio_0.3")}
     rows = []
     for arm, row in shown.items():
-        kl = np.array(row["token_kl"])
-        at = int(kl.argmax())
+        kl, at = _finite(row), int(np.nanargmax(_kl(row)))
         theirs = paper.get(arm)
         cells = [number(theirs[key]) if theirs else MISSING for key in ("mean", "max")]
         token = f"{at}: {row['tokens'][at].strip()}"
@@ -82,47 +103,42 @@ def rollout_table(shown: dict[str, SampleRow]) -> Table:
     )
 
 
-def all_rollouts_table(bench: Bench, world: str) -> Table:
+def all_rollouts_table(world: str, by_seed: Sequence[Sequence[Rollout]]) -> Table:
     """Mean over all correct rollouts of the first update of the rollout's mean, max and their ratio."""
     rows = []
     for arm, ratio in RATIOS.items():
-        some = [np.array(row["token_kl"]) for run in bench[world].runs(arm) for row in _correct(run)]
-        peaked = fmean(float(kl.max() / kl.mean()) for kl in some if kl.mean() > 0)
+        some = [_finite(one[arm]) for rollouts in by_seed for one in rollouts]
+        peaked = [float(kl.max() / kl.mean()) for kl in some if kl.mean() > 0]
         mean, most = fmean(float(kl.mean()) for kl in some), fmean(float(kl.max()) for kl in some)
-        rows.append((f"{ratio:g}", str(len(some)), number(mean), number(most), number(peaked)))
+        ratio_of_both = number(fmean(peaked)) if peaked else MISSING
+        rows.append((f"{ratio:g}", str(len(some)), number(mean), number(most), ratio_of_both))
     columns = ("ratio", "rollouts", "mean", "max", "max / mean")
     return Table(f"{world}: KL per token of every correct rollout of the first update, nats", columns, tuple(rows))
 
 
-def _correct(run: RunRows) -> list[SampleRow]:
-    first = min(int(row["update"]) for row in run.samples)
-    return [row for row in run.samples if row["update"] == first and row["verdict"] == "correct"]
-
-
-def _claim(bench: Bench, world: str, what: str, words: str) -> Claim:
+def _claim(world: str, by_seed: Sequence[Sequence[Rollout]], what: str, words: str) -> Claim:
     """The mean (or max) of the KL over a correct rollout is larger at full exposure than at the low ratio."""
 
-    def of(run: RunRows) -> float:
-        each = [np.array(row["token_kl"], dtype=float) for row in _correct(run)]
-        values = [kl.mean() if what == "mean" else kl.max() for kl in each]
-        return float(np.mean(values)) if values else float("nan")
+    def of(rollouts: Sequence[Rollout], arm: str) -> float:
+        each = [_finite(one[arm]) for one in rollouts]
+        return float(np.mean([kl.mean() if what == "mean" else kl.max() for kl in each]))
 
-    gaps = [of(full) - of(low) for full, low in zip(bench[world].runs("full"), bench[world].runs(LOW), strict=True)]
-    known = [gap for gap in gaps if np.isfinite(gap)]
-    contrast = over_seeds(f"{what} at 1 - at {RATIOS[LOW]:g}", known, "nats per token")
+    gaps = [of(rollouts, "full") - of(rollouts, LOW) for rollouts in by_seed if rollouts]
+    contrast = over_seeds(f"{what} at 1 - at {RATIOS[LOW]:g}", gaps, "nats per token")
     text = f"{world}: the {what} of a correct rollout's KL per token is larger at full exposure"
     return Claim(text, "paper", words, (contrast,))
 
 
 @styled
-def _draw_heat(shown: dict[str, SampleRow]) -> Figure:
+def _draw_heat(shown: Rollout) -> Figure:
     tokens = [plain(token.strip()) for token in next(iter(shown.values()))["tokens"]]
-    kl = np.array([row["token_kl"] for row in shown.values()])
+    kl = np.array(list(map(_kl, shown.values())))
     figure, (axes,) = panels(1, width=max(5.0, 1.6 + 0.34 * len(tokens)), height=0.42 * len(shown) + 1.7)
     image = axes.imshow(kl, aspect="auto", cmap="Oranges", norm=PowerNorm(0.4, vmin=0))
     for place, row in enumerate(kl):
-        shade = "white" if row.max() > 0.4 * kl.max() else INK
-        axes.text(int(row.argmax()), place, f"{row.max():.2g}", ha="center", va="center", fontsize=7.5, color=shade)
+        most = np.nanmax(row)
+        shade = "white" if most > 0.4 * np.nanmax(kl) else INK
+        axes.text(int(np.nanargmax(row)), place, f"{most:.2g}", ha="center", va="center", fontsize=7.5, color=shade)
     axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(shown)), [f"{RATIOS[arm]:g}" for arm in shown])
     axes.set(title="KL(teacher || student) per token of one correct rollout", ylabel="reveal ratio")

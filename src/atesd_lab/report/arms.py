@@ -42,11 +42,11 @@ class Arms:
 
     def last_test(self, arm: str) -> list[EvaluationRow]:
         """The evaluation of each seed on test after the last update."""
-        return [run.evaluated("test")[-1] for run in self.runs(arm)]
+        return [_evaluated(run, "test")[-1] for run in self.runs(arm)]
 
     def base_test(self) -> list[EvaluationRow]:
         """The evaluation of each seed on test before the first update: the same for all arms."""
-        return [run.evaluated("test")[0] for run in self.runs(next(iter(self.groups)))]
+        return [_evaluated(run, "test")[0] for run in self.runs(next(iter(self.groups)))]
 
     def accuracies(self, arm: str) -> list[float]:
         """Average@k of each seed on test after the last update, in [0, 1]."""
@@ -104,7 +104,7 @@ class Arms:
             raise RunError(f"{self.name}: the fixed ratios have no seed in common; finish the sweep")
         validated = {
             arm: fmean(
-                average(run.evaluated("validation")[-1]) for run in self.runs(arm) if run.config.train.seed in common
+                average(_evaluated(run, "validation")[-1]) for run in self.runs(arm) if run.config.train.seed in common
             )
             for arm in ratios
         }
@@ -126,3 +126,11 @@ class Arms:
             columns=(*table.columns, "late ratio"),
             rows=tuple((*row, ratio) for row, ratio in zip(rows, ratios, strict=True)),
         )
+
+
+def _evaluated(run: RunRows, split: str) -> tuple[EvaluationRow, ...]:
+    """Its evaluations on a split. Raises `RunError` where there is none."""
+    rows = run.evaluated(split)
+    if not rows:
+        raise RunError(f"{run.name}: never evaluated on {split}; set data.{split}_size above 0 and train it anew")
+    return rows

@@ -21,6 +21,7 @@ from atesd.text import finite
 
 Manifest = Mapping[str, Any]
 R = TypeVar("R", MetricsRow, DecisionRow, EvaluationRow, SampleRow)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,29 @@ def average(row: EvaluationRow) -> float:
     return float(row["average"]["value"])
 
 
+def validated(run: RunRows) -> tuple[list[int], list[float]]:
+    """Updates and Average@k on validation, shares."""
+    rows = run.evaluated("validation")
+    return [row["update"] for row in rows], list(map(average, rows))
+
+
 def peak(evaluations: Sequence[EvaluationRow]) -> EvaluationRow | None:
     """The evaluation with the highest Average@k, the earliest of equals; it is selected on the data it reports."""
     return max(evaluations, key=average, default=None)
+
+
+def at_common_updates(
+    what: str, series: Sequence[tuple[Sequence[int], Sequence[T]]]
+) -> tuple[list[int], list[list[T]]]:
+    """The updates that all series have, and the values of each there; a skipped update is missing from its run's.
+
+    Raises `RunError` in the name of `what` where there is no such update.
+    """
+    each = [dict(zip(*one, strict=True)) for one in series]
+    common = sorted(set.intersection(*map(set, each)))
+    if not common:
+        raise RunError(f"{what}: there is no update at which every run has it")
+    return common, [[one[update] for update in common] for one in each]
 
 
 def shares(rows: Sequence[EvaluationRow], problems: Sequence[str] | None = None) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ from atesd_lab.report.arms import Arms
 from atesd_lab.report.canvas import colour, running_mean, save_figure, styled
 from atesd_lab.report.groups import group_of
 from atesd_lab.report.honest import results_table
-from atesd_lab.report.rows import average
+from atesd_lab.report.rows import at_common_updates, average, validated
 from atesd_lab.sweep.jobs import Job, Say, train_all
 
 RECIPE = "micro-steps"
@@ -85,17 +85,16 @@ def draw_endings(arms: Arms, folder: Path) -> None:
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     scores, ratios = figure.subplots(1, 2)
     for index, (arm, group) in enumerate(arms.groups.items()):
-        validated = [run.evaluated("validation") for run in group.runs]
-        updates = [row["update"] for row in validated[0]]
-        curves = [[100 * average(row) for row in rows] for rows in validated]
+        updates, each = at_common_updates(f"{arm}: accuracy on validation", list(map(validated, group.runs)))
+        curves = [[100 * share for share in one] for one in each]
         for curve in curves:
             scores.plot(updates, curve, color=colour(index), linewidth=0.7, alpha=0.4)
         means = [fmean(column) for column in zip(*curves, strict=True)]
         scores.plot(updates, means, color=colour(index), linewidth=2, marker="o", markersize=3.5, label=arm)
         if arm.startswith("learned"):
             for run in group.runs:
-                smooth = running_mean(np.array(run.series("reveal_ratio")[1]), SMOOTH)
-                ratios.plot(range(len(smooth)), smooth, color=colour(index), linewidth=1.4)
+                measured, held = run.series("reveal_ratio")
+                ratios.plot(measured, running_mean(np.array(held), SMOOTH), color=colour(index), linewidth=1.4)
             ratios.plot([], [], color=colour(index), label=arm)
     scores.set(title="Validation accuracy under a bad teacher", xlabel="update", ylabel="Average@k, %", ylim=(0, None))
     ratios.set(title=f"Reveal ratio, mean of {SMOOTH} updates", xlabel="update", ylabel="reveal ratio", ylim=(0, 1))

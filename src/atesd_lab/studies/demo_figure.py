@@ -98,6 +98,6 @@ def _reach(arms: Arms, arm: str) -> tuple[float, float, float]:
 
 def _draw_ratios(axes: Axes, arms: Arms) -> None:
     for arm, (_, style, _) in CHOOSING.items():
-        ratios = arms.runs(arm)[0].series("reveal_ratio")[1]
-        axes.step(range(len(ratios)), ratios, where="post", color=colour(style), linestyle=dash(style), linewidth=1.6)
+        updates, ratios = arms.runs(arm)[0].series("reveal_ratio")
+        axes.step(updates, ratios, where="post", color=colour(style), linestyle=dash(style), linewidth=1.6)
     axes.set(xlabel="update", ylim=(-0.03, 1.05))

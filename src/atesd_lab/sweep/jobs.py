@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from atesd.config import Config, load_config, with_overrides
 from atesd.data.benchmarks import Asked
 from atesd.errors import AtesdError, RunError
+from atesd.refusals import reason, refusals_told
 from atesd.runs import RunFolder
 from atesd.text import duration
 from atesd_lab.sweep.workers import Ending, Worker, slots, wait
@@ -34,6 +35,7 @@ Say = Callable[[str], object]
 INTERRUPTED = 130  # exit code after a second interrupt
 LOG_LINES = 5
 POLL_SECONDS = 0.2
+RUN_LOCK = ".lock"  # of a run folder, held by whoever trains it
 HELD_SECONDS = 2.0  # between two looks at a run that another process trains
 
 
@@ -132,32 +134,28 @@ class Job:
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
-        """Be the one who trains it, from before a model is loaded; False if another process is. Ends with ours."""
+        """Be the one who trains it, from before a model is loaded; False if another process is. Ends with ours.
+
+        Raises `RunError` where the disk allows no lock.
+        """
         claims = self.folder.parent / ".claims"
-        claims.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(claims / f"{self.name}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with refusals_told(claims, "made"):
+            claims.mkdir(parents=True, exist_ok=True)
+        with _locked(claims / f"{self.name}.lock") as ours:
+            yield ours
 
     def is_in_use(self) -> bool:
-        """Whether a process holds the run folder: perhaps an `atesd train` that no sweep started."""
+        """Whether a process holds the run folder: perhaps an `atesd train` that no sweep started.
+
+        Nothing is written. Raises `RunError` where the disk allows no lock, which says nothing about other processes.
+        """
         if not RunFolder.exists(self.folder):
             return False
-        try:
-            with RunFolder(self.folder, run_id="").lock():
-                return False
-        except RunError:
-            return True
+        with _locked(self.folder / RUN_LOCK) as free:
+            return not free
 
     def is_held(self) -> bool:
-        """Whether another process trains it now."""
+        """Whether another process trains it now. Raises `RunError` where the disk allows no lock."""
         with self.claim() as ours:
             return not ours or self.is_in_use()
 
@@ -172,6 +170,24 @@ class Job:
         """The last lines of its log, without the command."""
         lines = self.log.read_text("utf-8", "replace").splitlines()[1:] if self.log.exists() else []
         return "\n  ".join(lines[-LOG_LINES:]) or "(nothing)"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock of the operating system; False where another process has it. `RunError` if there can be none."""
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise RunError(f"{path}: cannot be locked: {cause}; free some space or change permissions") from error
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @dataclass(slots=True)
@@ -362,8 +378,13 @@ def _dispatch(board: Sequence[Entry], crew: _Crew) -> list[Entry]:
         if any(by_folder[folder].status != "finished" for folder in entry.job.needs):
             continue
         entry.began = time.monotonic()
-        entry.job.folder.parent.mkdir(parents=True, exist_ok=True)
-        if entry.job.is_held():
+        try:
+            held = entry.job.is_held()
+        except RunError as error:  # of the disk; a cell that waited for it would wait for ever
+            entry.status, entry.reason = "failed", f"{entry.job.name}: {error}"
+            changed.append(entry)
+            continue
+        if held:
             _hold(entry)
         elif entry.job.was_finished():
             entry.status, entry.reason = "finished", ""
