@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +109,19 @@ def test_the_adapter_keeps_the_revision_of_its_base(runs: dict[str, RunFolder], 
     # A local base has no revisions: the trainer's, which PEFT does not write, must be in the file all the same.
     export._copy_adapter(_with_revision(runs["adapter"], "abc", monkeypatch), tmp_path / "part")
     assert '"revision": "abc"' in (tmp_path / "part" / "adapter_config.json").read_text("utf-8")
+
+
+def test_an_exported_adapter_names_its_base_from_anywhere(runs: dict[str, RunFolder], tmp_path: Path, monkeypatch):
+    # As a run of an earlier version on `model.path: base` had it.
+    shutil.copytree(runs["adapter"].path, tmp_path / "run")
+    described = tmp_path / "run" / "adapter" / "adapter_config.json"
+    settings = json.loads(described.read_text("utf-8"))
+    shutil.copytree(settings["base_model_name_or_path"], tmp_path / "base")
+    described.write_text(json.dumps({**settings, "base_model_name_or_path": "base"}), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    done = export_run(RunFolder.open(tmp_path / "run"), tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    assert (named, done.base) == (str(tmp_path / "base"),) * 2
 
 
 def _with_revision(run: RunFolder, revision: str, monkeypatch: pytest.MonkeyPatch) -> RunFolder:

@@ -224,6 +224,19 @@ def test_an_adapter_whose_file_lacks_weights_is_refused(folder, tmp_path):
         load_model(ModelConfig(path=str(tmp_path)))
 
 
+def test_an_adapter_of_a_base_by_a_relative_path_is_read_from_elsewhere(tmp_path, monkeypatch):
+    tiny_folder(tmp_path / "here" / "base")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in ("base", "./base", "../here/base"):
+        loaded = raised(load_model(ModelConfig(path=path, lora=LORA)), 0.02)
+        save_model(loaded, tmp_path / "adapter")
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(tmp_path / "there")
+            again = load_model(ModelConfig(path=str(tmp_path / "adapter")))
+        torch.testing.assert_close(logits(again), logits(loaded), atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_without_its_base_says_so(folder, tmp_path):
     save_model(load_model(ModelConfig(path=str(folder), lora=LORA)), tmp_path)
     settings = (tmp_path / "adapter_config.json").read_text()

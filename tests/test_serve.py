@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -15,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from atesd.cli import app
-from atesd.cli.serve import Command, commands_of, serve, startable
+from atesd.cli.serve import Command, _Child, _termination_as_interrupt, commands_of, serve, startable
 from atesd.config import Config, LoraConfig, ModelConfig, load_config
 from atesd.engine.draw import draw
 from atesd.engine.interface import SamplingParams
@@ -197,7 +198,7 @@ def test_what_a_killed_server_had_started_is_ended_too(tmp_path, monkeypatch):
     raise AssertionError(f"{left} is still there")
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_the_servers(tmp_path, which):
     mark, said = tmp_path / "ended", []
 
@@ -211,6 +212,48 @@ def test_an_interrupt_ends_the_servers(tmp_path, which):
     assert mark.exists()
     assert said[-1] == "ending them"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_ends_servers_that_take_their_time_and_leaves_none(monkeypatch):
+    stubborn = f"{SERVER}\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+    processes, plain = [], subprocess.Popen.wait
+
+    def wait(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout == 30.0 and process not in processes:
+            processes.append(process)
+            signal.raise_signal(signal.SIGINT)
+        return plain(process, timeout)
+
+    def say(line: str) -> None:
+        if line == "Ctrl-C ends them.":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        serve([child(stubborn, "a"), child(stubborn, "b")], 30.0, say)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _termination_as_interrupt():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_all_servers_together_have_the_time_of_wait(monkeypatch):
+    # Neither answers; each waited for by itself, they would take two seconds.
+    silent = "import time; time.sleep(60)"
+    monkeypatch.setattr("atesd.cli.serve._AFTERWARDS", 0.1)
+    until = time.monotonic() + 1.0
+    with _Child(child(silent)) as first, _Child(child(silent)) as second:
+        for one in (first, second):
+            with pytest.raises(EngineError, match=r"not healthy after 1 s; raise --wait"):
+                one.wait_until_healthy(until, 1.0)
+        assert time.monotonic() < until + 0.9
 
 
 def test_a_server_that_ends_while_it_starts_is_told_with_its_code():

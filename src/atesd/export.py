@@ -151,6 +151,7 @@ def _kind(config: Config, path: Path, merged: bool, dtype: str | None) -> Kind:
 def _base_of(run: RunFolder) -> str:
     """What the adapter lies on, as it names it. `ConfigError` where that is an adapter, which PEFT cannot load."""
     base = str(read_object(run.final / ADAPTER)["base_model_name_or_path"])
+    base = str(Path(base).absolute()) if Path(base).is_dir() else base  # adapters of earlier versions may be relative
     if (Path(base) / ADAPTER).is_file():
         raise ConfigError(f"{run.path}: its adapter lies on another adapter, {base}; export both in one with --merged")
     return base
@@ -168,9 +169,10 @@ def _written(out: Path) -> Iterator[Path]:
 
 
 def _copy_adapter(run: RunFolder, part: Path) -> None:
-    """The adapter's folder, with the revision of its base, which PEFT does not know of."""
+    """The adapter's folder, with its base and the revision of that, which PEFT does not know of."""
     shutil.copytree(run.final, part)
-    settings = read_object(part / ADAPTER) | {"revision": run.config.model.revision}
+    named = {"base_model_name_or_path": _base_of(run), "revision": run.config.model.revision}
+    settings = read_object(part / ADAPTER) | named
     (part / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 

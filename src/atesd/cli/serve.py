@@ -142,10 +142,10 @@ def _longest(config: Config, folder: Path) -> int:
 
 
 def serve(commands: Sequence[Command], healthy_within: float, say: Callable[[str], None]) -> None:
-    """Start all servers, wait until they are healthy, and end them with Ctrl-C or SIGTERM, each by its process id.
+    """Start all servers, wait until they are healthy, and end them with Ctrl-C, SIGTERM or SIGHUP, each by its id.
 
-    Raises `EngineError` if vLLM is not installed, an address is not of this machine or in use, a server ends by itself,
-    or is not healthy in time.
+    A second Ctrl-C does not wait until they have ended. Raises `EngineError` if vLLM is not installed, an address is
+    not of this machine or in use, a server ends by itself, or not all are healthy within so many seconds.
     """
     for command in commands:
         _require_free(command)
@@ -153,8 +153,9 @@ def serve(commands: Sequence[Command], healthy_within: float, say: Callable[[str
     with _termination_as_interrupt(), ExitStack() as held:
         try:
             children = [held.enter_context(_Child(command)) for command in started]
+            until = time.monotonic() + healthy_within
             for child in children:
-                child.wait_until_healthy(healthy_within)
+                child.wait_until_healthy(until, healthy_within)
                 say(f"healthy: {child.command.url} (process {child.process.pid})")
             say("Ctrl-C ends them.")
             _wait_for_an_end(children)
@@ -206,16 +207,20 @@ def _require_free(command: Command) -> None:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does, so that it leaves no server behind."""
+    """Inside, SIGTERM and SIGHUP do what Ctrl-C does, so that they leave no server behind; `nohup` still acts."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)}
     try:
+        for which, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(which, interrupt)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 class _Child:
@@ -231,16 +236,18 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_PATIENCE)
-        # Engines of a server that was killed go on with its GPUs; those of one that ended are given time to tidy up.
-        until = time.monotonic() + _AFTERWARDS
-        while self._is_any_left() and self.process.poll() is not None and time.monotonic() < until:
-            time.sleep(0.1)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        try:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_PATIENCE)
+            # Engines of a server that was killed go on with its GPUs; those of one that ended may tidy up.
+            until = time.monotonic() + _AFTERWARDS
+            while self._is_any_left() and self.process.poll() is not None and time.monotonic() < until:
+                time.sleep(0.1)
+        finally:  # whatever interrupts the wait
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def _is_any_left(self) -> bool:
         try:
@@ -249,13 +256,12 @@ class _Child:
             return False
         return True
 
-    def wait_until_healthy(self, seconds: float) -> None:
-        """Raises `EngineError` if it ends, or is not healthy within so many seconds."""
+    def wait_until_healthy(self, until: float, seconds: float) -> None:
+        """Raises `EngineError` if it ends, or is not healthy by that time, which is so many seconds after the start."""
         from atesd.engine.wire import Wire
 
         wire = Wire(self.command.url, ServerSettings(timeout=2.0, retries=0))
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while True:
             if self.process.poll() is not None:
                 raise EngineError(
                     f"{self.command.url}: the server ended while it started, with exit code {self.process.returncode}; "
@@ -263,8 +269,10 @@ class _Child:
                 )
             try:
                 wire.get("/health")
-            except EngineError:
-                time.sleep(0.2)
-            else:
                 return
-        raise EngineError(f"{self.command.url}: not healthy after {seconds:g} s; raise --wait, or look into its log")
+            except EngineError:
+                if time.monotonic() > until:
+                    raise EngineError(
+                        f"{self.command.url}: not healthy after {seconds:g} s; raise --wait, or look into its log"
+                    ) from None
+            time.sleep(0.2)

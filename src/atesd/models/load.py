@@ -220,7 +220,7 @@ def _resolve(path: str) -> tuple[str, bool]:
             raise ModelError(f"model.path: {path} holds neither {CONFIG} nor {ADAPTER}; it is not a model folder")
         require_sound(folder)
         _require_no_code(folder)
-        return str(folder), True
+        return str(folder.absolute()), True  # an adapter names its base by this, and is read from anywhere
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(
             f"model.path: there is no folder {path}; give a model folder, a hub id, smollm2, world:NAME or words:NAME"
