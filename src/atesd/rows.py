@@ -128,6 +128,13 @@ class BenchmarkRow(TypedDict):
     key: str
 
 
+class ContentRow(TypedDict):
+    """What a file held that a run was evaluated on: the hash of its problems and answers; and who judged the answers."""
+
+    sha256: str
+    checker: str
+
+
 class EvaluationRow(TypedDict):
     """One evaluation of one split, in evaluations.jsonl: Average@k and pass@k, and what became of the answers."""
 
@@ -145,6 +152,7 @@ class EvaluationRow(TypedDict):
     sampler: dict[str, float | int | bool]
     correct_counts: dict[str, int]
     benchmark: NotRequired[BenchmarkRow]
+    content: NotRequired[ContentRow]
 
 
 class SampleRow(TypedDict):
