@@ -129,10 +129,13 @@ class BenchmarkRow(TypedDict):
 
 
 class ContentRow(TypedDict):
-    """What a file held that a run was evaluated on: the hash of its problems and answers; and who judged the answers."""
+    """What a run was evaluated on: the hash of a file's problems and answers, and who judged the answers.
+
+    Of several benchmarks together the hash of their hashes, without a checker.
+    """
 
     sha256: str
-    checker: str
+    checker: NotRequired[str]
 
 
 class EvaluationRow(TypedDict):

@@ -99,7 +99,6 @@ def model_config(target: str, run: RunFolder | None, recipe: str | None) -> Conf
 
 def _scored(target: str, data: str | None, run: RunFolder | None, row: EvaluationRow, components: Components) -> Scored:
     """Keep the row in its run, if it has one and belongs there."""
-    config = components.config
     if run is None:
         return Scored(target, False, row, "nothing was written: not a run folder")
     if data is not None and is_benchmark(data):

@@ -209,7 +209,9 @@ def notes_on(groups: Sequence[RunGroup]) -> list[str]:
             notes.append(f"{group.name}: its runs differ in more than the seed; they are taken as one method anyway.")
     rows = [row for group in groups for run in group.runs for row in run.evaluations if row["update"] == group.last]
     known, unknown = ({row["split"] for row in rows if (_content(row) is None) == lacks} for lacks in (False, True))
-    notes += [f"Not every evaluation says which content of {split} it was made on." for split in sorted(known & unknown)]
+    notes += [
+        f"Not every evaluation says which content of {split} it was made on." for split in sorted(known & unknown)
+    ]
     if len({group.last for group in groups}) > 1:
         ends = ", ".join(f"{group.name} {group.last}" for group in groups)
         notes.append(f"The runs end at different updates ({ends}): 'last' is not the same budget.")
