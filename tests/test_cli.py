@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it refuses, how it ends."""
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -415,6 +416,8 @@ def test_a_run_keeps_its_evaluation_on_a_file_under_the_name_of_the_file(atesd: 
     row = trained.rows("evaluations")[-1]
     assert len(trained.rows("evaluations")) == before + 1
     assert (row["split"], row["update"], row["problems"]) == ("bench.jsonl", 8, 1)
+    sha256 = hashlib.sha256(b"1 + 1\t2").hexdigest()
+    assert row["content"] == {"sha256": sha256, "checker": "math"}
 
 
 def test_a_run_that_holds_out_nothing_is_told_what_to_be_evaluated_on(atesd: Shell, tmp_path: Path):

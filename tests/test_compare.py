@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from atesd.runs import RunFolder
 from atesd_lab.cli.comparison import answer_first, print_rich
 from atesd_lab.report.groups import common_updates, group_of, selections
 from atesd_lab.report.honest import Report, compare_groups, comparison_table, markdown, results_table
+from atesd_lab.stats.contrast import Contrast, paired
 from atesd_lab.stats.differences import paired_difference
 from atesd_lab.stats.selection import halves_of
 from atesd_lab.sweep.grid import comparisons
@@ -202,6 +204,15 @@ def test_where_every_problem_gives_the_same_difference_nothing_is_distinguished(
     assert [row[-1] for row in comparison_table(report).rows][-1] == "not distinguishable"
 
 
+def test_equal_differences_have_no_width_whatever_rounding_makes_of_them():
+    base = np.tile(np.arange(7) / 21, (3, 1))
+    found = paired("gap", base, base + 1 / 3)
+    assert found.low < found.high  # by the last bits
+    assert (found.has_width, found.verdict) == (False, "not distinguishable")
+    assert Contrast("gap", 2e-6, 1e-6, 3e-6).verdict == "above"
+    assert Contrast("gap", 0.1, -math.inf, math.inf).has_width
+
+
 def test_one_seed_a_side_says_nothing_of_another_seed(arms: tuple[list[Path], list[Path]]):
     report = compared(arms[0][:1], arms[1][:1])
     assert not report.comparisons[0].contrast.covers_seeds
@@ -278,6 +289,23 @@ def test_a_file_is_scored_beside_the_test_problems_and_files_that_no_two_runs_sh
     apart = [group_of(name, [write_run(tmp_path / name, {(name, 60): counts_of(40)})]) for name in ("c", "d")]
     with pytest.raises(RunError, match=r"run `atesd evaluate RUN` for each, with --data FILE.jsonl"):
         selections(apart)
+
+
+def test_a_file_of_the_same_name_with_other_answers_or_another_checker_is_not_compared(tmp_path: Path):
+    contents = [("0" * 64, "math"), ("1" * 64, "math"), ("0" * 64, "exact"), None, ("0" * 64, "math")]
+    runs = []
+    for place, content in enumerate(contents):
+        run = begin_run(tmp_path / f"run-{place}", fake_config(UPDATES))
+        told = {} if content is None else {"content": dict(zip(("sha256", "checker"), content, strict=True))}
+        run.append("evaluations", evaluation_row(UPDATES, 0.5, np.random.default_rng(0), "new.jsonl") | told)
+        run.end_session("finished")
+        runs.append(run.path)
+    for other in runs[1:3]:
+        with pytest.raises(RunError, match=r"run-0 and run-\d were scored on other contents of new.jsonl: 0000"):
+            compared(runs[:1], [other])
+    note = "Not every evaluation says which content of new.jsonl it was made on."
+    assert note in compared(runs[:1], runs[3:4]).notes  # of an earlier version
+    assert note not in compared(runs[:1], runs[4:]).notes
 
 
 def test_other_training_data_with_the_same_problems_is_told_and_not_paired(arms: tuple[list[Path], list[Path]]):

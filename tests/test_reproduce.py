@@ -30,6 +30,7 @@ from atesd_lab.report.rows import RunRows, at_common_updates, shares
 from atesd_lab.stats.contrast import Contrast, over_seeds
 from atesd_lab.stats.differences import paired_difference
 from atesd_lab.stats.selection import halves_of
+from atesd_lab.sweep.grid import write_index
 from atesd_lab.sweep.plan import Cell
 from fake_run import decision_row, evaluation_row, metric_row, overwrite_rows, sample_row
 from quick import SMALL_LEARNED as SMALL
@@ -299,6 +300,27 @@ def test_an_experiment_with_an_unfinished_cell_says_so_and_the_others_are_writte
     assert credit.missing == "6 of 8 cells are not finished, such as leaps-one-step-seed-0"
     assert policy.findings is not None
     assert "Not written: 6 of 8" in (tmp_path / "results.md").read_text("utf-8")
+
+
+def test_one_experiment_leaves_what_is_there_of_the_others(
+    scale: Scale, three: tuple[Path, list[Cell]], tmp_path: Path
+):
+    folders = {cell.job.folder for cell in three[1]}
+    write_experiments(scale, THREE, three[1], folders - {three[1][0].job.folder}, tmp_path)
+    before = (tmp_path / "results.md").read_text("utf-8")
+    assert before.count("\n## ") == 3
+    write_experiments(scale, ["policy"], three[1], folders, tmp_path)
+    assert (tmp_path / "results.md").read_text("utf-8") == before
+    write_experiments(scale, THREE, three[1], folders, tmp_path)
+    assert (tmp_path / "results.md").read_bytes() == (three[0] / "results.md").read_bytes()
+
+    mine, others = three[1][:3], three[1][3:]
+    write_index([*mine, *others], tmp_path)
+    whole = (tmp_path / "cells.json").read_bytes()
+    write_index(mine, tmp_path, keep=True)
+    assert (tmp_path / "cells.json").read_bytes() == whole
+    write_index(mine, tmp_path)
+    assert len(json.loads((tmp_path / "cells.json").read_text("utf-8"))) == 3
 
 
 def test_no_correct_rollout_is_an_error_that_names_the_setting(scale: Scale, tmp_path: Path):

@@ -128,6 +128,16 @@ class BenchmarkRow(TypedDict):
     key: str
 
 
+class ContentRow(TypedDict):
+    """What a run was evaluated on: the hash of a file's problems and answers, and who judged the answers.
+
+    Of several benchmarks together the hash of their hashes, without a checker.
+    """
+
+    sha256: str
+    checker: NotRequired[str]
+
+
 class EvaluationRow(TypedDict):
     """One evaluation of one split, in evaluations.jsonl: Average@k and pass@k, and what became of the answers."""
 
@@ -145,6 +155,7 @@ class EvaluationRow(TypedDict):
     sampler: dict[str, float | int | bool]
     correct_counts: dict[str, int]
     benchmark: NotRequired[BenchmarkRow]
+    content: NotRequired[ContentRow]
 
 
 class SampleRow(TypedDict):

@@ -12,12 +12,13 @@ from atesd.cli.options import say
 from atesd.cli.together import say_time, that_fits
 from atesd.cli.unfinished import unfinished
 from atesd.config import Config, acting_settings, dump_config, load_config, with_groups, with_overrides
+from atesd.data.benchmarks import content_hash
 from atesd.data.sources import load_benchmark
 from atesd.errors import ConfigError, RunError
 from atesd.importing import is_named
 from atesd.models.ranks import process_group
 from atesd.records import Split
-from atesd.rows import EvaluationRow
+from atesd.rows import ContentRow, EvaluationRow
 from atesd.runs import RunFolder, factory_changes, recorded_factories
 from atesd.session import config_of_trained
 from atesd.table import Table, render_text
@@ -98,11 +99,10 @@ def model_config(target: str, run: RunFolder | None, recipe: str | None) -> Conf
 
 def _scored(target: str, data: str | None, run: RunFolder | None, row: EvaluationRow, components: Components) -> Scored:
     """Keep the row in its run, if it has one and belongs there."""
-    config = components.config
     if run is None:
         return Scored(target, False, row, "nothing was written: not a run folder")
     if data is not None and is_benchmark(data):
-        row = _of_benchmark(row, data, config)
+        row = _of_benchmark(row, data, components)
     elif components.problems.fingerprint != run.manifest["data_fingerprint"]:
         return Scored(target, True, row, f"nothing was written: these are not the problems of {run.path}")
     return Scored(target, True, row, keep(run, row))
@@ -166,10 +166,11 @@ def _holds_out(config: Config, split: Split) -> bool:
     return sizes.get(split, 1) > 0
 
 
-def _of_benchmark(row: EvaluationRow, source: str, config: Config) -> EvaluationRow:
-    """The row under the name of its file or data set, with what the student's template was told (a thinking mode)."""
-    name = Path(source).name if source.endswith(FILES) else source
-    return {**row, "split": name, "sampler": {**row["sampler"], **told(config)}}
+def _of_benchmark(row: EvaluationRow, source: str, components: Components) -> EvaluationRow:
+    """The row under the name of its file or data set, with its content and what the student's template was told."""
+    config, name = components.config, Path(source).name if source.endswith(FILES) else source
+    content: ContentRow = {"sha256": content_hash(components.problems.test), "checker": config.checker}
+    return {**row, "split": name, "content": content, "sampler": {**row["sampler"], **told(config)}}
 
 
 def told(config: Config) -> dict[str, bool | int | float]:

@@ -18,7 +18,7 @@ def run_experiments(
 ) -> tuple[str, bool]:
     """Train what is not finished and write every experiment that can be; what to print, and whether all were."""
     _require_material(cells)
-    board = train_cells(cells, processes, out / FOLDER)
+    board = train_cells(cells, processes, out / FOLDER, keep=True)
     finished = {entry.job.folder for entry in board if entry.status == "finished"}
     written = write_experiments(scale, names, cells, finished, out)
     lines = [verdict_lines(written), *(entry.reason for entry in board if entry.status != "finished")]

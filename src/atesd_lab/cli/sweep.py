@@ -44,11 +44,11 @@ def run_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> tuple[
     return "\n".join(lines), len(unfinished)
 
 
-def train_cells(cells: Sequence[Cell], processes: int | None, out: Path) -> list[Entry]:
-    """Train what is not finished, with a view of how it goes; says how each cell ended."""
+def train_cells(cells: Sequence[Cell], processes: int | None, out: Path, keep: bool = False) -> list[Entry]:
+    """Train what is not finished, with a view of how it goes; says how each cell ended. `keep`: as of `write_index`."""
     gpus = [] if all(cell.job.config.model.device == "cpu" for cell in cells) else visible_gpus()
     environments = slots(processes, gpus)
-    write_index(cells, out)
+    write_index(cells, out, keep)
     with view_for(cells, len(environments)) as view:
         return run_all([cell.job for cell in cells], environments, view)
 

@@ -83,12 +83,22 @@ def write_experiments(
 ) -> list[Written]:
     """Write NAME.md and figures/NAME-*.svg and .png for every experiment whose cells are finished, and results.md.
 
-    One that cannot be made does not keep the others back: it is named with the reason.
+    One that cannot be made does not keep the others back: it is named with the reason. What results.md says of
+    experiments that are not asked for stays there.
     """
     pooling = pooling_for(cells, finished)
     written = [_write(name, scale, cells, finished, out, pooling) for name in names]
-    write_atomic(out / "results.md", summary(written, about(cells)).encode())
+    found = {**_sections(out / "results.md"), **{one.name: section(one) for one in written}}
+    parts = [*preface(about(cells)), *(found[name] for name in scale.experiments if name in found)]
+    write_atomic(out / "results.md", ("\n\n".join(parts) + "\n").encode())
     return written
+
+
+def _sections(path: Path) -> dict[str, str]:
+    """The sections of an earlier results.md by experiment; none where there is none."""
+    parts = path.read_text("utf-8").removesuffix("\n").split("\n\n## ")[1:] if path.exists() else []
+    heads = [part.partition("\n")[0] for part in parts]
+    return {head.rpartition("([")[2].partition("]")[0]: f"## {part}" for head, part in zip(heads, parts, strict=True)}
 
 
 def _write(
@@ -136,16 +146,16 @@ def about(cells: Sequence[Cell]) -> str:
     )
 
 
-def summary(written: Sequence[Written], subject: str = TOYS) -> str:
-    """What was claimed and what came out, experiment after experiment, as Markdown."""
-    parts = ["# The claims of the paper, and what came out here", RULE, subject, f"The paper is {source()}."]
-    for one in written:
-        if one.findings is None:
-            parts.append(f"## {one.name}\n\nNot written: {one.missing}")
-        else:
-            table = markdown(claims_table(one.findings.claims))
-            parts.append(f"## {one.findings.title} ([{one.name}]({one.name}.md))\n\n{table}")
-    return "\n\n".join(parts) + "\n"
+def preface(subject: str = TOYS) -> list[str]:
+    """What stands above the claims: the rule of the verdicts, what they are about, the paper."""
+    return ["# The claims of the paper, and what came out here", RULE, subject, f"The paper is {source()}."]
+
+
+def section(one: Written) -> str:
+    """What was claimed in an experiment and what came out, or why it was not written, as Markdown."""
+    if one.findings is None:
+        return f"## {one.name}\n\nNot written: {one.missing}"
+    return f"## {one.findings.title} ([{one.name}]({one.name}.md))\n\n{markdown(claims_table(one.findings.claims))}"
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:

@@ -182,16 +182,18 @@ def shares_at(
                 f"{first_name} and {name} were evaluated on different {split} problems; compare runs of the same data "
                 "settings, or evaluate both on one set of problems with atesd evaluate"
             )
-        if _content(row) != _content(first):
-            raise RunError(
-                f"{first_name} and {name} were scored on other contents of {split}: {_content(first)} and "
-                f"{_content(row)}; evaluate both on one with atesd evaluate --benchmark"
-            )
         if _sampler(row) != _sampler(first):
             raise RunError(
                 f"{first_name} and {name} were evaluated with different samplers: {_sampler(first)} and "
                 f"{_sampler(row)}; run `atesd evaluate RUN --split {split} --set evaluation...` for both alike"
             )
+    told = [(name, content) for name, row in rows if (content := _content(row)) is not None]
+    other = next((one for one in told if one[1] != told[0][1]), None)
+    if other is not None:
+        raise RunError(
+            f"{told[0][0]} and {other[0]} were scored on other contents of {split}: {told[0][1]} and {other[1]}; "
+            "evaluate both on one with atesd evaluate --benchmark or --data"
+        )
     return {
         group.name: shares([_found(run, split, updates[group.name]) for run in group.runs], only or problems)
         for group in groups
@@ -205,6 +207,11 @@ def notes_on(groups: Sequence[RunGroup]) -> list[str]:
         settings = {dump_config(run.seedless) for run in group.runs}
         if len(settings) > 1:
             notes.append(f"{group.name}: its runs differ in more than the seed; they are taken as one method anyway.")
+    rows = [row for group in groups for run in group.runs for row in run.evaluations if row["update"] == group.last]
+    known, unknown = ({row["split"] for row in rows if (_content(row) is None) == lacks} for lacks in (False, True))
+    notes += [
+        f"Not every evaluation says which content of {split} it was made on." for split in sorted(known & unknown)
+    ]
     if len({group.last for group in groups}) > 1:
         ends = ", ".join(f"{group.name} {group.last}" for group in groups)
         notes.append(f"The runs end at different updates ({ends}): 'last' is not the same budget.")
@@ -275,7 +282,9 @@ def _found(run: RunRows, split: str, update: int) -> EvaluationRow:
 
 
 def _content(row: EvaluationRow) -> str | None:
-    """The hash of a benchmark's problems and answers; None for other problems."""
+    """The hash of a benchmark's problems and answers, or of a file's with its checker; None where it is not known."""
+    if "content" in row:
+        return f"{row['content']['sha256']} (checker {row['content']['checker']})"
     return row["benchmark"]["sha256"] if "benchmark" in row else None
 
 

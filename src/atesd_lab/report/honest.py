@@ -222,7 +222,7 @@ def _verdict(
 ) -> str:
     size, low, high = found.in_unit
     beyond = "" if found.covers_seeds else " One seed a side: true of these problems, not of another seed."
-    if low == high:
+    if not found.has_width:
         return "every problem gave the same difference; the interval has no width and says nothing." + beyond
     word = WORDS.get(found.verdict)
     if word is not None:
@@ -303,7 +303,7 @@ def _power_notes(comparisons: Sequence[Comparison]) -> list[str]:
     widths = {
         one.split: (one.contrast.in_unit[2] - one.contrast.in_unit[1]) / 2 * POWER
         for one in comparisons
-        if one.rule == LAST and np.isfinite(one.contrast.in_unit[2]) and one.contrast.low < one.contrast.high
+        if one.rule == LAST and np.isfinite(one.contrast.in_unit[2]) and one.contrast.has_width
     }
     told = ", ".join(f"{split} {width:.1f}" for split, width in widths.items())
     words = "points; true differences of that size are found with about 80 % power by as many runs and samples"

@@ -39,15 +39,20 @@ class Contrast:
         """On which side of 0 the interval lies."""
         return self.against(0.0)
 
+    @property
+    def has_width(self) -> bool:
+        """Whether the interval is wider than rounding makes it: equal differences of 1/3 leave a width of 1e-17."""
+        return self.high - self.low > 1e-9 * max(1.0, abs(self.value))
+
     def against(self, margin: float) -> Verdict:
         """On which side of `margin` the whole interval lies.
 
         One without width lies on neither: where all differences are the same no noise was seen, so that nothing is
         known of how far another sample would be off.
         """
-        if self.low < self.high and self.low > margin:
+        if self.has_width and self.low > margin:
             return "above"
-        if self.low < self.high and self.high < margin:
+        if self.has_width and self.high < margin:
             return "below"
         return "not distinguishable"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from atesd.errors import RunError
 from atesd.rows import EvaluationRow, late_mean, revealed
@@ -25,22 +25,40 @@ NOTES = (
 )
 
 
-def write_index(cells: Sequence[Cell], out: Path) -> None:
-    """cells.json: what each folder of a sweep is, for whatever reads the sweep. `RunError` if `out` cannot be made."""
-    rows = [
-        {"folder": cell.job.name, "group": cell.group, "points": dict(cell.points), "seed": cell.seed} for cell in cells
-    ]
+def write_index(cells: Sequence[Cell], out: Path, keep: bool = False) -> None:
+    """cells.json: what each folder of a sweep is, for whatever reads the sweep. `RunError` if `out` cannot be made.
+
+    `keep`: the cells that it lists already stay, as several commands share the folder.
+    """
+    rows = {
+        cell.job.name: {"folder": cell.job.name, "group": cell.group, "points": dict(cell.points), "seed": cell.seed}
+        for cell in cells
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out}: cannot make the folder: {error.strerror}; choose another --out") from None
-    write_shared(out / "cells.json", json.dumps(rows, indent=1) + "\n")
+    path = out / "cells.json"
+    with _shared(path):
+        listed = _listed(path) if keep else {}
+        write_atomic(path, (json.dumps(list({**listed, **rows}.values()), indent=1) + "\n").encode())
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    try:
+        return {row["folder"]: row for row in json.loads(path.read_bytes())}
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is written anew
+        return {}
 
 
 def write_shared(path: Path, text: str) -> None:
     """Write a file that several sweeps of one folder may write at the same time."""
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with _shared(path):
         write_atomic(path, text.encode())
+
+
+def _shared(path: Path) -> BaseFileLock:
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def command_lines(cells: Sequence[Cell]) -> Iterator[str]:
