@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from atesd.build import build, close
 from atesd.cli.commands import app
-from atesd.cli.init import DEFAULT_MODEL, recipe_text, target_of, write_recipe
+from atesd.cli.init import DEFAULT_MODEL, Target, recipe_text, target_of, write_recipe
 from atesd.cli.plan import budget_line, plan_lines
 from atesd.config import Config, config_from_mapping, load_config, parse_yaml
 from atesd.data.survey import survey
@@ -293,6 +293,21 @@ def test_without_a_tokenizer_lengths_are_guessed_from_characters(tmp_path):
     assert short.sampling.completion_tokens == 512
     assert long.sampling.completion_tokens == 4096
     assert long.model.max_context_tokens > 12_000 // 3 + 4096
+
+
+def test_what_most_references_stay_below_is_not_read_from_the_longest(tmp_path):
+    some = [
+        {**row, "solution": "x " * (3000 if i < 20 else 300) + row["solution"]}
+        for i, row in enumerate(rows("plain", 1000))
+    ]
+    found, path = survey([jsonl(tmp_path / "p.jsonl", some)]), tmp_path / "x.yaml"
+    text = recipe_text(found, Target(DEFAULT_MODEL, None, None, None), path)
+    usual = (600 + len(steps(500))) // 3  # of 3 characters; the 2 % of ten times the length are no 5 %
+    assert f"# 95 % of the references have up to {usual} tokens;" in text
+    assert "sampling: {completion_tokens: 512}" in text
+    small = recipe_text(found, Target(DEFAULT_MODEL, None, None, 768), path)
+    assert "max_context_tokens: 768" in small
+    assert "sampling: {completion_tokens: 384}" in small  # half the window is left for the contexts
 
 
 def test_the_window_follows_the_longest_row_also_where_its_characters_have_many_bytes(tmp_path, model):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from atesd import cli
 from atesd.config import load_config, yaml_value
 from atesd.data.benchmarks import Asked
-from atesd.errors import ConfigError
+from atesd.errors import ConfigError, RunError
+from atesd.rows import EvaluationRow
 from atesd.runs import RunFolder
 from atesd_lab.paper.estimate import Card, Size, decoding_seconds, disk_bytes, training_seconds
+from atesd_lab.paper.pooling import pooling_of
 from atesd_lab.paper.reproduce import EXPERIMENTS, named
 from atesd_lab.paper.scale import SCALES, asked_of, budget, cells_for, load_scale
+from atesd_lab.report.rows import read_run
+from atesd_lab.sweep.jobs import Scoring
+from fake_run import begin_run, evaluation_row, fake_config
 from pack import THREE, three_problems, words_of, write_rows
 from tiny import tiny_folder
 
@@ -99,6 +106,64 @@ def test_other_benchmarks_can_be_asked_for_and_worlds_have_none():
     assert asked == [Asked("aime26"), Asked("hmmt-nov25", "x.jsonl")]
     with pytest.raises(ConfigError, match="--benchmark: the embedded worlds have problems of their own"):
         asked_of(load_scale("micro"), "aime24", [])
+
+
+ABOUT = {
+    "source": "a.jsonl",
+    "sha256": "0" * 64,
+    "pinned": "expected",
+    "held": "2024",
+    "family": None,
+    "clean": None,
+    "thinking": None,
+    "engine": "builtin",
+    "pass_at": {"2": 0.5},
+    "key": "k",
+}
+
+
+def row_of(name: str, update: int, **about: str) -> EvaluationRow:
+    """An evaluation of a benchmark, two samples of 40 tokens at temperature 1."""
+    return {**evaluation_row(update, 0.5, np.random.default_rng(0), name), "benchmark": {**ABOUT, **about}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "done"),
+    [
+        (Asked("aime24", "a.jsonl", "0" * 64), (), True),
+        (Asked("aime24", "renamed.jsonl", "0" * 64), (), True),
+        (Asked("aime24", "a.jsonl", "1" * 64), (), False),
+        (Asked("aime24", "a.jsonl"), (), False),  # then the registry's hash is expected
+        (Asked("hmmt-feb26", "a.jsonl"), (), True),  # nobody has pinned it
+        (Asked("hmmt-feb26", "b.jsonl"), (), False),
+        (Asked("hmmt-feb26"), (), False),
+        (Asked("aime24", "a.jsonl", "0" * 64), ("evaluation.samples=3",), False),
+        (Asked("aime24", "a.jsonl", "0" * 64), ("evaluation.temperature=0.6",), False),
+        (Asked("aime24", "a.jsonl", "0" * 64), ("evaluation.completion_tokens=80",), False),
+    ],
+)
+def test_a_cell_is_evaluated_once_its_newest_rows_are_those_asked_for(
+    asked: Asked, settings: tuple[str, ...], done: bool, tmp_path: Path
+):
+    run = begin_run(tmp_path / "run", fake_config(8))
+    run.append("evaluations", row_of(asked.name, 8))
+    scoring = Scoring((asked,), settings)
+    assert scoring.is_done(run, run.config) is done
+    run.append("evaluations", row_of(asked.name, 8, source="later.jsonl", sha256="2" * 64))
+    assert not scoring.is_done(run, run.config)
+
+
+def test_pooled_benchmarks_keep_what_they_held_and_both_ends_of_a_run_are_on_the_same(tmp_path: Path):
+    run = begin_run(tmp_path / "run", fake_config(8))
+    for row in (row_of("aime24", 0), row_of("aime24", 8), row_of("aime25", 0), row_of("aime25", 8, sha256="1" * 64)):
+        run.append("evaluations", row)
+    run.end_session("finished")
+    read = read_run(run.path)
+    same, other = pooling_of(["aime24"], [read]), pooling_of(["aime24", "aime25"], [read])
+    first, *_, last = same.pooled(read).evaluated("test")
+    assert first["content"] == last["content"] == {"sha256": hashlib.sha256(b"0" * 64).hexdigest()}
+    with pytest.raises(RunError, match="run: evaluated on other contents of aime24, aime25 than its model before"):
+        other.pooled(read)
 
 
 # What it takes

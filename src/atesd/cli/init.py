@@ -152,7 +152,7 @@ def _cached(path: str) -> bool:
 def recipe_text(found: Survey, target: Target, path: Path) -> str:
     """The recipe, with what was found as comments."""
     lengths = _lengths(found, target)
-    found_tokens = max(lengths.teacher, lengths.student + lengths.reference) + _completion(lengths, target.small)
+    found_tokens = max(lengths.teacher, lengths.student + lengths.reference) + _completion(lengths, target)
     needed = _up(_SPARE * found_tokens, 256)
     window = min(needed, target.window or needed)
     lines = [*_head(found, path), *_model(found, target, lengths, window), *_data(found, cut=needed > window)]
@@ -234,7 +234,7 @@ def _rest(found: Survey, target: Target, lengths: Lengths) -> Iterator[str]:
         yield f"credit: {{progress_signal: probe_gain}}  # less noise than probe_success, for {sizes['probe']} probes"
     usual = f"95 % of the references have up to {lengths.usual} tokens"
     yield f"# {usual}; how long this model's completions are is a guess until `atesd profile` has measured them."
-    yield f"sampling: {{completion_tokens: {_completion(lengths, target.small)}}}"
+    yield f"sampling: {{completion_tokens: {_completion(lengths, target)}}}"
     rate = "1e-4" if target.small else "5e-6"
     epochs = updates * batch / max(1, sizes["train"])
     yield "train:"
@@ -266,13 +266,13 @@ def _lengths(found: Survey, target: Target) -> Lengths:
     entries = sorted(found.reading.entries, key=lambda entry: -len(entry.text) - len(entry.solution))
     others = entries[_LONGEST:]
     by_bytes = sorted(others, key=lambda entry: -len((entry.text + entry.solution).encode()))[:_LONGEST]
-    some = [*entries[:_LONGEST], *by_bytes, *others[:: max(1, len(entries) // _MEASURED)]]
-    problems = [_problem(entry) for entry in some]
+    even = entries[:: max(1, len(entries) // _MEASURED)]  # one in so many, of every length alike
+    problems = [_problem(entry) for entry in (*entries[:_LONGEST], *by_bytes, *even)]
     if target.tokenizer is None:
         student = [len(one.text) // _CHARACTERS + _FRAME // 3 for one in problems]
         references = [len(one.reference) // _CHARACTERS for one in problems]
         teacher = [a + b + _FRAME for a, b in zip(student, references, strict=True)]
-        return _summary(student, teacher, references, False)
+        return _summary(student, teacher, references, len(even), False)
 
     from atesd.config import ModelConfig, ViewsConfig
     from atesd.models.prompts import PromptEncoder
@@ -282,11 +282,14 @@ def _lengths(found: Survey, target: Target) -> Lengths:
     renderer = TextRenderer(ViewsConfig())
     student = [len(encoder.student(renderer.student(one))) for one in problems]
     teacher = [len(encoder.teacher(renderer.teacher(one, len(one.segments), True))) for one in problems]
-    return _summary(student, teacher, [len(encoder.completion(one.reference)) for one in problems], True)
+    return _summary(student, teacher, [len(encoder.completion(one.reference)) for one in problems], len(even), True)
 
 
-def _summary(student: Sequence[int], teacher: Sequence[int], references: Sequence[int], measured: bool) -> Lengths:
-    usual = sorted(references)[math.ceil(0.95 * len(references)) - 1]
+def _summary(
+    student: Sequence[int], teacher: Sequence[int], references: Sequence[int], even: int, measured: bool
+) -> Lengths:
+    """The longest of all, and what is usual among the last `even`, which are the data's own mixture."""
+    usual = sorted(references[-even:])[math.ceil(0.95 * even) - 1]
     return Lengths(max(student), max(teacher), max(references), usual, measured)
 
 
@@ -295,12 +298,13 @@ def _problem(entry: Entry) -> Problem:
     return Problem(entry.id, entry.text, segments, closing, entry.answer, entry.difficulty)
 
 
-def _completion(lengths: Lengths, small: bool) -> int:
-    """Room for a completion: half as long again as most references are, 64 to 4,096 tokens.
+def _completion(lengths: Lengths, target: Target) -> int:
+    """Room for a completion: half as long again as most references are, 64 to 4,096 tokens, at most half the window.
 
     A model from elsewhere writes in its own style, however short the references are: at least 512 tokens.
     """
-    return min(4096, max(64 if small else 512, _up(1.5 * lengths.usual, 64)))
+    most = min(4096, (target.window or 8192) // 2)
+    return min(most, max(64 if target.small else 512, _up(1.5 * lengths.usual, 64)))
 
 
 def _up(number: float, step: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from atesd.data.benchmarks import registry
+from atesd.errors import RunError
 from atesd.table import Table
 from atesd_lab.paper.claims import Claim
 from atesd_lab.paper.pooling import Pooling, pooling_of
@@ -51,11 +52,18 @@ def read_bench(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]], pooling:
 
 
 def pooling_for(cells: Sequence[Cell], finished: Set[Path]) -> Pooling | None:
-    """The benchmarks on which the cells were evaluated, with the base rows that any finished one holds."""
+    """The benchmarks on which the cells were evaluated, with the base rows that any finished one holds.
+
+    Raises `RunError` where an evaluation of others has come later.
+    """
     scoring = cells[0].job.scoring
     if scoring is None:
         return None
-    runs = [_read(cell.job.folder) for cell in cells if cell.job.folder in finished]
+    done = [cell for cell in cells if cell.job.folder in finished]
+    other = next((cell.job.folder for cell in done if not cell.job.was_finished()), None)
+    if other is not None:
+        raise RunError(f"{other}: its newest evaluations are of other benchmarks or samples; choose another --out")
+    runs = [_read(cell.job.folder) for cell in done]
     return pooling_of([one.name for one in scoring.asked], runs)
 
 

@@ -6,6 +6,7 @@ it is in training: held-out problems of the training data, which choose between 
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,13 @@ class Pooling:
                 "same command again, or: atesd evaluate RUN --benchmark ... --update 0"
             )
         rows = [row for row in run.evaluations if row["split"] != "test"]
-        return replace(run, evaluations=(pooled_row(base), *rows, pooled_row(last)))
+        first, end_row = pooled_row(base), pooled_row(last)
+        if first.get("content") != end_row.get("content"):
+            raise RunError(
+                f"{run.name}: evaluated on other contents of {', '.join(self.names)} than its model before "
+                "training, of which another run has the rows; give the same command again, or choose another --out"
+            )
+        return replace(run, evaluations=(first, *rows, end_row))
 
     def _row(self, run: RunRows, name: str, update: int) -> EvaluationRow:
         row = run.at(name, update)
@@ -75,7 +82,8 @@ def pooled_row(rows: Sequence[EvaluationRow]) -> EvaluationRow:
         verdicts.update(row["verdicts"])
     weights = [row["problems"] / len(counts) for row in rows]
     pairs = list(zip(weights, rows, strict=True))
-    return {
+    hashes = [row["benchmark"]["sha256"] for row in rows if "benchmark" in row]
+    found: EvaluationRow = {
         "update": first["update"],
         "split": "test",
         "problems": len(counts),
@@ -90,6 +98,9 @@ def pooled_row(rows: Sequence[EvaluationRow]) -> EvaluationRow:
         "sampler": first["sampler"],
         "correct_counts": counts,
     }
+    if len(hashes) == len(rows):
+        found["content"] = {"sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()}
+    return found
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

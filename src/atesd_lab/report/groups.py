@@ -284,7 +284,7 @@ def _found(run: RunRows, split: str, update: int) -> EvaluationRow:
 def _content(row: EvaluationRow) -> str | None:
     """The hash of a benchmark's problems and answers, or of a file's with its checker; None where it is not known."""
     if "content" in row:
-        return f"{row['content']['sha256']} (checker {row['content']['checker']})"
+        return f"{row['content']['sha256']} (checker {row['content'].get('checker', 'of the run')})"
     return row["benchmark"]["sha256"] if "benchmark" in row else None
 
 

@@ -22,6 +22,7 @@ from atesd.config import Config, load_config, with_overrides
 from atesd.data.benchmarks import Asked
 from atesd.errors import AtesdError, RunError
 from atesd.refusals import reason, refusals_told
+from atesd.rows import EvaluationRow
 from atesd.runs import RunFolder
 from atesd.text import duration
 from atesd_lab.sweep.workers import Ending, Worker, slots, wait
@@ -57,11 +58,24 @@ class Scoring:
         return [words, *([[*words, "--update", "0"]] if self.base else [])]
 
     def is_done(self, run: RunFolder, config: Config) -> bool:
-        """Whether the run holds a row for all of it, with as many samples as are asked for."""
-        samples = with_overrides(config, self.settings).evaluation.samples
-        held = {(row["split"], row["update"]) for row in run.rows("evaluations") if row["samples"] == samples}
+        """Whether the newest rows of the run are these evaluations: this content, so many samples, drawn like this."""
+        wanted = with_overrides(config, self.settings)
+        newest = {(row["split"], row["update"]): row for row in run.rows("evaluations")}
         updates = [config.train.num_updates, *([0] if self.base else [])]
-        return all((one.name, update) in held for one in self.asked for update in updates)
+        rows = [(one, newest.get((one.name, update))) for one in self.asked for update in updates]
+        return all(row is not None and _answers(row, one, wanted) for one, row in rows)
+
+
+def _answers(row: EvaluationRow, one: Asked, config: Config) -> bool:
+    """Whether an evaluation is that of a benchmark by a config. Known by its hash, or else by where it is from."""
+    about, sha256 = row.get("benchmark"), one.expected or one.entry.sha256
+    if about is None or row["samples"] != config.evaluation.samples:
+        return False
+    source = Path(one.file).name if one.file else one.entry.hub
+    drawn = {name: getattr(config.evaluation, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    drawn["completion_tokens"] = config.evaluation_tokens
+    same = about["sha256"] == sha256 if sha256 else about["source"] == source
+    return same and all(row["sampler"].get(name) == value for name, value in drawn.items())
 
 
 def holds_base(folder: Path, names: Sequence[str]) -> bool:
