@@ -37,9 +37,9 @@ class Owner:
         require_problems([(prompt, dict(context))], config, f"'{prompt:.40}', row")
         return self._handle.show(update, problem_in(prompt, dict(context), segmenter_of(config.data))).text
 
-    def due(self, update: int) -> set[str]:
+    def due(self, update: int) -> frozenset[str]:
         """What of an update must have been logged, as it never was before; nothing in a run that goes on."""
-        return set() if self._resumed else self._handle.due(update) - self._seen
+        return frozenset() if self._resumed else self._handle.due(update) - self._seen
 
     def failed(self, message: str) -> None:
         """Remember an error of a worker, which its trainer may only log."""
