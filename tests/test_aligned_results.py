@@ -23,7 +23,7 @@ from atesd_lab.stats.differences import mean_share, paired_difference
 from atesd_lab.sweep.grid import write_index
 from atesd_lab.sweep.pivot import SweptTable, read_cells, read_tables
 from atesd_lab.sweep.plan import cells_of, plan_from_mapping
-from fake_run import evaluation_row, metric_row
+from fake_run import begin_run, evaluation_row, fake_config, metric_row
 
 PROBLEMS = 40
 UPDATES = 20
@@ -436,6 +436,11 @@ def test_a_sweep_without_a_world_axis_is_one_world_named_like_its_folder(tmp_pat
 def test_an_unfinished_or_foreign_folder_ends_in_an_error_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path)]) == 2
     assert "cells.json: cannot be read" in capsys.readouterr().err
+    run = begin_run(tmp_path / "a", fake_config(8))
+    run.end_session("finished")
+    (tmp_path / "cells.json").write_text('[{"folder": "a", "group": "a", "points": {"method": "a"}, "seed": 0}]')
+    assert main([str(tmp_path)]) == 2
+    assert "cells.json: cell a has no axis 'arm'; its axes: method" in capsys.readouterr().err
 
 
 def test_a_pace_is_the_median_over_paired_cells(swept: Path):

@@ -353,6 +353,14 @@ def test_the_command_prints_tables_or_json_and_ends_well_whatever_the_verdict(
             assert "mend: --set credit." in out.partition("\n\n")[0]
 
 
+def test_fewer_decisions_than_a_policy_update_takes_are_refused_before_anything_is_measured():
+    config = load_config("micro", ["exposure.policy.decisions_per_policy_update=128"])
+    with pytest.raises(
+        ConfigError, match=r"of 100 decisions 99 are rewarded, and the policy waits for 128 .*--decisions"
+    ):
+        run_audit(config, rollouts=8, repeats=2, decisions=100, seeds=2, effect=None, say=pytest.fail)
+
+
 def test_a_discount_that_weighs_nothing_is_a_note_of_the_audit():
     assert any("credit.discount (gamma): no effect" in note for note in audit.notes_of(load_config("micro")))
     assert not any("gamma" in note for note in audit.notes_of(load_config("micro", ["credit.probe_every=2"])))

@@ -308,6 +308,12 @@ def test_a_file_of_the_same_name_with_other_answers_or_another_checker_is_not_co
     assert note not in compared(runs[:1], runs[4:]).notes
 
 
+def test_a_single_evaluated_problem_gives_no_interval_and_is_refused(tmp_path: Path):
+    runs = [write_run(tmp_path / name, {("test", UPDATES): {"p0": 1}}) for name in "ab"]
+    with pytest.raises(RunError, match="test: 1 evaluated problem; an interval needs at least two"):
+        compared(runs[:1], runs[1:])
+
+
 def test_other_training_data_with_the_same_problems_is_told_and_not_paired(arms: tuple[list[Path], list[Path]]):
     for path in arms[1]:
         manifest = json.loads((path / "manifest.json").read_text())

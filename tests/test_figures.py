@@ -6,6 +6,7 @@ import itertools
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from matplotlib import rcParams
 from PIL import Image
 
+from atesd.config import ProgressSignal
 from atesd.table import Table, render_text
 from atesd_lab.report import figures
 from atesd_lab.report.canvas import DASHES, PALETTE, Chart, empty_panel, plain, running_mean
@@ -336,3 +338,11 @@ def test_a_table_in_a_terminal_is_aligned_and_bare_of_control_marks():
     assert len({len(line) for line in body}) == 1
     assert "x⟦U+001B⟧[31m" in body[0]
     assert "a rather long heading" not in "".join(lines)  # wrapped over narrow figures
+
+
+@pytest.mark.parametrize("signal", get_args(ProgressSignal))
+def test_a_reward_by_success_or_its_gain_is_a_share_and_one_by_a_likelihood_is_in_nats(tmp_path: Path, signal: str):
+    begin_run(tmp_path / "run", fake_config(8, credit={"progress_signal": signal}))
+    units = [figures._credit_unit(read_run(tmp_path / "run"), key) for key in ("progress", "reward", "grounding")]
+    share = signal in ("probe_success", "probe_gain", "train_success")
+    assert units == [*["share verified" if share else "nats per token"] * 2, "nats per token"]

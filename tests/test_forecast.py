@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from typer.testing import CliRunner
 
 from atesd.cli import app
-from atesd.cli.forecast import Asked, described_lines
+from atesd.cli.forecast import Asked, described_lines, memory_limits, this_machine
 from atesd.config import LoraConfig, load_config
 from atesd.errors import ConfigError, ModelError
 from atesd.forecast.advice import (
@@ -39,7 +39,7 @@ from atesd.forecast.arithmetic import (
     saved_bytes,
     seconds,
 )
-from atesd.forecast.devices import KINDS, kind_named, kind_of_card, listed
+from atesd.forecast.devices import KINDS, DeviceKind, kind_named, kind_of_card, listed
 from atesd.forecast.measured import COMPLETIONS, completions_line
 from atesd.models.processor import adapters_as_their_inputs
 from atesd.models.quiet import quiet
@@ -331,6 +331,41 @@ def test_a_card_is_known_by_the_name_that_its_driver_gives() -> None:
     assert kind_of_card("NVIDIA H100 80GB HBM3", 85_017_493_504) == replace(H100, memory=85_017_493_504)
     assert kind_of_card("NVIDIA A100-SXM4-40GB", 42_000_000_000).bandwidth == 1.555e12
     assert kind_of_card("Another Card", 10).flops == 0
+    assert kind_of_card("NVIDIA GeForce RTX 4090", 25_000_000_000).bandwidth == 1.008e12
+    assert kind_of_card("NVIDIA L4", 24_000_000_000).flops == 121e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA L40",
+        "NVIDIA A10G",
+        "NVIDIA RTX A1000",
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+    ],
+)
+def test_a_card_has_no_speeds_of_another_that_is_called_alike(name: str) -> None:
+    assert kind_of_card(name, 20_000_000_000) == DeviceKind(name, 20_000_000_000)
+
+
+def test_a_processor_has_no_more_memory_than_its_groups_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, old = tmp_path / "v2", tmp_path / "v1"
+    files = {new / "memory.max": "max", new / "job/memory.max": "3000", new / "job/step/memory.max": "4000"}
+    files |= {old / "memory/docker/memory.limit_in_bytes": "2000", old / "cpu/docker/memory.limit_in_bytes": "1"}
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    own = tmp_path / "cgroup"
+    own.write_text("0::/job/step\n")
+    assert min(memory_limits(new, own)) == 3000
+    own.write_text("9:cpu:/docker\n4:hugetlb,memory:/docker\n0::/\n")
+    assert min(memory_limits(old, own)) == 2000
+    assert min(memory_limits(tmp_path / "none", tmp_path / "nothing")) == math.inf
+    monkeypatch.setattr("atesd.cli.forecast.memory_limits", lambda: iter([1000.0]))
+    assert this_machine(load_config("micro", ["model.device=cpu"]), 2) == DeviceKind("cpu", 500)
 
 
 def test_every_kind_has_all_its_numbers_a_source_and_a_row_in_the_docs() -> None:

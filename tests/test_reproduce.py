@@ -435,6 +435,18 @@ def test_runs_without_logged_rollouts_or_test_problems_are_refused_in_words(scal
         cells_for(scale, ["tokens"], tmp_path, ["data.test_size=0"], seeds=1)
 
 
+def test_thirds_of_few_problems_are_refused(scale: Scale, tmp_path: Path):
+    cells = cells_for(scale, ["tokens"], tmp_path, FEW, seeds=1)
+    few = {f"p{place}": 1 for place in range(5)}
+    for cell in cells:
+        write_cell(cell)
+        rewrite(cell.job.folder, "evaluations", lambda row: row | {"correct_counts": few, "problems": 5})
+    bench = read_bench(cells, scale.wanted(["tokens"]))
+    for made in (sweep.difficulty_table, sweep._difficulty_claims, sweep._draw_difficulty):
+        with pytest.raises(RunError, match="leaps: 5 test problems leave thirds of fewer than two"):
+            made(bench, "leaps")
+
+
 def test_an_experiment_that_breaks_is_named_and_the_others_are_written(
     scale: Scale, three: tuple[Path, list[Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -175,7 +175,22 @@ def this_machine(config: Config, ranks: int) -> DeviceKind:
     if config.model.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         return kind_of_card(card.name, card.total_memory)
-    return DeviceKind("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks)
+    return DeviceKind("cpu", min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *memory_limits()) / ranks)
+
+
+def memory_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """Bytes that the groups of this process, from its own up to the root, may take (cgroup v2 and v1); inf: any."""
+    yield math.inf
+    lines = own.read_text("utf-8").splitlines() if own.is_file() else []
+    groups = [line.split(":", 2)[1:] for line in [*lines, "0::/", "0:memory:/"] if line.count(":") >= 2]
+    for controllers, group in groups:
+        v1 = "memory" in controllers.split(",")
+        folder, name = (root / "memory", "memory.limit_in_bytes") if v1 else (root, "memory.max")
+        place = Path(group.lstrip("/"))
+        for file in (folder / part / name for part in (place, *place.parents)):
+            text = file.read_text("utf-8").strip() if (v1 or not controllers) and file.is_file() else "max"
+            if text.isdecimal():
+                yield float(text)
 
 
 def _speeds(kind: DeviceKind) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from atesd.errors import ConfigError
 
@@ -15,6 +17,10 @@ BETWEEN_NODES = 40e9
 RESERVED, RESERVED_ON_CPU = 0.08, 0.25
 """Shares of the memory that are left: for a device's context, kernels' workspaces and gaps between blocks, assumed; and
 for Python, the system and freed blocks that glibc keeps, after what was measured (docs/performance.md)."""
+
+
+OTHERS = {"mig", "pcie", "nvl", "grid", "laptop", "d"}
+"""Words of a card's name that is slower than the model it names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +91,11 @@ def meant(name: str) -> str:
 def kind_of_card(name: str, memory: int) -> DeviceKind:
     """The kind of the card that a driver calls `name`, such as `NVIDIA H100 80GB HBM3`, with its own `memory` in bytes.
 
-    One that is not in the table has no speeds.
+    One that is not in the table has no speeds, nor has a MIG instance of one that is, or its PCIe make.
     """
-    words = name.lower().replace(" ", "")
-    known = [kind for kind in KINDS.values() if kind.name.partition("-")[0] in words]
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    whole = set() if OTHERS & set(words) else {*words, *map("".join, pairwise(words))}  # RTX 4090 is one model
+    known = [kind for kind in KINDS.values() if kind.name.partition("-")[0] in whole]
     nearest = min(known, key=lambda kind: abs(kind.memory - memory), default=DeviceKind(name, memory))
     return replace(nearest, memory=memory)
 

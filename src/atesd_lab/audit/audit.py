@@ -145,9 +145,14 @@ class Audit:
 def run_audit(
     config: Config, *, rollouts: int, repeats: int, decisions: int, seeds: int, effect: float | None, say: Say
 ) -> Audit:
-    """Measure the recipe's frozen student and audit its reward. Raises `ConfigError` where there is no teacher."""
-    if not config.distils:
-        raise ConfigError(f"audit: train.method: {config.train.method} has no teacher to expose; set it to distill")
+    """Measure the recipe's frozen student and audit its reward. `ConfigError` without a teacher or a policy update."""
+    require_teacher(config, "audit")
+    rewarded, policy_updates = affordable(decisions * config.credit.hold_updates, config.credit, config.policy)
+    if not policy_updates:
+        raise ConfigError(
+            f"audit: of {decisions} decisions {rewarded} are rewarded, and the policy waits for "
+            f"{config.policy.decisions_per_policy_update} (policy.decisions_per_policy_update); raise --decisions"
+        )
     parts = build(config)
     try:
         student = measure_student(parts, rollouts, repeats, say)
@@ -155,6 +160,12 @@ def run_audit(
         close(parts)
     say(f"driving the controller over {decisions} decisions, {seeds} seeds per reward")
     return audit_student(config, student, decisions=decisions, seeds=seeds, effect=effect)
+
+
+def require_teacher(config: Config, command: str) -> None:
+    """Raise `ConfigError` where there is no teacher."""
+    if not config.distils:
+        raise ConfigError(f"{command}: train.method: {config.train.method} has no teacher to expose; set it to distill")
 
 
 def audit_student(

@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from atesd.build import build, close
-from atesd.config import Config, CreditConfig, PolicyConfig
+from atesd.config import Config, CreditConfig
 from atesd.table import Table, render_text
+from atesd_lab.audit.audit import notes_of, require_teacher
 from atesd_lab.audit.null_measure import measure
 from atesd_lab.audit.null_simulation import MeasuredRatio, drift_verdict, null_band, simulate, with_clock
 from atesd_lab.report.canvas import colour, save_figure, styled
@@ -43,7 +44,11 @@ class Drift:
 
 
 def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> tuple[str, dict[str, Any]]:
-    """Measure the recipe's frozen student on `batches` batches, drive both presets, and return table and figures."""
+    """Measure the recipe's frozen student on `batches` batches, drive both presets, and return table and figures.
+
+    Raises `ConfigError` where there is no teacher.
+    """
+    require_teacher(config, "null-test")
     parts = build(config)
     try:
         measured = measure(parts, batches)
@@ -55,9 +60,8 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
         "paper": with_clock(config.credit, preset="paper"),
         "paper, no grounding": with_clock(config.credit, preset="paper", grounding_weight=0.0),
     }
-    policy = config.policy
-    drifts = [drift(name, measured, credit, policy, decisions, seeds) for name, credit in rewards.items()]
-    noise = null_band(rewards["sound"], policy, decisions, range(NOISE_SEEDS))
+    drifts = [drift(name, config, measured, credit, decisions, seeds) for name, credit in rewards.items()]
+    noise = null_band(rewards["sound"], config.policy, decisions, range(NOISE_SEEDS), config.bounds)
     centre, spread = noise.mean[-1], noise.deviation[-1]
     rows = [
         (
@@ -80,19 +84,14 @@ def run_null_test(config: Config, decisions: int, seeds: int, batches: int) -> t
         "loss_by_ratio": {str(row.reveal_ratio): fmean(b.loss for b in row.batches) for row in measured},
         "loss_deviation": {str(row.reveal_ratio): stdev(b.loss for b in row.batches) for row in measured},
     }
-    return render_text(Table(title, columns, tuple(rows), NOTES)), figures
+    return render_text(Table(title, columns, tuple(rows), (*NOTES, *notes_of(config)))), figures
 
 
 def drift(
-    name: str,
-    measured: list[MeasuredRatio],
-    credit: CreditConfig,
-    policy: PolicyConfig,
-    decisions: int,
-    seeds: int,
+    name: str, config: Config, measured: list[MeasuredRatio], credit: CreditConfig, decisions: int, seeds: int
 ) -> Drift:
-    """One reward over all seeds."""
-    results = [simulate(measured, credit, policy, decisions, seed) for seed in range(seeds)]
+    """One reward over all seeds, with the policy and the bounds of a config."""
+    results = [simulate(measured, credit, config.policy, decisions, seed, config.bounds) for seed in range(seeds)]
     ends, means = tuple(r.end_mean for r in results), tuple(r.means for r in results)
     return Drift(name, ends, fmean(r.policy_updates for r in results), means)
 

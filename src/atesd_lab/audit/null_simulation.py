@@ -53,13 +53,18 @@ class NullBand:
 
 
 def simulate(
-    measured: Sequence[MeasuredRatio], credit: CreditConfig, policy: PolicyConfig, decisions: int, seed: int
+    measured: Sequence[MeasuredRatio],
+    credit: CreditConfig,
+    policy: PolicyConfig,
+    decisions: int,
+    seed: int,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Driven:
     """Let a learned exposure take `decisions` decisions over a student whose noise was measured and who never learns.
 
     Raises `ValueError` if the grid does not run from 0 to 1 in rising order over the same number of batches.
     """
-    return drive(credit, policy, decisions, seed, frozen(measured, seed))
+    return drive(credit, policy, decisions, seed, frozen(measured, seed), bounds)
 
 
 def frozen(measured: Sequence[MeasuredRatio], seed: int, probe_noise: Mapping[str, float] | None = None) -> Stats:

@@ -253,15 +253,17 @@ def null_test(
 
     config = load_config(recipe, settings or [])
 
+    from atesd.runs import write_atomic
     from atesd_lab.audit.null_report import draw_null, run_null_test
 
     text, figures = run_null_test(config, decisions, seeds, batches)
     say(text, nl=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(figures) + "\n", "utf-8")
+        written = [out.with_name(f"{out.name}{suffix}") for suffix in (".json", ".svg", ".png")]
+        write_atomic(written[0], (json.dumps(figures) + "\n").encode())
         draw_null(figures, out)
-        say(f"figures: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.svg', '.png'))}")
+        say(f"figures: {', '.join(map(str, written))}")
 
 
 @laboratory.command()

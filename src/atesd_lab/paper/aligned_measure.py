@@ -19,12 +19,12 @@ from atesd.config import Config, FixedSettings, FullSettings
 from atesd.errors import RunError
 from atesd.rows import Estimate
 from atesd.runs import RunFolder
-from atesd_lab.report.arms import Arms
+from atesd_lab.report.arms import Arms, evaluated_on
 from atesd_lab.report.groups import RunGroup, common_updates, shares_at
 from atesd_lab.report.rows import RunRows
 from atesd_lab.stats.contrast import Contrast, Verdict, paired
 from atesd_lab.stats.differences import mean_share
-from atesd_lab.sweep.pivot import SweptCell, SweptTable, own_axes
+from atesd_lab.sweep.pivot import SweptCell, SweptTable, own_axes, require_axis
 
 Floats = NDArray[np.float64]
 
@@ -135,7 +135,7 @@ def measure(table: SweptTable, baseline: str, paces: Mapping[str, Estimate]) -> 
         )
     scored = Scored(table, baseline, paces)
     first = table.groups[baseline].runs[0]
-    test, validation = (first.evaluated(split)[-1] for split in ("test", "validation"))
+    test, validation = (evaluated_on(first, split)[-1] for split in ("test", "validation"))
     return WorldResult(
         world=table.name,
         leaps=first.config.data.leaps,
@@ -240,6 +240,7 @@ def paces_of(cells: Sequence[SweptCell], baseline: str) -> dict[str, Estimate]:
     """Seconds per update of each arm over those of the baseline's paired cells: median and range over all pairs."""
     seconds: dict[str, dict[tuple[str, int], float]] = {}
     own = own_axes(cells)
+    require_axis(cells, "arm")
     for cell in cells:
         if cell.state == "finished":
             by_place = seconds.setdefault(cell.points["arm"], {})

@@ -26,7 +26,7 @@ from atesd.text import MISSING
 from atesd_lab.paper.aligned_measure import BEST_FIXED, GATE, GRPO, SDAR, Scored
 from atesd_lab.paper.aligned_results import WORLDS
 from atesd_lab.report.honest import capital, markdown
-from atesd_lab.sweep.pivot import SweptCell, SweptTable, read_cells, read_tables
+from atesd_lab.sweep.pivot import SweptCell, SweptTable, read_cells, read_tables, require_axis
 
 PHASES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("sample",),
@@ -79,6 +79,7 @@ class PriceList:
 def measured(cells: Sequence[SweptCell], skip: int = 0) -> Prices:
     """Seconds of each phase: means over a run's updates but the first `skip`, medians over the runs of an arm."""
     spent: dict[str, list[dict[str, float]]] = {}
+    require_axis(cells, "arm")
     for cell in cells:
         if cell.state == "finished":
             run = RunFolder.open(cell.folder)

@@ -133,6 +133,8 @@ def difficulty_classes(bench: Bench, world: str) -> dict[str, list[str]]:
     """Test problems in thirds by the base model's pass rate over all seeds, the most often solved first."""
     rows = bench[world].base_test()
     names = sorted(rows[0]["correct_counts"])
+    if len(names) < 6:
+        raise RunError(f"{world}: {len(names)} test problems leave thirds of fewer than two; set data.test_size to 6")
     rate = dict(zip(names, shares(rows, names).mean(axis=0), strict=True))
     ordered = sorted(names, key=lambda name: (-rate[name], name))
     cuts = np.linspace(0, len(ordered), 4).astype(int)

@@ -42,11 +42,11 @@ class Arms:
 
     def last_test(self, arm: str) -> list[EvaluationRow]:
         """The evaluation of each seed on test after the last update."""
-        return [_evaluated(run, "test")[-1] for run in self.runs(arm)]
+        return [evaluated_on(run, "test")[-1] for run in self.runs(arm)]
 
     def base_test(self) -> list[EvaluationRow]:
         """The evaluation of each seed on test before the first update: the same for all arms."""
-        return [_evaluated(run, "test")[0] for run in self.runs(next(iter(self.groups)))]
+        return [evaluated_on(run, "test")[0] for run in self.runs(next(iter(self.groups)))]
 
     def accuracies(self, arm: str) -> list[float]:
         """Average@k of each seed on test after the last update, in [0, 1]."""
@@ -104,7 +104,9 @@ class Arms:
             raise RunError(f"{self.name}: the fixed ratios have no seed in common; finish the sweep")
         validated = {
             arm: fmean(
-                average(_evaluated(run, "validation")[-1]) for run in self.runs(arm) if run.config.train.seed in common
+                average(evaluated_on(run, "validation")[-1])
+                for run in self.runs(arm)
+                if run.config.train.seed in common
             )
             for arm in ratios
         }
@@ -128,7 +130,7 @@ class Arms:
         )
 
 
-def _evaluated(run: RunRows, split: str) -> tuple[EvaluationRow, ...]:
+def evaluated_on(run: RunRows, split: str) -> tuple[EvaluationRow, ...]:
     """Its evaluations on a split. Raises `RunError` where there is none."""
     rows = run.evaluated(split)
     if not rows:

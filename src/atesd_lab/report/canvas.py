@@ -178,7 +178,7 @@ def plain(name: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `path` as .svg and .png, on white; the same figure gives the same bytes."""
-    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None})
+    """Write `path`, a name without suffix, as .svg and .png, on white; the same figure gives the same bytes."""
+    with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
+        figure.savefig(path.with_name(f"{path.name}.svg"), facecolor="white", metadata={"Date": None})
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=160, facecolor="white", metadata={"Software": None})

@@ -208,7 +208,7 @@ def credit(run: RunRows, key: str, scope: str = "all") -> Chart | None:
 def _credit_unit(run: RunRows, key: str) -> str:
     if key == "advantage":
         return "standardised"
-    verified = key != "grounding" and run.config.credit.progress_signal.endswith("success")
+    verified = key != "grounding" and run.config.credit.progress_signal.endswith(("success", "gain"))
     return "share verified" if verified else "nats per token"
 
 

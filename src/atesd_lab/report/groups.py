@@ -171,7 +171,7 @@ def shares_at(
 ) -> dict[str, Floats]:
     """Shares correct [seeds, problems] by group, of `only` these problems or of all, in the order of their names.
 
-    Raises `RunError` for evaluations of other problems or with other samplers.
+    Raises `RunError` for evaluations of other problems or with other samplers, and for fewer than two problems.
     """
     rows = [(run.name, _found(run, split, updates[group.name])) for group in groups for run in group.runs]
     first_name, first = rows[0]
@@ -187,6 +187,8 @@ def shares_at(
                 f"{first_name} and {name} were evaluated with different samplers: {_sampler(first)} and "
                 f"{_sampler(row)}; run `atesd evaluate RUN --split {split} --set evaluation...` for both alike"
             )
+    if len(only or problems) < 2:
+        raise RunError(f"{split}: {len(only or problems)} evaluated problem; an interval needs at least two")
     told = [(name, content) for name, row in rows if (content := _content(row)) is not None]
     other = next((one for one in told if one[1] != told[0][1]), None)
     if other is not None:

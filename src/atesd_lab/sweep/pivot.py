@@ -168,14 +168,19 @@ def read_tables(out: Path, *, table_axis: str, arm_axis: str) -> Iterator[SweptT
     stands at different points of the remaining axes, and for what `group_of` refuses.
     """
     cells = read_cells(out)
-    lacking = next((cell for cell in cells if arm_axis not in cell.points), None)
-    if lacking is not None:
-        axes = ", ".join(lacking.points) or "none"
-        raise RunError(f"{out / INDEX}: cell {lacking.folder.name} has no axis {arm_axis!r}; its axes: {axes}")
+    require_axis(cells, arm_axis)
     whole = out.resolve().name
     for name in dict.fromkeys(cell.points.get(table_axis, whole) for cell in cells):
         mine = [cell for cell in cells if cell.points.get(table_axis, whole) == name]
         yield _table(name, mine, table_axis, arm_axis, own_axes(cells))
+
+
+def require_axis(cells: Sequence[SweptCell], axis: str) -> None:
+    """Raise `RunError` where a cell does not stand on an axis."""
+    lacking = next((cell for cell in cells if axis not in cell.points), None)
+    if lacking is not None:
+        index, axes = lacking.folder.parent / INDEX, ", ".join(lacking.points) or "none"
+        raise RunError(f"{index}: cell {lacking.folder.name} has no axis {axis!r}; its axes: {axes}")
 
 
 def _table(name: str, cells: Sequence[SweptCell], table_axis: str, arm_axis: str, own: tuple[str, ...]) -> SweptTable:
