@@ -236,6 +236,29 @@ def test_what_a_run_holds_is_not_done_again_and_other_settings_are_another_evalu
     assert row["sampler"]["student_template.enable_thinking"] is row["benchmark"]["thinking"] is False
 
 
+OWN = "def make(verdict=False, **_):\n    return lambda completion, answer: verdict\n"
+
+
+def test_a_checker_of_ones_own_keeps_its_settings_and_is_asked_again_when_it_has_changed(
+    tmp_path: Path, two: list[Asked], capsys: pytest.CaptureFixture[str]
+):
+    mine = tmp_path / "mine.py"
+    mine.write_text(OWN, "utf-8")
+    own = [f"data.checker={mine}:make", "data.checker_settings={verdict: true}", "data.checker_seconds=3.0"]
+    run = finished(with_overrides(thinking_config(tmp_path), own), tmp_path / "run")
+    [first] = evaluated(run, two[:1])
+    assert first.row["average"]["value"] == 1.0
+    assert load_content(two[0], run.config.data).data.checker_seconds == 3.0
+    assert [one.where for one in evaluated(run, two[:1])] == ["held already"]
+    [other] = evaluated(run, two[:1], "data.checker_settings={verdict: false}")
+    assert other.row["average"]["value"] == 0.0
+    capsys.readouterr()
+    mine.write_text(OWN.replace("verdict\n", "False\n"), "utf-8")
+    [mended] = evaluated(run, two[:1])
+    assert (mended.row["average"]["value"], mended.where) == (0.0, f"written to {run.path / 'evaluations.jsonl'}")
+    assert "data.checker: the file of " in capsys.readouterr().err
+
+
 def test_each_benchmark_goes_on_where_it_was_interrupted(
     copy: RunFolder, two: list[Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

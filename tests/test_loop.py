@@ -81,6 +81,32 @@ def test_a_setting_of_the_evaluation_never_decides_what_is_trained_on() -> None:
     long = problems_of(quick("model.max_context_tokens=96", "evaluation.completion_tokens=60", "data.on_bad_row=skip"))
     assert (long.train, long.probe) == (short.train, short.probe)
     assert (len(short.test), len(long.test), len(long.validation)) == (4, 0, 0)
+    assert long.notes == ("problems that fit model.max_context_tokens 96: validation 0 of 4, test 0 of 4",)
+
+
+@pytest.mark.parametrize(
+    ("window", "completion", "exposure", "message"),
+    [
+        (
+            80,
+            40,
+            "full",
+            r"max_context_tokens 80: train 0 of 24, validation 0 of 4, probe 0 of 4, test 0 of 4; raise it",
+        ),
+        (
+            48,
+            4,
+            "learned",
+            r"max_context_tokens 48: probe 0 of 4; raise it, .*: its student context and reference have",
+        ),
+    ],
+)
+def test_a_window_that_leaves_nothing_to_train_or_to_probe_on_is_named(
+    window: int, completion: int, exposure: str, message: str
+) -> None:
+    lengths = (f"model.max_context_tokens={window}", f"sampling.completion_tokens={completion}")
+    with pytest.raises(DataError, match=message):
+        build(quick(*lengths, f"exposure.kind={exposure}", "data.on_bad_row=skip"))
 
 
 def test_what_leaves_no_room_is_named() -> None:

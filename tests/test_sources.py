@@ -14,6 +14,7 @@ import pytest
 
 from atesd.build import problem_sets
 from atesd.config import ColumnsConfig, DataConfig
+from atesd.data import entries
 from atesd.data.sources import load_problems
 from atesd.data.splits import split_of
 from atesd.errors import ConfigError, DataError
@@ -142,6 +143,18 @@ def test_a_bad_copy_does_not_take_the_good_one_with_it(tmp_path):
         "row 9: its solution boxes '16' but its answer is '5'",
         "row 202: the same problem as row 201",
     ]
+
+
+def test_a_comparison_that_takes_too_long_contradicts_nothing_and_is_counted(tmp_path, monkeypatch):
+    verdicts = {"8+8+0": "timeout", "9+9+0": "wrong", "1+1+0": "unparseable"}
+    monkeypatch.setattr(entries.MathChecker, "check", lambda _, pairs: [verdicts[gold] for _, gold in pairs])
+    rows = [row(i, gold=f"{i}+{i}+0" if i in (1, 8, 9) else 2 * i) for i in range(200)]
+    sets = load_problems(
+        settings(jsonl(tmp_path / "p.jsonl", rows), columns=ColumnsConfig(answer="gold"), on_bad_row="skip")
+    )
+    assert EIGHT in {problem.text for problem in every(sets)}
+    assert [line.split("p.jsonl: ")[1].split(":")[0] for line in sets.skipped] == ["row 2", "row 10"]
+    assert any("1 rows are used although comparing their boxed answer" in note for note in sets.notes)
 
 
 def test_a_copy_without_a_reference_does_not_take_the_one_with_it_where_references_are_wanted(tmp_path):

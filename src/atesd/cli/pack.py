@@ -21,10 +21,11 @@ from atesd.data.benchmarks import Asked, Content, Family, family_of, load_conten
 from atesd.data.splits import ProblemSets
 from atesd.engine.factory import engine_word
 from atesd.errors import ConfigError, RunError
+from atesd.importing import is_named
 from atesd.maths.statistics import bootstrap_interval, detectable_difference, pass_at_k
 from atesd.models.ranks import Ranks, process_group
 from atesd.rows import BenchmarkRow, EvaluationRow
-from atesd.runs import RunFolder
+from atesd.runs import RunFolder, factory_changes, recorded_factories
 from atesd.table import Table
 from atesd.text import MISSING, number, percent, percent_interval
 from atesd.train.components import Components
@@ -52,12 +53,20 @@ class _Subject:
             return None
         return self.run.checkpoints / f"update-{self.update:06d}"
 
+    @property
+    def changes(self) -> list[str]:
+        """What to say of functions of the user's that are not as they were when the run ended."""
+        return factory_changes(self.run.manifest["sessions"][-1].get("factories"), self.config) if self.run else []
+
     def key(self, content: Content) -> str:
         """Names everything that the grades depend on but the number of ranks: 16 hexadecimal digits."""
         model = self.config.model
         path = self.run.run_id if self.run else model.path
         config = self.config.model_copy(update={"model": model.model_copy(update={"path": path}), "data": DataConfig()})
         words = [dump_config(config), content.data.checker, content.asked.name, content.sha256, self.update]
+        if is_named(content.data.checker):
+            files = recorded_factories(config.model_copy(update={"data": content.data}))
+            words += [content.data.checker_settings, content.data.checker_seconds, files["data.checker"]]
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
@@ -82,6 +91,8 @@ def evaluate_benchmarks(
         held = ranks.broadcast(partial(_held, subject, contents))
         found = {name: Scored(target, subject.run is not None, row, "held already") for name, row in held.items()}
         left = [content for content in contents if content.asked.name not in held]
+        for note in subject.changes:
+            say(note, err=True)
         if left:
             problems = [one for content in left for one in content.problems.test]
             fitting = that_fits(subject.config, problems, overrides, ranks)

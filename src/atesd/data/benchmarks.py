@@ -144,14 +144,14 @@ def _pair(word: str, option: str) -> tuple[str, str]:
 def load_content(asked: Asked, data: DataConfig) -> Content:
     """Read a benchmark, every row of it, and check how many problems it has and what they hash to.
 
-    Of `data` the checker alone is kept. Raises `DataError` for a source that cannot be read, and for other problems
-    than those that were pinned.
+    Of `data` the checker alone is kept, with its settings. Raises `DataError` for a source that cannot be read, and for
+    other problems than those that were pinned.
     """
     entry = asked.entry
     columns = entry.columns
     if asked.file is not None and not set(columns.values()) <= set(open_table(asked.file, entry.split).columns):
         columns = _COLUMNS  # the hub's names are not in the file: what our own files call them
-    kept = {"checker": data.checker, "checker_workers": data.checker_workers}
+    kept = {name: value for name, value in data if name.startswith("checker")}
     settings = {"source": asked.source, "test_source": asked.source, "columns": columns, "split_name": entry.split}
     config = DataConfig.model_validate({**settings, **kept})
     try:

@@ -112,7 +112,7 @@ def checked(
             entries.append(_entry(row, columns, own))
         except _BadValueError as error:
             bad.append(BadRow(row.number, str(error)))
-    contradicted = _contradicted(entries, checker) if solutions and not own else {}
+    contradicted, late = _contradicted(entries, checker) if solutions and not own else ({}, 0)
     sound = (entry for entry in entries if entry.row not in contradicted)
     copies = _copies(sorted(sound, key=lambda e: complete and not e.solution), columns.id is not None, place)
     bad += [
@@ -121,7 +121,8 @@ def checked(
     ]
     bad += [BadRow(row, reason) for row, reason in copies.items()]
     usable = tuple(entry for entry in entries if entry.row not in contradicted and entry.row not in copies)
-    return Reading(name, usable, tuple(bad), place=place)
+    note = f"{name}: {late} rows are used although comparing their boxed answer with the stated one took too long"
+    return Reading(name, usable, tuple(bad), notes=(note,) if late else (), place=place)
 
 
 def _copies(entries: Iterable[Entry], named: bool, place: Callable[[int], str]) -> dict[int, str]:
@@ -246,22 +247,24 @@ def _difficulty(values: Mapping[str, Any], column: str) -> int:
     return round(number)
 
 
-def _contradicted(entries: Iterable[Entry], kind: str) -> dict[int, Entry]:
-    """Entries, by row, whose solution boxes another answer than the stated one.
+def _contradicted(entries: Iterable[Entry], kind: str) -> tuple[dict[int, Entry], int]:
+    """Entries, by row, whose solution boxes another answer than the stated one; how many comparisons took too long.
 
-    Equal without algebra is agreement; the rest is for math-verify, unless `kind` is exact.
+    Equal without algebra is agreement; the rest is for math-verify, unless `kind` is exact. A comparison that was not
+    finished shows no contradiction.
     """
     doubtful = [(entry, entry.boxed) for entry in entries if entry.boxed is not None]
     doubtful = [(entry, boxed) for entry, boxed in doubtful if not plainly_equal(entry.answer, boxed)]
     if not doubtful:
-        return {}
+        return {}, 0
     checker = ExactChecker() if kind == "exact" else MathChecker()
     try:
         verdicts = checker.check([(f"\\boxed{{{boxed}}}", entry.answer) for entry, boxed in doubtful])
     finally:
         checker.close()
     pairs = zip(doubtful, verdicts, strict=True)
-    return {entry.row: entry for (entry, _), verdict in pairs if verdict != "correct"}
+    others = {entry.row: entry for (entry, _), verdict in pairs if verdict in ("wrong", "unparseable")}
+    return others, verdicts.count("timeout")
 
 
 def text_hash(text: str) -> str:

@@ -154,7 +154,7 @@ def _read_mapped(table: Table, columns: ColumnsConfig, config: DataConfig, *, so
         columns = columns.model_copy(update=MESSAGE_COLUMNS)
     complete = config.on_missing_reference != "keep"
     reading = checked(table.name, rows, columns, config.checker, table.place, solutions=solutions, complete=complete)
-    return replace(reading, notes=chats.notes(table.name), part=table.part)
+    return replace(reading, notes=(*chats.notes(table.name), *reading.notes), part=table.part)
 
 
 def _with_references(reading: Reading, config: DataConfig) -> Reading:

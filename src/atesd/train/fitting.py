@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 from atesd.config import Config
 from atesd.data.splits import ProblemSets
 from atesd.data.views import Renderer
 from atesd.errors import DataError
 from atesd.models.prompts import PromptEncoder
-from atesd.records import Problem
+from atesd.records import Problem, Split
 from atesd.train.views import TeacherPrompts
 
 _LISTED = 20  # problems that an error message shows
@@ -22,7 +23,9 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
     A problem and an answer are never cut: a row that does not fit is refused (`DataError`), or skipped and listed where
     `data.on_bad_row` says so. References that have to lose segments are no reason to refuse. Room is left for the
     completions that a split's problems get, so that no setting of the evaluation decides what is trained on; a probe
-    problem, and in SFT a training problem, needs room for its whole reference, which is scored as a completion.
+    problem, and in SFT a training problem, needs room for its whole reference, which is scored as a completion. How
+    many of a split are left is noted; that none is left to train on, or to probe where ratios are decided, is a
+    `DataError` too.
     """
     reasons = {
         **_teacher_contexts(problems, config, encoder, renderer),
@@ -38,14 +41,17 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
             "lower the completion_tokens of sampling or evaluation, or set data.on_bad_row: skip\n  "
             f"{listed}"
         )
-    return replace(
-        problems,
-        train=_others(problems.train, reasons),
-        validation=_others(problems.validation, reasons),
-        probe=_others(problems.probe, reasons),
-        test=_others(problems.test, reasons),
-        skipped=(*problems.skipped, *reasons.values()),
-    )
+    fitting = {split: _others(getattr(problems, split), reasons) for split in get_args(Split)}
+    counts = [(split, len(some), len(getattr(problems, split))) for split, some in fitting.items()]
+    lost = ", ".join(f"{split} {left} of {before}" for split, left, before in counts if left < before)
+    vital = ("train", "probe") if config.decides else ("train",)
+    if any(split in vital and before and not left for split, left, before in counts):
+        raise DataError(
+            f"too few problems fit model.max_context_tokens {config.model.max_context_tokens}: {lost}; raise it, or "
+            f"lower sampling.completion_tokens; the first that does not: {next(iter(reasons.values()))}"
+        )
+    note = f"problems that fit model.max_context_tokens {config.model.max_context_tokens}: {lost}"
+    return replace(problems, **fitting, skipped=(*problems.skipped, *reasons.values()), notes=(*problems.notes, note))
 
 
 def _teacher_contexts(
