@@ -15,7 +15,7 @@ import pytest
 from atesd.build import problem_sets
 from atesd.config import ColumnsConfig, DataConfig
 from atesd.data import entries
-from atesd.data.sources import load_problems
+from atesd.data.sources import load_benchmark, load_problems
 from atesd.data.splits import split_of
 from atesd.errors import ConfigError, DataError
 from atesd.records import Problem
@@ -286,6 +286,42 @@ def test_a_test_file_takes_the_place_of_the_test_share(tmp_path):
     assert sorted(problem.text for problem in sets.test) == sorted(f"T{i}" for i in range(30))
     assert {split_of(problem.text) for problem in sets.train} == {"train", "test"}
     assert len(load_problems(settings(main, test_source=test, test_size=7)).test) == 7
+
+
+def test_what_is_cut_or_left_out_of_a_test_file_is_said(tmp_path):
+    chats = [
+        {
+            "messages": [
+                {"role": r, "content": c}
+                for r, c in (("system", "Go."), ("user", f"t{i}"), ("assistant", "\\boxed{1}"))
+            ]
+        }
+        for i in range(30)
+    ]
+    source = jsonl(tmp_path / "t.jsonl", chats)
+    tests = {"columns": ColumnsConfig(messages="messages"), "system_message": "drop", "test_source": source}
+    sets = load_problems(settings(jsonl(tmp_path / "p.jsonl", ROWS), preset="openthoughts-opsd", test_size=12, **tests))
+    assert len(sets.test) == 12
+    assert [note.removeprefix(source).partition(":")[2] for note in sets.notes if "t.jsonl" in note] == [
+        " 30 rows have a system message in column 'messages', which is not read (data.system_message: drop)",
+        " test 12 of 30 problems (data.test_size)",
+    ]
+
+
+def test_of_a_test_source_with_splits_the_one_that_is_named_is_read(tmp_path):
+    for name, first in (("train", 0), ("validation", 100), ("test", 200)):
+        jsonl_rows = [{"problem": f"{name} {i}", "answer": i} for i in range(first, first + 20)]
+        (tmp_path / "many").mkdir(exist_ok=True)
+        jsonl(tmp_path / "many" / f"{name}.jsonl", jsonl_rows)
+    many = str(tmp_path / "many")
+    for named, read in ((None, "test"), ("validation", "validation"), ("nowhere", "test")):
+        sets = load_benchmark(settings(many, test_source=many, **({} if named is None else {"split_name": named})))
+        assert {problem.text.split()[0] for problem in sets.test} == {read}
+        assert sets.notes == (f"{many}: its split '{read}' is the test file",)
+    columns = ColumnsConfig(solution=None, answer="answer")
+    shares = {"train": 0.5, "validation": 0.0, "probe": 0.5, "test": 0.0}
+    both = settings(many, test_source=many, split_name="validation", columns=columns, shares=shares, test_size=5)
+    assert {problem.text.split()[0] for problem in load_problems(both).test} == {"test"}
 
 
 def test_a_training_problem_of_the_test_file_is_a_bad_row(tmp_path):

@@ -196,7 +196,9 @@ def without_factor(text: str) -> tuple[str, Fraction]:
     start, end = words.span(1 if words[1] else 2)
     if _SUM_OR_LIST.search(text[:start]) or not _WITH_FACTOR.fullmatch(text, end):
         return text, Fraction(1)
-    return text[:start] + text[end:], prod(FACTORS[word] for word in text[start:end].lower().split())
+    return text[:start] + text[end:], prod(
+        (FACTORS[word] for word in text[start:end].lower().split()), start=Fraction(1)
+    )
 
 
 def _times(number: Number, factor: Fraction) -> Number:

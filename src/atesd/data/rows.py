@@ -58,7 +58,8 @@ def only_part(number: int) -> int:  # noqa: ARG001
 class Table:
     """Named columns, a way to read the rows with only some of them, and what messages call a row by its number.
 
-    `part` says which of the tables it was made of a row is from, by its place among them.
+    `part` says which of the tables it was made of a row is from, by its place among them; `split` is the one that was
+    opened of a source with named splits.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Table:
     read: Callable[[Sequence[str]], Iterable[Row | BadRow]]
     place: Callable[[int], str] = row_place
     part: Callable[[int], int] = only_part
+    split: str = ""
 
 
 def cell(values: Mapping[str, Any], column: str) -> Any:

@@ -49,7 +49,8 @@ def load_problems(config: DataConfig) -> ProblemSets:
     settings that contradict each other.
     """
     require_consistent(config)
-    test = None if config.test_source is None else _read_test(config.test_source, config)
+    beside = config.test_source in config.sources  # then data.split_name is the one that is trained on
+    test = None if config.test_source is None else _read_test(config.test_source, config, test_first=beside)
     generated = config.source in GENERATED
     main = _generate(config) if generated else _with_references(read_table(table_of(config), config), config)
     main = _without_overlap(main, test)
@@ -66,7 +67,8 @@ def load_problems(config: DataConfig) -> ProblemSets:
     )
     skipped = main.skipped + (test.skipped if test else ())
     seal = fingerprint(train, validation, probe, held_out)
-    notes = (*_mixture(main, chosen, config), *main.notes, *said(short, config, main.name))
+    of_test_file = _test_notes(test, len(held_out))
+    notes = (*_mixture(main, chosen, config), *main.notes, *of_test_file, *said(short, config, main.name))
     return ProblemSets(train, validation, probe, held_out, skipped, seal, notes, _hashes(config))
 
 
@@ -180,13 +182,16 @@ def _with_references(reading: Reading, config: DataConfig) -> Reading:
     return replace(reading, entries=kept, left_out=(*reading.left_out, *lines), notes=(*reading.notes, note))
 
 
-def _read_test(source: str, config: DataConfig, subset: str | None = None) -> Reading:
+def _read_test(source: str, config: DataConfig, subset: str | None = None, *, test_first: bool = False) -> Reading:
     """Read `data.test_source` by `data.columns`. It may lack the solution column, and a column `answer` is found.
 
     A test problem is scored by its answer, so that its solution need not come to the same.
-    Ids of a column get the prefix `test:`, as two files often count their rows alike.
+    Ids of a column get the prefix `test:`, as two files often count their rows alike. Of named splits the one called
+    test is read; `data.split_name` where it is another than the default, unless `test_first`.
     """
-    table = open_table(source, "test", config.split_name, subset=subset)
+    names = ("test", config.split_name)
+    usual = test_first or config.split_name == DataConfig.model_fields["split_name"].default
+    table = open_table(source, *(names if usual else names[::-1]), subset=subset)
     columns = config.columns
     if columns.answer is None and "answer" in table.columns:
         columns = columns.model_copy(update={"answer": "answer"})
@@ -195,7 +200,9 @@ def _read_test(source: str, config: DataConfig, subset: str | None = None) -> Re
     reading = _read_mapped(table, columns, config, solutions=False)
     _refuse_bad_rows(reading, config)
     prefix = "" if columns.id is None else "test:"
-    return replace(reading, entries=tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries))
+    split = (f"{source}: its split '{table.split}' is the test file",) if table.split else ()
+    entries = tuple(replace(entry, id=prefix + entry.id) for entry in reading.entries)
+    return replace(reading, entries=entries, notes=(*split, *reading.notes))
 
 
 def _generate(config: DataConfig) -> Reading:
@@ -243,6 +250,15 @@ def _mixture(main: Reading, chosen: Mapping[Split, Sequence[Entry]], config: Dat
             for split, some in chosen.items()
         )
         yield f"{source}: {usable[place]:,} usable rows: {', '.join(mine)}"
+
+
+def _test_notes(test: Reading | None, taken: int) -> Iterator[str]:
+    """What was said of the test file, and whether `data.test_size` takes a part of it."""
+    if test is None:
+        return
+    yield from test.notes
+    if taken < len(test.entries):
+        yield f"{test.name}: test {taken} of {len(test.entries)} problems (data.test_size)"
 
 
 def _hashes(config: DataConfig) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ def _open(path: Path, source: str, split_names: Sequence[str], subset: str | Non
     saved = any((path / name).is_file() for name in _SAVED)
     files = None if saved or not path.is_dir() else _files_of_folder(datasets, source)
     if files is not None:
-        chosen = _split(files, source, split_names)
-        tables = [_reader_in_folder(Path(file))(Path(file)) for file in chosen]
-        return tables[0] if len(tables) == 1 else chained(source, tables)
+        split = _split(files, source, split_names)
+        tables = [_reader_in_folder(Path(file))(Path(file)) for file in files[split]]
+        return replace(tables[0] if len(tables) == 1 else chained(source, tables), split=split)
     load = datasets.load_from_disk if saved else datasets.load_dataset
     loaded = _loaded(source, lambda: load(source) if subset is None else load(source, subset))
-    return dataset_table(source, _split(loaded, source, split_names) if isinstance(loaded, dict) else loaded)
+    if not isinstance(loaded, dict):
+        return dataset_table(source, loaded)
+    split = _split(loaded, source, split_names)
+    return replace(dataset_table(source, loaded[split]), split=split)
 
 
 def _files_of_folder(datasets: Any, source: str) -> dict[str, list[str]] | None:
@@ -81,11 +85,11 @@ def _reader_in_folder(path: Path) -> Callable[[Path], Table]:
     return parquet_table if path.suffix.lower() == ".parquet" else json_table
 
 
-def _split(splits: Mapping[str, Any], source: str, names: Sequence[str]) -> Any:
+def _split(splits: Mapping[str, Any], source: str, names: Sequence[str]) -> str:
     present = [name for name in names if name in splits]
     if not present:
         raise DataError(f"data.split_name: '{source}' has no split '{names[-1]}'; it has {', '.join(splits)}")
-    return splits[present[0]]
+    return present[0]
 
 
 def _loaded(source: str, load: Callable[[], Any]) -> Any:

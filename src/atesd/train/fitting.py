@@ -41,7 +41,9 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
             "lower the completion_tokens of sampling or evaluation, or set data.on_bad_row: skip\n  "
             f"{listed}"
         )
-    fitting = {split: _others(getattr(problems, split), reasons) for split in get_args(Split)}
+    fitting: dict[Split, tuple[Problem, ...]] = {
+        split: _others(getattr(problems, split), reasons) for split in get_args(Split)
+    }
     counts = [(split, len(some), len(getattr(problems, split))) for split, some in fitting.items()]
     lost = ", ".join(f"{split} {left} of {before}" for split, left, before in counts if left < before)
     vital = ("train", "probe") if config.decides else ("train",)
@@ -51,7 +53,15 @@ def problems_that_fit(problems: ProblemSets, config: Config, encoder: PromptEnco
             f"lower sampling.completion_tokens; the first that does not: {next(iter(reasons.values()))}"
         )
     note = f"problems that fit model.max_context_tokens {config.model.max_context_tokens}: {lost}"
-    return replace(problems, **fitting, skipped=(*problems.skipped, *reasons.values()), notes=(*problems.notes, note))
+    return replace(
+        problems,
+        train=fitting["train"],
+        validation=fitting["validation"],
+        probe=fitting["probe"],
+        test=fitting["test"],
+        skipped=(*problems.skipped, *reasons.values()),
+        notes=(*problems.notes, note),
+    )
 
 
 def _teacher_contexts(
