@@ -1,10 +1,13 @@
 """The null test: a frozen student must leave a sound controller where it started, and moves the literal one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from atesd.config import CreditConfig, PolicyConfig
-from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, _stats_at, null_band, simulate
+from atesd.config import CreditConfig, PolicyConfig, load_config
+from atesd_lab.audit.null_simulation import MeasuredBatch, MeasuredRatio, NullBand, _stats_at, null_band, simulate
+from atesd_lab.paper import exposure
 
 SEEDS = range(10)
 
@@ -90,3 +93,18 @@ def test_pure_noise_widens_a_band_around_one_half():
     assert (band.mean[0], band.deviation[0]) == (0.5, 0.0)
     assert band.mean == pytest.approx([0.5] * 60, abs=0.15)
     assert 0.05 < band.deviation[-1] < 0.3
+
+
+def test_the_band_behind_a_page_s_curves_is_that_of_its_run_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(*given: Any) -> NullBand:
+        made.append(given[2])
+        return null_band(*given)
+
+    monkeypatch.setattr(exposure, "null_band", counted)
+    monkeypatch.setattr(exposure, "NULL_SEEDS", range(3))
+    config = load_config("micro", ["exposure.kind=learned"])
+    bands = [exposure._null_band(config, decisions) for decisions in (6, 6, 7)]
+    assert made == [6, 7]
+    assert bands[0] == bands[1] == null_band(config.credit, config.policy, 6, range(3))
