@@ -90,7 +90,7 @@ def write_experiments(
     written = [_write(name, scale, cells, finished, out, pooling) for name in names]
     found = {**_sections(out / "results.md"), **{one.name: section(one) for one in written}}
     parts = [*preface(about(cells)), *(found[name] for name in scale.experiments if name in found)]
-    write_atomic(out / "results.md", ("\n\n".join(parts) + "\n").encode())
+    write_atomic(out / "results.md", ("\n\n".join(parts).rstrip("\n") + "\n").encode())
     return written
 
 
