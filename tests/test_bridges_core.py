@@ -157,6 +157,10 @@ def test_a_row_that_cannot_be_used_is_named(context: object, says: str):
         require_problems([("?", REFERENCE), ("??", context)], config())
 
 
+def test_an_answer_that_only_algebra_could_tell_from_the_reference_is_no_contradiction():
+    require_problems([("?", {"reference": "so \\boxed{\\sqrt{8}}", "answer": "2\\sqrt{2}"})], config())
+
+
 @pytest.mark.parametrize("prompt", [[], 7, [{"role": "user"}]])
 def test_a_prompt_that_is_neither_text_nor_chat_is_named(prompt: object):
     with pytest.raises(DataError, match="row 1: the prompt is"):

@@ -311,6 +311,13 @@ def test_an_answer_that_is_boxed_on_the_way_begins_the_closing() -> None:
     assert "".join(segments) + closing == solution
 
 
+def test_an_answer_in_a_box_beside_another_begins_the_closing_too() -> None:
+    solution = "Add.\n\nThus \\boxed{ 5 }, hmm, or \\boxed{3}?\n\nNo.\n\nFinally \\boxed{5}."
+    assert split_reference(solution, "5", "paragraph")[0] == ("Add.\n\n",)
+    solution = solution.replace("\\boxed{ 5 }", "\\boxed{57}")
+    assert len(split_reference(solution, "5", "paragraph")[0]) == 3
+
+
 def test_another_box_on_the_way_is_a_step_like_any_other() -> None:
     solution = "First \\boxed{4}.\n\nThen add 1.\n\nSo \\boxed{5}."
     segments, closing = split_reference(solution, "5", "paragraph")

@@ -173,6 +173,11 @@ def test_a_copy_without_a_reference_does_not_take_the_one_with_it_where_referenc
         ({"answer": "gold"}, row(2, gold="5"), "its solution boxes '4' but its answer is '5'"),
         ({"answer": "gold"}, row(2, gold="4", solution="\\boxed{)(}"), "its solution boxes ')(' but its answer is '4'"),
         ({"answer": "gold"}, row(2, gold=True), "column 'gold' holds no text but bool True"),
+        (
+            {"answer": "gold"},
+            row(2, gold="\\boxed{3} \\text{ or } \\boxed{5}"),
+            "column 'gold' holds two boxed answers, '3' and '5'",
+        ),
         ({"answer": "gold"}, row(2, gold="\\}{"), "the answer '\\}{' cannot stand inside \\boxed{}"),
         ({"answer": "gold"}, row(2, gold="", solution="four"), "no answer can be found"),
         ({"id": "gold"}, row(2, gold="1"), "its id '1' is that of row 2"),

@@ -10,7 +10,7 @@ from typing import Any, cast, final
 from atesd.config import Config
 from atesd.data.answers import Checker, last_boxed
 from atesd.data.entries import text_hash
-from atesd.data.equivalence import plainly_equal
+from atesd.data.equivalence import judge
 from atesd.data.own_checker import configured_checker, pairs_of
 from atesd.data.own_segmenter import segmenter_of
 from atesd.data.segments import Segmenter, cut, split_reference
@@ -28,10 +28,11 @@ def problem_of(
     """A problem with its reference cut into segments; its id is a hash of the text.
 
     The answer is the reference's last box, or the one given. A reference without either has no closing: no answer is
-    shown at any ratio. Raises `DataError` if the answer given is not the one that the reference boxes.
+    shown at any ratio. Raises `DataError` if the answer given is not the one that the reference boxes, as far as this
+    is seen without algebra.
     """
     boxed = last_boxed(reference)
-    if boxed is not None and answer is not None and not plainly_equal(answer, boxed):
+    if boxed is not None and answer is not None and judge(answer, boxed) in ("wrong", "unparseable"):
         raise DataError(
             f"'{text:.60}': the reference boxes '{boxed}' but its answer is '{answer}'; mend one of the two"
         )

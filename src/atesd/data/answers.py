@@ -18,6 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Protocol, cast
@@ -28,6 +29,7 @@ from atesd.data.spelling import normalise
 from atesd.errors import DataError
 from atesd.records import Verdict
 
+_BRACE = re.compile(r"\{?\s*")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[-+]?\d+(?:\.\d+)?|[A-Za-z]")
 _BARE_STYLE = re.compile(r"\\(?:text|math)[a-z]*\s*(?=\{)")
@@ -38,6 +40,7 @@ _START_SECONDS = 120.0  # for importing sympy on a crowded machine
 _STARTS = 3  # of processes in a row that die before they are ready
 _PATIENCE_SECONDS, _PATIENCE_FACTOR = 60.0, 30.0  # wall clock of a pair, by itself and for each second of its limit
 _FAILED = "failed"
+_MOST_BOXES = 200  # that are looked at in one text: each may be read to the text's end
 
 
 def last_boxed(text: str) -> str | None:
@@ -51,11 +54,28 @@ def last_boxed(text: str) -> str | None:
     return None if span is None else text[span[0] : span[1]].strip() or None
 
 
+def boxes(text: str, answer: str) -> bool:
+    """Whether a box of `text` holds this answer (see `last_boxed`)."""
+    starts = (match.end() for match in _BOX.finditer(text))
+    likely = (start for start in starts if text.startswith(answer, _content_from(text, start)))
+    spans = (_box_from(text, start) for start in islice(likely, _MOST_BOXES))
+    return any(span is not None and text[span[0] : span[1]].strip() == answer for span in spans)
+
+
+def _content_from(text: str, start: int) -> int:
+    """Where the content of a box begins, its brace and blanks apart."""
+    brace = _BRACE.match(text, start)
+    return brace.end() if brace else start
+
+
 def last_box(text: str) -> tuple[int, int] | None:
     """Where the content of the last box starts and ends in `text` (see `last_boxed`), without its braces."""
     start = max((match.end() for match in _BOX.finditer(text)), default=-1)
-    if start < 0:
-        return None
+    return None if start < 0 else _box_from(text, start)
+
+
+def _box_from(text: str, start: int) -> tuple[int, int] | None:
+    """Where the content begins and ends of the box whose command ends at `start`."""
     if text[start : start + 1] == "{":
         end = _closing_brace(text, start)
         return None if end is None else (start + 1, end)

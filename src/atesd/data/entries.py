@@ -215,7 +215,10 @@ def _stated_answer(values: Mapping[str, Any], column: str) -> str | None:
     answer = marked_answer(answer) or answer
     if wrapped := _WRAPPED.fullmatch(answer):
         answer = (wrapped[1] or wrapped[2]).strip()
-    return last_boxed(answer) or answer or None
+    box = last_boxed(answer)
+    if box is not None and (other := last_boxed(answer[: answer.rfind(box)].rpartition("\\")[0])) not in (None, box):
+        raise _BadValueError(f"column '{column}' holds two boxed answers, '{shown(other)}' and '{shown(box)}'")
+    return box or answer or None
 
 
 def _written(value: int | float | Decimal) -> str:

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from atesd.data.answers import last_boxed
+from atesd.data.answers import boxes, last_boxed
 from atesd.data.blocks import Stretch, Stretches, blocks
 
 Segmenter = str | Callable[[str], tuple[str, ...]]
@@ -97,10 +97,9 @@ def _tried(text: str, segmenter: Segmenter) -> Iterator[tuple[str, ...]]:
 
 
 def _first_answer(units: Sequence[str]) -> int:
-    """The place of the first unit whose last box holds what the last box of all does."""
-    boxes = [last_boxed(unit) for unit in units]
-    answer = next(box for box in reversed(boxes) if box is not None)
-    return boxes.index(answer)
+    """The place of the first unit of which a box holds what the last box of all does."""
+    answer = next(box for unit in reversed(units) if (box := last_boxed(unit)) is not None)
+    return next(place for place, unit in enumerate(units) if boxes(unit, answer))
 
 
 def _cutters(text: str, segmenter: str, protected: Stretches) -> tuple[str, ...]:
