@@ -120,6 +120,17 @@ def test_what_stands_in_a_column_that_is_not_read_may_be_anything(tmp_path):
     assert len(every(read(jsonl(tmp_path / "p.jsonl", lines), COLUMNS))) == 20
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16(), pa.list_(pa.float32()), pa.float64()], ids=str)
+def test_a_number_of_short_precision_is_the_decimal_that_was_written(tmp_path, kind):
+    nested = isinstance(kind, pa.ListType)
+    short = pa.array([0.1, 0.25, 3.0, 1.5e-3] * 5, kind.value_type if nested else kind)
+    answers = pa.ListArray.from_arrays(range(21), short) if nested else short
+    table = pa.table({"problem": [f"p{i}" for i in range(20)], "solution": ["Think."] * 20, "answer": answers})
+    pq.write_table(table, tmp_path / "p.parquet")
+    found = every(read(str(tmp_path / "p.parquet"), COLUMNS))
+    assert sorted(problem.answer for problem in found) == sorted(["0.0015", "0.1", "0.25", "3"] * 5)
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

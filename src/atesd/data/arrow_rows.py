@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from atesd.data.rows import BadRow, Row, Table, Unreadable, cause_of, require, r
 from atesd.errors import DataError
 
 _BATCH = 1000  # rows
+_SHORT_FLOAT = re.compile(r"\b(?:half)?float\b")  # in the name of an Arrow type; one of 64 bits is a double
 _MOST_UNREADABLE = 1_000_000  # rows that are listed one by one; a damaged file may claim any number
 
 
@@ -99,7 +101,21 @@ def _batch_rows(batch: Any, before: int) -> list[Row | BadRow]:
     except Exception:  # of many kinds: text that is not UTF-8, a time stamp out of range, a struct with a name twice
         columns = {name: batch.column(place) for place, name in enumerate(batch.schema.names)}
         rows = [{name: _cell(column, i) for name, column in columns.items()} for i in range(batch.num_rows)]
+    for name, kind in [(one.name, one.type) for one in batch.schema if _SHORT_FLOAT.search(str(one.type))]:
+        for row in rows:
+            row[name] = _as_written(row[name], kind)
     return [Row(before + i, values) for i, values in enumerate(rows, 1)]
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """A number of single or half precision as the shortest decimal that it stands for: 0.1, not 0.10000000149011612."""
+    if isinstance(value, float):
+        return float(str(kind.to_pandas_dtype()(value)))
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_as_written(one, kind.value_type) for one in value]
+    if isinstance(value, dict) and hasattr(kind, "fields"):
+        return {one.name: _as_written(value[one.name], one.type) for one in kind.fields}
+    return value
 
 
 def _cell(column: Any, place: int) -> Any:
