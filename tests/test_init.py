@@ -141,6 +141,27 @@ def test_system_messages_that_differ_are_kept_and_earlier_turns_are_dropped_and_
     assert found.reading.bad == ()
 
 
+def test_a_system_message_is_the_model_s_only_if_every_chat_of_every_row_has_it(tmp_path, monkeypatch):
+    some = rows("messages")
+    some[-1]["messages"][0]["content"] = "Wait."
+    monkeypatch.setattr("atesd.data.survey._LOOKED_AT", len(some) - 1)
+    found = survey([jsonl(tmp_path / "p.jsonl", some)])
+    assert (found.settings["system_message"], found.system) == ("keep", "")
+    assert found.reading.bad == ()
+
+
+def test_the_window_has_room_for_the_system_message_that_all_chats_share(tmp_path, model):
+    windows = []
+    for name, text in (("short", "Go."), ("long", "Go on. " * 300)):
+        some = rows("messages")
+        for one in some:
+            one["messages"][0]["content"] = text
+        (tmp_path / name).mkdir()
+        config = written(tmp_path / name, jsonl(tmp_path / f"{name}.jsonl", some), model)
+        windows.append(config.model.max_context_tokens)
+    assert windows[1] > windows[0]
+
+
 def test_nulls_and_empty_lists_are_bad_rows_that_the_recipe_skips_and_counts(tmp_path, model):
     some = rows("messages")
     some[0]["messages"], some[4]["messages"], some[5]["messages"][1]["content"] = [], None, None

@@ -269,7 +269,7 @@ def _lengths(found: Survey, target: Target) -> Lengths:
     even = entries[:: max(1, len(entries) // _MEASURED)]  # one in so many, of every length alike
     problems = [_problem(entry) for entry in (*entries[:_LONGEST], *by_bytes, *even)]
     if target.tokenizer is None:
-        student = [len(one.text) // _CHARACTERS + _FRAME // 3 for one in problems]
+        student = [(len(one.text) + len(found.system)) // _CHARACTERS + _FRAME // 3 for one in problems]
         references = [len(one.reference) // _CHARACTERS for one in problems]
         teacher = [a + b + _FRAME for a, b in zip(student, references, strict=True)]
         return _summary(student, teacher, references, len(even), False)
@@ -278,7 +278,9 @@ def _lengths(found: Survey, target: Target) -> Lengths:
     from atesd.models.prompts import PromptEncoder
 
     bare = not target.tokenizer.chat_template
-    encoder = PromptEncoder(target.tokenizer, ModelConfig(path=target.path, chat_template=not bare))
+    encoder = PromptEncoder(
+        target.tokenizer, ModelConfig(path=target.path, chat_template=not bare, system_prompt=found.system or None)
+    )
     renderer = TextRenderer(ViewsConfig())
     student = [len(encoder.student(renderer.student(one))) for one in problems]
     teacher = [len(encoder.teacher(renderer.teacher(one, len(one.segments), True))) for one in problems]

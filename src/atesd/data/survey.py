@@ -13,7 +13,7 @@ from atesd.data.answers import marked_answer
 from atesd.data.entries import Reading
 from atesd.data.messages import turns_of
 from atesd.data.presets import PRESETS
-from atesd.data.rows import OTHER_ANSWER, BadRow, Row, Table, cell, shown
+from atesd.data.rows import OTHER_ANSWER, BadRow, Row, Table, cell, read_columns, shown
 from atesd.data.segments import split_reference
 from atesd.data.sources import read_table, table_of
 from atesd.data.tables import open_table
@@ -224,8 +224,19 @@ def _shared_system(columns: Columns, settings: Mapping[str, Any]) -> str:
     return "\n\n".join(said.pop()) if len(said) == 1 else ""
 
 
+def _system_of_all(settings: Mapping[str, Any]) -> str:
+    """The one system message of every chat of the sources; empty where they differ."""
+    named = settings.get("columns", {})
+    column = named.get("messages") or named.get("problem", "problem")
+    rows = read_columns(table_of(_config(settings)), {"data.columns.messages": column})
+    return _shared_system({column: [cell(row.values, column) for row in rows if isinstance(row, Row)]}, settings)
+
+
 def _whole(settings: Mapping[str, Any], columns: Columns) -> Survey:
-    """All rows by the settings that were chosen."""
+    """All rows by the settings that were chosen, with what all chats of all rows have in common."""
+    shared = _system_of_all(settings) if settings.get("system_message") == "drop" else ""
+    if "system_message" in settings and not shared:
+        settings = {**settings, "system_message": "keep"}
     reading = read_table(table_of(_config(settings)), _config(settings))
     named = settings.get("columns", {})
     used = {*named.values(), *(() if "messages" in named else ("problem", "solution"))}
@@ -244,7 +255,6 @@ def _whole(settings: Mapping[str, Any], columns: Columns) -> Survey:
     heads = {str(name).partition(".")[0] for name in used}
     others = [name for name in columns if name.partition(".")[0] not in heads and name.partition(".")[0] == name]
     found += [f"not used: {_listed(others)}"] if others else []
-    shared = _shared_system(columns, settings) if settings.get("system_message") == "drop" else ""
     return Survey(settings, reading, tuple(found), shared)
 
 
