@@ -98,6 +98,7 @@ def refusal(*overrides: str, recipe: str = "micro") -> str:
         ([*FILE, "data.max_difficulty=3"], "data.max_difficulty", "data.source: world or arithmetic"),
         ([*FILE, "data.seed=1"], "data.seed", "data.source: world, arithmetic or gsm_symbolic"),
         ([*FILE, "data.split_name=dev"], "data.split_name", "a `datasets` id"),
+        ([*FILE, "data.subset=main"], "data.subset", "a `datasets` id"),
         (["data.leap_probability=0.2", "data.leap_share=1"], "data.leap_share", "data.leap_probability: null"),
         (["data.columns.id=number"], "data.columns.id", "a file or data set"),
         (["data.preset=deepmath"], "data.preset", "a data.source that is a file or data set"),

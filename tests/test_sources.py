@@ -394,6 +394,25 @@ def test_what_cannot_be_loaded_is_refused_with_what_can(tmp_path, monkeypatch):
     assert f"no such file; did you mean {tmp_path / 'train.jsonl'}?" in refusal(str(tmp_path / "trian.jsonl"))
 
 
+def test_of_several_configurations_the_one_that_is_named_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "two"
+    names = {"main": range(200), "other": range(300, 500)}
+    folder.mkdir()
+    listed = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names]
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(listed)}---\n", "utf-8")
+    for name, numbers in names.items():
+        jsonl(folder / f"{name}.jsonl", map(row, numbers))
+    for subset in (None, "third"):
+        assert "data.subset: the configurations of " in (said := refusal(str(folder), subset=subset))
+        assert said.endswith("are 'main', 'other'; set it to one")
+    assert loaded(str(folder), subset="main") == loaded(str(folder / "main.jsonl"))
+    sets = load_benchmark(settings(str(folder / "main.jsonl"), test_source=str(folder), subset="other"))
+    assert {problem.text for problem in sets.test} == {row(i)["problem"] for i in names["other"]}
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert "a folder that save_to_disk wrote, which has none" in refusal(str(tmp_path / "saved"), subset="main")
+
+
 def test_an_unreachable_hub_is_told_from_a_bad_data_set(monkeypatch):
     def offline(_: str) -> None:
         raise ConnectionError("no network")

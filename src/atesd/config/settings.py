@@ -206,6 +206,11 @@ class DataConfig(Component):
     split_name: Annotated[
         str, ActsWhen(lambda c: c.data.has_splits, "a data.source or data.test_source that is a `datasets` id")
     ] = Field("train", description="split of a `datasets` id")
+    subset: Annotated[
+        str | None, ActsWhen(lambda c: c.data.has_splits, "a data.source or data.test_source that is a `datasets` id")
+    ] = Field(
+        None, min_length=1, description="configuration of a `datasets` id that has several, such as main of gsm8k"
+    )
     test_source: Annotated[str | None, _TEXT] = Field(
         None, description="a separate held-out file; None: a hash of the text decides"
     )

@@ -72,15 +72,14 @@ def load_problems(config: DataConfig) -> ProblemSets:
     return ProblemSets(train, validation, probe, held_out, skipped, seal, notes, _hashes(config))
 
 
-def load_benchmark(config: DataConfig, subset: str | None = None) -> ProblemSets:
+def load_benchmark(config: DataConfig) -> ProblemSets:
     """Every usable problem of `data.test_source` as the test split, and no other: to evaluate on, not to train with.
 
-    `subset` is the configuration of a `datasets` id that has several. Raises `DataError` as `load_problems` does, and
-    where nothing is left.
+    Raises `DataError` as `load_problems` does, and where nothing is left.
     """
     if config.test_source is None:
         raise ConfigError("data.test_source: none given; name a file or data set to evaluate on")
-    reading = _read_test(config.test_source, config, subset)
+    reading = _read_test(config.test_source, config)
     if not reading.entries:
         faults = (
             f"; of {len(reading.faults)} rows none can be used, the first is {reading.faults[0]}" if reading.bad else ""
@@ -134,7 +133,7 @@ def read_table(table: Table, config: DataConfig) -> Reading:
 
 def table_of(config: DataConfig) -> Table:
     """The table of `data.source`; several sources as one, each of which must have the columns that are read."""
-    tables = [open_table(source, config.split_name) for source in config.sources]
+    tables = [open_table(source, config.split_name, subset=config.subset) for source in config.sources]
     if len(tables) == 1:
         return tables[0]
     wanted = _settings(config.columns) if config.preset is None else _preset_columns(config)
@@ -182,7 +181,7 @@ def _with_references(reading: Reading, config: DataConfig) -> Reading:
     return replace(reading, entries=kept, left_out=(*reading.left_out, *lines), notes=(*reading.notes, note))
 
 
-def _read_test(source: str, config: DataConfig, subset: str | None = None, *, test_first: bool = False) -> Reading:
+def _read_test(source: str, config: DataConfig, *, test_first: bool = False) -> Reading:
     """Read `data.test_source` by `data.columns`. It may lack the solution column, and a column `answer` is found.
 
     A test problem is scored by its answer, so that its solution need not come to the same.
@@ -191,7 +190,7 @@ def _read_test(source: str, config: DataConfig, subset: str | None = None, *, te
     """
     names = ("test", config.split_name)
     usual = test_first or config.split_name == DataConfig.model_fields["split_name"].default
-    table = open_table(source, *(names if usual else names[::-1]), subset=subset)
+    table = open_table(source, *(names if usual else names[::-1]), subset=config.subset)
     columns = config.columns
     if columns.answer is None and "answer" in table.columns:
         columns = columns.model_copy(update={"answer": "answer"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ _FORMATS = (
     "a .jsonl, .json or .parquet file, a folder or hub id that `datasets` loads, world, arithmetic, or gsm_symbolic"
 )
 _OTHER_FORMATS = {".csv", ".tsv", ".txt", ".yaml", ".yml", ".arrow", ".gz", ".zst", ".zip"}
+_CONFIGURATIONS = re.compile(r"(?:available configs: |Available: )\[(.*?)\]", re.DOTALL)
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 
 
@@ -54,25 +56,28 @@ def _open(path: Path, source: str, split_names: Sequence[str], subset: str | Non
         raise DataError(f"{source}: cannot read a '{path.suffix}' file; a source is {_FORMATS}")
     datasets = require("datasets", "datasets", f"data.source: {source}")
     saved = any((path / name).is_file() for name in _SAVED)
-    files = None if saved or not path.is_dir() else _files_of_folder(datasets, source)
+    if saved and subset is not None:
+        raise DataError(f"data.subset: {source} is a folder that save_to_disk wrote, which has none; leave it out")
+    words = (source,) if subset is None else (source, subset)
+    files = None if saved or not path.is_dir() else _files_of_folder(datasets, words)
     if files is not None:
         split = _split(files, source, split_names)
         tables = [_reader_in_folder(Path(file))(Path(file)) for file in files[split]]
         return replace(tables[0] if len(tables) == 1 else chained(source, tables), split=split)
     load = datasets.load_from_disk if saved else datasets.load_dataset
-    loaded = _loaded(source, lambda: load(source) if subset is None else load(source, subset))
+    loaded = _loaded(source, lambda: load(*words))
     if not isinstance(loaded, dict):
         return dataset_table(source, loaded)
     split = _split(loaded, source, split_names)
     return replace(dataset_table(source, loaded[split]), split=split)
 
 
-def _files_of_folder(datasets: Any, source: str) -> dict[str, list[str]] | None:
+def _files_of_folder(datasets: Any, words: Sequence[str]) -> dict[str, list[str]] | None:
     """The files of each split as `datasets` finds them, if all are of kinds that are read here, else None.
 
     `datasets` keeps the last of a key given twice, and gives up on a whole folder for one row that it cannot read.
     """
-    builder = _loaded(source, lambda: datasets.load_dataset_builder(source))
+    builder = _loaded(words[0], lambda: datasets.load_dataset_builder(*words))
     files = {str(split): [str(file) for file in some] for split, some in (builder.config.data_files or {}).items()}
     shaped = getattr(builder.config, "field", None) or getattr(builder.config, "features", None)
     paths = [Path(file) for some in files.values() for file in some]
@@ -102,6 +107,8 @@ def _loaded(source: str, load: Callable[[], Any]) -> Any:
                 "check the name and the network, or set data.source to a .jsonl or .parquet file (HF_HUB_OFFLINE=1 in "
                 "the environment skips the retries)"
             ) from None
+        if several := _CONFIGURATIONS.search(str(error)):
+            raise DataError(f"data.subset: the configurations of {source} are {several[1]}; set it to one") from None
         raise DataError(
             f"data.source: {source}: cannot be loaded ({cause_of(error)}); a source is {_FORMATS}"
         ) from None
