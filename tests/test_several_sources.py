@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from atesd.config import DataConfig, config_from_mapping, dump_config, load_config
@@ -90,10 +91,16 @@ def test_a_list_is_recorded_as_it_is_and_one_of_one_as_its_only_source(tmp_path)
     assert DataConfig.model_validate({"source": ["a.jsonl"]}).source == "a.jsonl"
 
 
-def test_files_are_hashed_and_folders_are_not(tmp_path):
+def test_every_file_that_was_read_is_hashed_those_of_a_folder_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     sources = three(tmp_path)
     sets = load_problems(settings(sources))
     assert sets.files == {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sources}
+    (tmp_path / "many" / "data").mkdir(parents=True)
+    places = [str(tmp_path / "many" / "data" / f"{name}.jsonl") for name in ("train-0", "train-1", "test-0")]
+    for place, rows in zip(places, (ROWS[:150], ROWS[150:], ROWS[:9]), strict=True):
+        jsonl(Path(place), rows)
+    assert set(load_problems(settings(str(tmp_path / "many"))).files) == set(places[:2])
 
 
 def test_a_run_records_the_hash_of_each_file_and_names_the_one_that_changed(tmp_path):

@@ -151,4 +151,4 @@ def chained(name: str, tables: Sequence[Table]) -> Table:
         table, local = tables[index], tables[index].place(number - starts[index])
         return f"{table.name}: {local}" if table.place is row_place else local
 
-    return Table(name, tuple(columns), read, place, part)
+    return Table(name, tuple(columns), read, place, part, files=tuple(file for table in tables for file in table.files))

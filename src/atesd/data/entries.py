@@ -58,7 +58,7 @@ class Reading:
     """What a source gave: usable entries, bad rows, a line on each row that is left out on purpose, and notes.
 
     `place` is what messages call a row by its number; `part` says from which of several sources it is; `filtered` rows
-    are not of those that a preset keeps.
+    are not of those that a preset keeps; `files` were read.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Reading:
     place: Callable[[int], str] = row_place
     part: Callable[[int], int] = only_part
     filtered: int = 0
+    files: tuple[str, ...] = ()
 
     @property
     def skipped(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class Table:
     """Named columns, a way to read the rows with only some of them, and what messages call a row by its number.
 
     `part` says which of the tables it was made of a row is from, by its place among them; `split` is the one that was
-    opened of a source with named splits.
+    opened of a source with named splits, `files` what is read here and not by `datasets`.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Table:
     place: Callable[[int], str] = row_place
     part: Callable[[int], int] = only_part
     split: str = ""
+    files: tuple[str, ...] = ()
 
 
 def cell(values: Mapping[str, Any], column: str) -> Any:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import get_args
 
-from atesd.config import GENERATED, PROCEDURAL, ColumnsConfig, DataConfig, SharesConfig
+from atesd.config import GENERATED, ColumnsConfig, DataConfig, SharesConfig
 from atesd.data.arithmetic import COLUMNS as ARITHMETIC_COLUMNS
 from atesd.data.arithmetic import LEAST_OPERATIONS, arithmetic_rows
 from atesd.data.arrow_rows import chained
@@ -69,7 +68,7 @@ def load_problems(config: DataConfig) -> ProblemSets:
     seal = fingerprint(train, validation, probe, held_out)
     of_test_file = _test_notes(test, len(held_out))
     notes = (*_mixture(main, chosen, config), *main.notes, *of_test_file, *said(short, config, main.name))
-    return ProblemSets(train, validation, probe, held_out, skipped, seal, notes, _hashes(config))
+    return ProblemSets(train, validation, probe, held_out, skipped, seal, notes, _hashes(main, test))
 
 
 def load_benchmark(config: DataConfig) -> ProblemSets:
@@ -87,7 +86,7 @@ def load_benchmark(config: DataConfig) -> ProblemSets:
         raise DataError(f"{reading.name}: no usable problem in it{faults}")
     problems = tuple(_problem(entry, segmenter_of(config), reading) for entry in reading.entries)
     seal = fingerprint((), (), (), problems)
-    return ProblemSets((), (), (), problems, reading.skipped, seal, reading.notes, _hashes(config))
+    return ProblemSets((), (), (), problems, reading.skipped, seal, reading.notes, _hashes(reading))
 
 
 def require_consistent(config: DataConfig) -> None:
@@ -128,7 +127,7 @@ def read_table(table: Table, config: DataConfig) -> Reading:
     line = f"{table.name}: {filtered} rows left out: data.preset: {config.preset} keeps {preset.kept}"
     complete = config.on_missing_reference != "keep"
     reading = checked(table.name, kept, preset.columns, config.checker, table.place, complete=complete)
-    return replace(reading, left_out=(line,) if filtered else (), part=table.part, filtered=filtered)
+    return replace(reading, left_out=(line,) if filtered else (), part=table.part, filtered=filtered, files=table.files)
 
 
 def table_of(config: DataConfig) -> Table:
@@ -155,7 +154,7 @@ def _read_mapped(table: Table, columns: ColumnsConfig, config: DataConfig, *, so
         columns = columns.model_copy(update=MESSAGE_COLUMNS)
     complete = config.on_missing_reference != "keep"
     reading = checked(table.name, rows, columns, config.checker, table.place, solutions=solutions, complete=complete)
-    return replace(reading, notes=(*chats.notes(table.name), *reading.notes), part=table.part)
+    return replace(reading, notes=(*chats.notes(table.name), *reading.notes), part=table.part, files=table.files)
 
 
 def _with_references(reading: Reading, config: DataConfig) -> Reading:
@@ -260,13 +259,12 @@ def _test_notes(test: Reading | None, taken: int) -> Iterator[str]:
         yield f"{test.name}: test {taken} of {len(test.entries)} problems (data.test_size)"
 
 
-def _hashes(config: DataConfig) -> dict[str, str]:
-    """SHA-256 (hexadecimal) of each source, and of the test source, that is a file."""
-    named = [] if config.source in PROCEDURAL else list(config.sources)
+def _hashes(*readings: Reading | None) -> dict[str, str]:
+    """SHA-256 (hexadecimal) of each file that was read, those of a folder by their paths."""
     hashes = {}
-    for source in [*named, *filter(None, [config.test_source])]:
-        with suppress(IsADirectoryError, FileNotFoundError), Path(source).open("rb") as file:
-            hashes[source] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name in (name for reading in readings if reading for name in reading.files):
+        with Path(name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 

@@ -45,7 +45,7 @@ def _open(path: Path, source: str, split_names: Sequence[str], subset: str | Non
     if suffix in _READERS and not path.is_dir():
         if not path.is_file():
             raise DataError(f"{source}: no such file{_similar_file(path)}")
-        return _READERS[suffix](path)
+        return replace(_READERS[suffix](path), files=(source,))
     if suffix in (".csv", ".tsv") and path.is_file():
         raise DataError(
             f"{source}: cannot read a '{path.suffix}' file, whose cells have no types; write it as JSON Lines: "
@@ -62,7 +62,7 @@ def _open(path: Path, source: str, split_names: Sequence[str], subset: str | Non
     files = None if saved or not path.is_dir() else _files_of_folder(datasets, words)
     if files is not None:
         split = _split(files, source, split_names)
-        tables = [_reader_in_folder(Path(file))(Path(file)) for file in files[split]]
+        tables = [replace(_reader_in_folder(Path(file))(Path(file)), files=(file,)) for file in files[split]]
         return replace(tables[0] if len(tables) == 1 else chained(source, tables), split=split)
     load = datasets.load_from_disk if saved else datasets.load_dataset
     loaded = _loaded(source, lambda: load(*words))
