@@ -153,8 +153,8 @@ def load_content(asked: Asked, data: DataConfig) -> Content:
         columns = _COLUMNS  # the hub's names are not in the file: what our own files call them
     kept = {name: value for name, value in data if name.startswith("checker")}
     settings = {"source": asked.source, "test_source": asked.source, "columns": columns, "split_name": entry.split}
-    settings["subset"] = None if asked.file else entry.subset
-    config = DataConfig.model_validate({**settings, **kept})
+    subset = None if asked.file else entry.subset
+    config = DataConfig.model_validate({**settings, "subset": subset, **kept})
     try:
         problems = load_benchmark(config)
     except DataError as error:
