@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,9 @@ def test_what_a_killed_server_had_started_is_ended_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_ends_the_servers(tmp_path, which):
+def test_an_interrupt_ends_the_servers(tmp_path, which, request):
+    request.addfinalizer(partial(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP)))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     mark, said = tmp_path / "ended", []
 
     def say(line: str) -> None:
