@@ -126,6 +126,9 @@ def measure(table: SweptTable, baseline: str, band_seeds: int) -> WorldOfRules:
 
 
 def _arm(arms: Arms, arm: str, best: str, as_good: Sequence[float], level: float, band_seeds: int) -> ArmOfRules:
+    """One arm. The mean of its seeds must leave two deviations of single null runs: wider than those of a mean, so that
+    `found` errs towards no.
+    """
     group = arms.groups[arm]
     config = group.runs[0].config
     late = tuple(arms.late_ratios(arm))
